@@ -1,0 +1,1 @@
+"""Hot operations: an obvious reference and the fast paths beside it."""

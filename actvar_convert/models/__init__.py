@@ -1,0 +1,1 @@
+"""The networks: pure tensors, no files, no recipes, no printing."""

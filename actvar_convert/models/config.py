@@ -1,0 +1,128 @@
+"""Shapes of a VAR transformer and of its VQVAE tokenizer, as frozen values."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class TokenPyramid(BaseModel):
+    """The token maps of an image, coarse to fine: scale s is a square map of ``sides[s]`` by ``sides[s]`` tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sides: tuple[int, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> TokenPyramid:
+        if any(side < 1 for side in self.sides) or list(self.sides) != sorted(set(self.sides)):
+            raise ValueError(f"sides must be positive and strictly ascending, got {self.sides}")
+        return self
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.sides)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each scale."""
+        return tuple(side * side for side in self.sides)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Index one past the last token of each scale in the flattened sequence."""
+        total, ends = 0, []
+        for length in self.lengths:
+            total += length
+            ends.append(total)
+        return tuple(ends)
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Index of the first token of each scale in the flattened sequence."""
+        return tuple(end - length for end, length in zip(self.ends, self.lengths, strict=True))
+
+    @property
+    def total(self) -> int:
+        """Tokens of all scales together."""
+        return self.ends[-1]
+
+    def slice(self, scale: int) -> slice:
+        """Positions of one scale in the flattened sequence."""
+        return slice(self.begins[scale], self.ends[scale])
+
+
+class TransformerConfig(BaseModel):
+    """Shape of a VAR transformer (reference: ``models/var.py`` of FoundationVision/VAR)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    depth: int = Field(ge=1, description="blocks")
+    width: int = Field(ge=1, description="channels C of the hidden state")
+    heads: int = Field(ge=1, description="attention heads; divides width")
+    hidden: int = Field(ge=1, description="hidden neurons H of each FFN")
+    sides: tuple[int, ...] = Field(description="side of the token map of each scale, coarse to fine")
+    vocab: int = Field(ge=2, description="codebook size V")
+    z_channels: int = Field(ge=1, description="channels of a codebook vector")
+    classes: int = Field(ge=1, description="classes without the null class, whose index is this number")
+    shared_adaln: bool = Field(False, description="one modulation projection for all blocks instead of one per block")
+    l2_attention: bool = Field(True, description="L2-normalised queries and keys with a learnt scale per head")
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon of the layer norms")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TransformerConfig:
+        TokenPyramid(sides=self.sides)
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+    @cached_property
+    def pyramid(self) -> TokenPyramid:
+        return TokenPyramid(sides=self.sides)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on query-key products; with L2 normalisation the learnt scale takes its place."""
+        return 1.0 if self.l2_attention else 0.25 / math.sqrt(self.head_dim)
+
+
+class TokenizerConfig(BaseModel):
+    """Shape of a multi-scale VQVAE (reference: ``models/vqvae.py`` of FoundationVision/VAR)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ch: int = Field(ge=1, description="base channels; a multiple of 32 (group normalisation)")
+    ch_mult: tuple[int, ...] = Field(min_length=1, description="channel multiplier of each resolution, fine to coarse")
+    res_blocks: int = Field(ge=1, description="residual blocks per resolution in the encoder; the decoder has one more")
+    vocab: int = Field(ge=2, description="codebook size V")
+    z_channels: int = Field(ge=1, description="channels of a codebook vector")
+    sides: tuple[int, ...] = Field(description="side of the token map of each scale, coarse to fine")
+    residual_ratio: float = Field(0.5, ge=0, le=1, description="share of the phi convolution in its output")
+    phis: int = Field(4, ge=1, description="phi convolutions shared among the scales")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenizerConfig:
+        TokenPyramid(sides=self.sides)
+        if self.ch % 32:
+            raise ValueError(f"ch {self.ch} is not a multiple of 32, the groups of the normalisation")
+        return self
+
+    @cached_property
+    def pyramid(self) -> TokenPyramid:
+        return TokenPyramid(sides=self.sides)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per side of a token of the finest scale."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of the image."""
+        return self.sides[-1] * self.downsampling

@@ -1,0 +1,141 @@
+"""Weight sparsity: an FFN split into experts, and the router that picks them per token.
+
+Shapes: B rows, L tokens, C width, H hidden, E experts of N neurons, F experts after the prefix, S scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from actvar_convert.kernels.expert_ffn import ExpertWeights, expert_ffn_loop, expert_ffn_reference
+from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.plan import SparsityPlan
+from actvar_convert.models.var import Span
+
+
+class Router(nn.Module):
+    """Predicts the size of each expert's contribution, ||f_e(x) - m_e||, from the input of the FFN.
+
+    score(x) = W x + b (+ U relu(D x), a hidden layer beside the linear map, when ``width`` is not 0). A regression
+    instead of a classification: it suits a GELU and leaves one threshold to turn after training (after D2DMoE,
+    arXiv 2310.04361).
+    """
+
+    def __init__(self, channels: int, experts: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, experts)
+        if width:
+            self.down = nn.Linear(channels, width)
+            self.up = nn.Linear(width, experts, bias=False)
+            nn.init.zeros_(self.up.weight)
+        self.width = width
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        score: Tensor = self.linear(x_BLC)
+        if self.width:
+            score = score + self.up(F.relu(self.down(x_BLC)))
+        return score
+
+
+def select_experts(score_BLF: Tensor, routed: int, threshold: float | None) -> Tensor:
+    """Boolean selection [B, L, F]: the ``routed`` largest scores, or all within (1 - threshold) of the largest."""
+    if threshold is not None:
+        largest = score_BLF.amax(-1, keepdim=True)
+        return score_BLF >= (1 - threshold) * largest
+    chosen = score_BLF.topk(routed, dim=-1).indices
+    return torch.zeros_like(score_BLF, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def share_scores(score_BLF: Tensor, side: int, window: int, position_BL: Tensor | None) -> Tensor:
+    """Scores averaged over squares of ``window`` by ``window`` tokens of a map, so that a square shares one choice.
+
+    Args:
+        score_BLF: scores of the tokens in hand.
+        side: of the full token map.
+        window: side of the square; the last ones of a map may be smaller.
+        position_BL: index of each token in the flattened map; None when all are in hand, in order.
+
+    Returns:
+        [B, L, F]: every token's square average over the tokens in hand.
+    """
+    B, L, experts = score_BLF.shape
+    position = torch.arange(L, device=score_BLF.device).expand(B, -1) if position_BL is None else position_BL
+    across = -(-side // window)
+    square = (position // side // window) * across + position % side // window
+    index = square.unsqueeze(-1).expand(-1, -1, experts)
+    total = score_BLF.new_zeros(B, across * across, experts).scatter_add_(1, index, score_BLF)
+    count = score_BLF.new_zeros(B, across * across, 1).scatter_add_(
+        1, square.unsqueeze(-1), torch.ones_like(score_BLF[..., :1])
+    )
+    return (total / count.clamp_min(1)).gather(1, index)
+
+
+class ExpertFFN(nn.Module):
+    """What changes against the dense FFN: neurons are reordered into experts, and a scale runs only some of them.
+
+    y = b2 + sum_{e active} f_e(x) + sum_{e inactive} m_e, the active ones being the first n of the block (n and K
+    depend on the scale) and the K best of the others by the router's score.
+
+    Attributes:
+        permutation: [H] int64, the dense model's index of every neuron.
+        inactive: [S, E, C], the constants m.
+
+    With gradients enabled inactive experts are multiplied by zero (static shapes); without, they are not computed.
+    """
+
+    permutation: Tensor
+
+    def __init__(self, config: TransformerConfig, plans: Mapping[str, SparsityPlan], plan: str, block: int) -> None:
+        super().__init__()
+        chosen = plans[plan]
+        self.config, self.block, self.plans = config, block, dict(plans)
+        self.experts = chosen.experts
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.width)
+        self.register_buffer("permutation", torch.arange(config.hidden))
+        self.inactive = nn.Parameter(torch.zeros(config.pyramid.num_scales, self.experts, config.width))
+        self.scored = max(each.router_experts(block) for each in plans.values())
+        self.router = Router(config.width, self.scored, chosen.router_width) if self.scored else None
+        self.plan = chosen
+
+    def weights(self, scale: int) -> ExpertWeights:
+        """Weights of the FFN with the constants of one scale."""
+        return ExpertWeights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.inactive[scale])
+
+    def route(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None) -> Tensor:
+        """Boolean choice [B, L, E - n] among the experts after the prefix, for tokens of one scale."""
+        plan = self.plan.blocks[self.block]
+        free, routed = self.experts - plan.prefix[scale], plan.routed[scale]
+        if not self.plan.routes(self.block, scale):
+            return x_BLC.new_full((*x_BLC.shape[:2], free), routed > 0, dtype=torch.bool)
+        assert self.router is not None
+        score = self.router(x_BLC)[..., self.scored - free :]
+        if self.plan.neighbourhood > 1:
+            score = share_scores(score, self.config.sides[scale], self.plan.neighbourhood, position_BL)
+        return select_experts(score, routed, plan.threshold[scale] if plan.threshold else None)
+
+    def forward(self, x_BLC: Tensor, span: Span, positions: Sequence[Tensor | None] | None = None) -> Tensor:
+        """FFN output [B, L, C]; ``positions`` tells, per scale, which tokens of the map are in hand (None: all)."""
+        pieces = []
+        for i, x in enumerate(x_BLC.split(list(span.counts), dim=1)):
+            if x.shape[1]:
+                pieces.append(self._one_scale(x, span.first + i, positions[i] if positions else None))
+        return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] if pieces else x_BLC
+
+    def _one_scale(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None) -> Tensor:
+        prefix = self.plan.blocks[self.block].prefix[scale]
+        if self.plan.runs_all(self.block, scale):
+            out: Tensor = self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+            return out
+        routed = self.route(x_BLC, scale, position_BL).flatten(0, 1)
+        rows = x_BLC.flatten(0, 1)
+        if torch.is_grad_enabled():
+            always = routed.new_ones(len(rows), prefix)
+            out = expert_ffn_reference(rows, self.weights(scale), torch.cat((always, routed), dim=1))
+        else:
+            out = expert_ffn_loop(rows, self.weights(scale), prefix, routed)
+        return out.view_as(x_BLC)
