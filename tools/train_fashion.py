@@ -232,6 +232,25 @@ def tokenise(data: Path, work: Path, device: torch.device) -> tuple[Tensor, Tens
     return torch.load(path, weights_only=True)["tokens"], labels
 
 
+def grow(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a transformer twice as deep that does nearly the same: every block twice, its gates halved.
+
+    Training half the depth first and growing it is cheaper than full depth from the start (progressive stacking).
+    """
+    grown = {}
+    for name, tensor in state.items():
+        if not name.startswith("blocks."):
+            grown[name] = tensor
+            continue
+        _, index, rest = name.split(".", 2)
+        if rest.startswith("ada_lin."):
+            tensor = tensor.clone()
+            tensor[: 2 * TRANSFORMER.width] *= 0.5
+        for copy in (0, 1):
+            grown[f"blocks.{2 * int(index) + copy}.{rest}"] = tensor.clone()
+    return grown
+
+
 def make_optimizers(model: VARTransformer) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else."""
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
@@ -255,66 +274,113 @@ def var_loss(
     return loss.view(tokens_BL.shape).mean(0)
 
 
-def train_var(data: Path, work: Path, device: torch.device, steps: int, batch: int, compiled: bool) -> None:
+class VarRun:
+    """The transformer in training: model, averaged weights, optimisers, at half depth before step ``grow_at``."""
+
+    def __init__(self, device: torch.device, path: Path, grow_at: int, compiled: bool) -> None:
+        self.device, self.path, self.grow_at, self.compiled = device, path, grow_at, compiled
+        state = torch.load(path, weights_only=True, map_location=device) if path.exists() else None
+        self.step = state["step"] if state else 0
+        self.build(self.step >= grow_at and self.step > 0 or grow_at == 0)
+        if state is not None and self.deep != state["deep"]:
+            state["model"], state["average"] = grow(state["model"]), grow(state["average"])
+            state["optimizers"] = None
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.average = state["average"]
+            for optimizer, saved in zip(self.optimizers, state["optimizers"] or (), strict=False):
+                optimizer.load_state_dict(saved)
+
+    def build(self, deep: bool) -> None:
+        """A fresh model of full or half depth."""
+        self.deep = deep
+        depth = TRANSFORMER.depth if deep else TRANSFORMER.depth // 2
+        self.model = VARTransformer(TRANSFORMER.model_copy(update={"depth": depth}))
+        self.model.initialise(torch.Generator().manual_seed(0))
+        self.model.to(self.device)
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.optimizers = make_optimizers(self.model)
+        if self.compiled:
+            for block in self.model.blocks:
+                block.compile()
+
+    def grow(self) -> None:
+        """Doubles the depth; the optimisers start anew."""
+        state, average = self.model.state_dict(), self.average
+        self.build(deep=True)
+        self.model.load_state_dict(grow(state))
+        self.average = grow(average)
+
+    def follow(self) -> None:
+        """Moves the averaged weights a little towards the current ones."""
+        weight = min(0.998, (self.step + 1) / (self.step + 10))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - weight)
+
+    def save(self) -> None:
+        save(
+            self.path,
+            model=self.model.state_dict(),
+            average=self.average,
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            step=self.step,
+            deep=self.deep,
+        )
+
+
+@torch.inference_mode()
+def held_out_loss(run: VarRun, vae: VQVAE, tokens: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean loss in nats per token of the current and of the averaged weights."""
+    losses = []
+    current = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for weights in (current, run.average):
+        run.model.load_state_dict(weights, strict=False)
+        with torch.autocast(run.device.type, torch.bfloat16):
+            parts = [
+                var_loss(run.model, vae, x.long().to(run.device), y.to(run.device)).mean()
+                for x, y in zip(tokens.split(250), labels.split(250), strict=True)
+            ]
+        losses.append(float(torch.stack(parts).mean()))
+    run.model.load_state_dict(current, strict=False)
+    return losses[0], losses[1]
+
+
+def train_var(
+    data: Path, work: Path, device: torch.device, steps: int, batch: int, grow_at: int, compiled: bool
+) -> None:
     """Cross-entropy over all scales; one label in ten is the null class; an average of the weights is kept."""
-    path, log = work / "var.pt", Log(work / "var.jsonl")
+    log = Log(work / "var.jsonl")
     tokens, labels = tokenise(data, work, device)
-    held_tokens, held_labels = tokens[-HELD_OUT:], labels[-HELD_OUT:]
+    held = tokens[-HELD_OUT:], labels[-HELD_OUT:]
     tokens, labels = tokens[:-HELD_OUT], labels[:-HELD_OUT]
     vae = VQVAE(TOKENIZER).to(device).eval().requires_grad_(False)
     vae.load_state_dict(torch.load(work / "vqvae.pt", weights_only=True)["model"])
-    model = VARTransformer(TRANSFORMER)
-    model.initialise(torch.Generator().manual_seed(0))
-    model.to(device)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers = make_optimizers(model)
-    begin = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True, map_location=device)
-        model.load_state_dict(state["model"])
-        average = state["average"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        begin = state["step"]
-    if compiled:
-        for block in model.blocks:
-            block.compile()
-    generator, null = torch.Generator(), model.null_class
-    for step, index in batches(len(tokens), batch, 3, begin):
+    run = VarRun(device, work / "var.pt", grow_at, compiled)
+    generator, null = torch.Generator(), TRANSFORMER.classes
+    for step, index in batches(len(tokens), batch, 3, run.step):
         if step >= steps:
             break
+        if step >= grow_at and not run.deep:
+            run.grow()
         generator.manual_seed(step)
-        set_rate(optimizers, plateau(step, steps))
+        set_rate(run.optimizers, plateau(step, steps))
         x, y = tokens[index].long().to(device), labels[index]
         y = torch.where(torch.rand(len(y), generator=generator) < 0.1, null, y).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = var_loss(model, vae, x, y).mean()
-        for optimizer in optimizers:
+            loss = var_loss(run.model, vae, x, y).mean()
+        for optimizer in run.optimizers:
             optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        for optimizer in run.optimizers:
             optimizer.step()
-        weight = min(0.998, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - weight)
-        if (step + 1) % 20 == 0:
-            log(stage="var", step=step + 1, loss=float(loss.detach()), gradient=float(norm))
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            current = {name: p.detach().clone() for name, p in model.named_parameters()}
-            model.load_state_dict(average, strict=False)
-            total = torch.zeros(model.config.pyramid.total, device=device)
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-                for tx, ty in zip(held_tokens.split(250), held_labels.split(250), strict=True):
-                    total += var_loss(model, vae, tx.long().to(device), ty.to(device)) / (HELD_OUT // 250)
-            model.load_state_dict(current, strict=False)
-            log(stage="var", step=step + 1, held_out_loss=float(total.mean()))
-            save(
-                path,
-                model=model.state_dict(),
-                average=average,
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                step=step + 1,
-            )
+        run.follow()
+        run.step = step + 1
+        if run.step % 20 == 0:
+            log(stage="var", step=run.step, loss=float(loss.detach()), gradient=float(norm))
+        if run.step % 200 == 0 or run.step == steps:
+            now, averaged = held_out_loss(run, vae, *held)
+            log(stage="var", step=run.step, held_out_loss=now, averaged_held_out_loss=averaged)
+            run.save()
 
 
 def main() -> None:
@@ -326,7 +392,8 @@ def main() -> None:
     parser.add_argument("--classifier-epochs", type=int, default=8)
     parser.add_argument("--vqvae-epochs", type=int, default=5)
     parser.add_argument("--var-steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--grow-at", type=int, default=2500, help="step at which half the depth becomes all of it")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler on a CPU)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -337,7 +404,7 @@ def main() -> None:
     if "vqvae" in stages:
         train_vqvae(args.data, args.work, device, args.vqvae_epochs)
     if "var" in stages:
-        train_var(args.data, args.work, device, args.var_steps, args.batch, args.compile)
+        train_var(args.data, args.work, device, args.var_steps, args.batch, args.grow_at, args.compile)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,12 @@ class Router(nn.Module):
             nn.init.zeros_(self.up.weight)
         self.width = width
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        score: Tensor = self.linear(x_BLC)
+    def forward(self, x_BLC: Tensor, last: int | None = None) -> Tensor:
+        """Scores [B, L, F] of all experts that the router knows, or of the ``last`` ones only."""
+        begin = 0 if last is None else self.linear.out_features - last
+        score = F.linear(x_BLC, self.linear.weight[begin:], self.linear.bias[begin:])
         if self.width:
-            score = score + self.up(F.relu(self.down(x_BLC)))
+            score = score + F.linear(F.relu(self.down(x_BLC)), self.up.weight[begin:])
         return score
 
 
@@ -99,7 +101,8 @@ class ExpertFFN(nn.Module):
         self.register_buffer("permutation", torch.arange(config.hidden))
         self.inactive = nn.Parameter(torch.zeros(config.pyramid.num_scales, self.experts, config.width))
         self.scored = max(each.router_experts(block) for each in plans.values())
-        self.router = Router(config.width, self.scored, chosen.router_width) if self.scored else None
+        width = max(each.router_width for each in plans.values() if each.router_experts(block) == self.scored)
+        self.router = Router(config.width, self.scored, width) if self.scored else None
         self.plan = chosen
 
     def weights(self, scale: int) -> ExpertWeights:
@@ -113,7 +116,8 @@ class ExpertFFN(nn.Module):
         if not self.plan.routes(self.block, scale):
             return x_BLC.new_full((*x_BLC.shape[:2], free), routed > 0, dtype=torch.bool)
         assert self.router is not None
-        score = self.router(x_BLC)[..., self.scored - free :]
+        known = self.plan.router_experts(self.block)
+        score = self.router(x_BLC, known)[..., known - free :]
         if self.plan.neighbourhood > 1:
             score = share_scores(score, self.config.sides[scale], self.plan.neighbourhood, position_BL)
         return select_experts(score, routed, plan.threshold[scale] if plan.threshold else None)

@@ -56,6 +56,7 @@ class VARModel(nn.Module):
 
     Attributes:
         sampling: the sampling that the model was measured with; what ``generate`` uses unless told otherwise.
+        origin: where the weights come from (name, path, vae, revision), as far as known; empty for a model made in memory.
     """
 
     transformer: VARTransformer
@@ -66,6 +67,7 @@ class VARModel(nn.Module):
         self.transformer = transformer
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
+        self.origin: dict[str, str] = {}
 
     @property
     def is_sparse(self) -> bool:

@@ -73,6 +73,11 @@ class SparsityPlan(BaseModel):
         """Whether any block skips tokens."""
         return any(keep < 1 for block in self.blocks for keep in block.keep)
 
+    @property
+    def routing(self) -> bool:
+        """Whether any block has experts to choose."""
+        return any(self.router_experts(block) for block in range(len(self.blocks)))
+
     def block_gated(self, block: int) -> bool:
         """Whether one block skips tokens at any scale."""
         return any(keep < 1 for keep in self.blocks[block].keep)

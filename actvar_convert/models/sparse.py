@@ -40,8 +40,9 @@ class SparseBlock(Block):
         self.ffn = ExpertFFN(config, plans, plan, index)
         self.gate: TokenGate | None = None
         self.reconstruction: Reconstruction | None = None
-        if any(each.block_gated(index) for each in plans.values()):
-            chosen = plans[plan]
+        gating = [each for each in plans.values() if each.block_gated(index)]
+        if gating:
+            chosen = gating[0]
             self.gate = TokenGate(config.width)
             self.reconstruction = Reconstruction(
                 config.width, config.pyramid.num_scales, chosen.reconstruction, chosen.reconstruction_rank
@@ -166,7 +167,7 @@ class SparseVARTransformer(VARTransformer):
     Args:
         config: shape of the dense transformer.
         plans: named plans; routers and gates are sized for all of them together. They share the number of experts,
-            the router's width and the kind and rank of the reconstruction.
+            those that route the router's width, those that gate the kind and rank of the reconstruction.
         default: name of the plan in force.
 
     Raises:
@@ -177,8 +178,15 @@ class SparseVARTransformer(VARTransformer):
         if default not in plans:
             raise RecipeError(f"plan {default!r} is not among the plans: {', '.join(plans)}")
         problems = [f"{name}: {problem}" for name, plan in plans.items() for problem in plan.problems(config)]
-        for field in ("experts", "router_width", "reconstruction", "reconstruction_rank"):
-            values = {name: getattr(plan, field) for name, plan in plans.items()}
+        routing = {name: plan for name, plan in plans.items() if plan.routing}
+        gating = {name: plan for name, plan in plans.items() if plan.gated}
+        for field, concerned in (
+            ("experts", plans),
+            ("router_width", routing),
+            ("reconstruction", gating),
+            ("reconstruction_rank", gating),
+        ):
+            values = {name: getattr(plan, field) for name, plan in concerned.items()}
             if len(set(values.values())) > 1:
                 problems.append(f"plans of one model must agree on {field}, given {values}")
         if problems:

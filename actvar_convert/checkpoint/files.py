@@ -1,0 +1,190 @@
+"""Files that appear whole or not at all, and operating-system errors said in words."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from actvar_convert.errors import InputError
+
+COMMIT = ".actvar-commit"
+"""Folder of files that are complete and only have to be moved one level up: finishing that is always safe."""
+
+STAGING = ".actvar-saving-"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    with explain_os_errors("read", path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def explain_os_errors(action: str, path: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into an InputError with the cause and the way out.
+
+    Args:
+        action: a verb: "read", "write".
+        path: the file or folder that is being read or written.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if "os error" not in str(error):
+            raise
+        cause = next((c for c in (errno.ENOSPC, errno.EACCES, errno.EDQUOT) if f"os error {c})" in str(error)), None)
+        raise _explained(action, path, cause, str(error)) from error
+    except OSError as error:
+        raise _explained(action, path, error.errno, error.strerror or str(error)) from error
+
+
+def _explained(action: str, path: Path, cause: int | None, text: str) -> InputError:
+    if cause in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"cannot {action} {path}: the disk is full. Free some space, or choose a folder elsewhere.")
+    if cause in (errno.EACCES, errno.EPERM):
+        return InputError(f"cannot {action} {path}: no permission. Change its permissions, or choose another place.")
+    if cause == errno.EROFS:
+        return InputError(f"cannot {action} {path}: the file system is read-only. Choose a folder elsewhere.")
+    if cause == errno.ENOENT:
+        return InputError(f"cannot {action} {path}: no such file or folder. Check the path.")
+    if cause == errno.EISDIR:
+        return InputError(f"cannot {action} {path}: it is a folder where a file is needed. Name a file in it.")
+    if cause in (errno.ENOTDIR, errno.EEXIST):
+        return InputError(f"cannot {action} {path}: a file is in the way of the folder. Choose another name.")
+    return InputError(f"cannot {action} {path}: {text}. Check the path and the disk.")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Checks that the disk of a folder, which need not exist yet, has room for ``needed`` bytes.
+
+    Raises:
+        InputError: there is less free space.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"cannot write {folder}: it needs {size_text(needed)} and the disk has {size_text(free)} free. "
+            "Free some space, or choose a folder elsewhere."
+        )
+
+
+def size_text(number: float) -> str:
+    """Bytes as people say them: 1.2 GB, 16 MB, 300 kB."""
+    for unit, letter in ((1e9, "GB"), (1e6, "MB")):
+        if number >= unit:
+            return f"{number / unit:.3g} {letter}"
+    return f"{number / 1e3:.3g} kB"
+
+
+def fsync(path: Path) -> None:
+    """Forces a file or folder onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``; what is written there takes the place of ``path`` if nothing goes wrong."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with explain_os_errors("write", path):
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_files(folder: Path, owned: Sequence[str]) -> Iterator[Path]:
+    """A staging folder whose files become those of ``folder`` together, or not at all.
+
+    A folder that does not exist yet appears by one rename. In an existing one the complete set is first renamed to
+    ``.actvar-commit`` and then moved into place file by file; an interruption in between is finished by
+    ``finish_commit``, which every reader and writer calls first. Other files of the folder stay.
+
+    Args:
+        folder: where the files belong.
+        owned: glob patterns of files that belong to the set; those that are not written again are removed.
+    """
+    with explain_os_errors("write", folder):
+        fresh = not folder.exists()
+        created = _make_folders(folder.parent)
+        staging = (
+            folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+            if fresh
+            else folder / (STAGING + secrets.token_hex(4))
+        )
+        try:
+            if not fresh:
+                finish_commit(folder)
+                for left in folder.glob(STAGING + "*"):
+                    shutil.rmtree(left)
+            staging.mkdir()
+            yield staging
+            for file in staging.iterdir():
+                fsync(file)
+            if fresh:
+                fsync(staging)
+                staging.rename(folder)
+                fsync(folder.parent)
+            else:
+                _commit(folder, staging, owned)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            for parent in created:
+                parent.rmdir()
+            raise
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Creates a folder with its parents; returns those that did not exist, innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _commit(folder: Path, staging: Path, owned: Sequence[str]) -> None:
+    new = sorted(file.name for file in staging.iterdir())
+    stale = sorted({file.name for pattern in owned for file in folder.glob(pattern)} - set(new))
+    manifest = staging / "manifest.json"
+    manifest.write_text(json.dumps({"files": new, "stale": stale}))
+    fsync(manifest)
+    fsync(staging)
+    staging.rename(folder / COMMIT)
+    fsync(folder)
+    finish_commit(folder)
+
+
+def finish_commit(folder: Path) -> None:
+    """Moves the files of an interrupted save into place; does nothing when there was none."""
+    commit = folder / COMMIT
+    if not commit.is_dir():
+        return
+    with explain_os_errors("finish the interrupted save in", folder):
+        manifest = commit / "manifest.json"
+        if manifest.exists():
+            listed = json.loads(manifest.read_text())
+            for name in listed["files"]:
+                if (commit / name).exists():
+                    os.replace(commit / name, folder / name)
+            for name in listed["stale"]:
+                (folder / name).unlink(missing_ok=True)
+            fsync(folder)
+            manifest.unlink()
+        commit.rmdir()
+        fsync(folder)

@@ -1,0 +1,81 @@
+"""A model from whatever a person names: bundled, published, a sparse folder, a dense file or folder."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from actvar_convert.checkpoint.dense import DTypeChoice, load_dense
+from actvar_convert.checkpoint.locate import is_sparse_folder
+from actvar_convert.checkpoint.official import fetch_official, official_names
+from actvar_convert.checkpoint.reading import require_exists
+from actvar_convert.checkpoint.sparse import load_sparse
+from actvar_convert.checkpoint.zoo import bundled_names, load_bundled
+from actvar_convert.errors import InputError
+from actvar_convert.models.model import VARModel
+
+
+def load_any(
+    source: str | Path,
+    vae: str | Path | None = None,
+    plan: str | None = None,
+    *,
+    heads: int | None = None,
+    residual_ratio: float | None = None,
+    sides: Sequence[int] | None = None,
+    dtype: DTypeChoice = None,
+) -> VARModel:
+    """A model from its name or path; dense and sparse models are used alike.
+
+    A plain name means a bundled or published model even where a file has that name; write ``./NAME`` for the file.
+
+    Args:
+        source: bundled name ("fashion"), published name ("var-d16"), sparse folder, dense file or folder.
+        vae: tokenizer of a dense source.
+        plan: of a sparse source, instead of its default.
+        heads, residual_ratio, sides: of a dense source, see Overrides.
+        dtype: of the transformer; None: float32; "keep" (dense files): as stored.
+
+    Raises:
+        InputError: nothing has this name; the message proposes what has a similar one.
+        CheckpointError: see load_dense and load_sparse.
+    """
+    name = source if isinstance(source, str) else ""
+    path = Path(source)
+    sparse = name not in (*bundled_names(), *official_names()) and is_sparse_folder(path)
+    if vae is not None and (sparse or name in bundled_names()):
+        raise InputError(f"{source} brings its own tokenizer. Leave vae out.")
+    if plan is not None and not sparse:
+        raise InputError(f"{source} is not a sparse folder and has no plan {plan!r}. Leave plan out.")
+    if name in bundled_names():
+        model = load_bundled(name)
+        return model.to(dtype=dtype) if isinstance(dtype, torch.dtype) else model
+    if name in official_names():
+        fetched = fetch_official(name, tokenizer=vae is None)
+        tokenizer = fetched.tokenizer if vae is None else vae
+        model = load_dense(
+            fetched.transformer, tokenizer, heads=heads, residual_ratio=residual_ratio, sides=sides, dtype=dtype
+        )
+        model.origin = {"name": name, "revision": fetched.revision, **model.origin}
+        return model
+    _require_known(source)
+    if sparse:
+        return load_sparse(path, plan, dtype=None if dtype == "keep" else dtype)
+    return load_dense(path, vae, heads=heads, residual_ratio=residual_ratio, sides=sides, dtype=dtype)
+
+
+def _require_known(source: str | Path) -> None:
+    """Something exists under this path; otherwise the message proposes names and files that look alike."""
+    if isinstance(source, Path) or Path(source).exists() or Path(source).name != source or "." in source:
+        require_exists(Path(source))
+        return
+    names = [*bundled_names(), *official_names()]
+    folder = Path.cwd()
+    near = difflib.get_close_matches(source.lower(), [*names, *(entry.name for entry in folder.iterdir())], n=3)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise InputError(
+        f"{source!r} is neither the name of a model nor a file or folder in {folder}. {hint}Names: {', '.join(names)}."
+    )

@@ -1,0 +1,1 @@
+"""From a dense VAR to a sparse one: calibration, clustering, routers and gates, budgets."""

@@ -1,0 +1,147 @@
+"""Partition, order, router start and constants of one FFN's experts.
+
+Shapes: T tokens, C width, H neurons, E experts of N neurons, F experts that the router scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actvar_convert.convert.clustering import METHODS
+from actvar_convert.models.experts import ExpertFFN
+from actvar_convert.models.var import FFN
+from actvar_convert.recipe.schema import ExpertsRecipe
+
+
+@dataclass
+class Partition:
+    """Order of the neurons of one FFN: expert e owns ``permutation[e N : (e + 1) N]``, most important experts first."""
+
+    permutation: Tensor
+
+
+def activations(ffn: FFN, x_TC: Tensor) -> Tensor:
+    """Hidden activations [T, H] of a dense FFN."""
+    return F.gelu(F.linear(x_TC, ffn.fc1.weight, ffn.fc1.bias), approximate="tanh")
+
+
+def neuron_importance(ffn: FFN, hidden_TH: Tensor) -> Tensor:
+    """Root mean square [H] of what each neuron adds to the output: rms activation times norm of its output weights."""
+    return hidden_TH.square().mean(0).sqrt() * ffn.fc2.weight.norm(dim=0)
+
+
+def partition_neurons(ffn: FFN, x_TC: Tensor, recipe: ExpertsRecipe, shared: int, seed: int) -> Partition:
+    """Splits an FFN's neurons into experts.
+
+    Args:
+        ffn: the dense FFN.
+        x_TC: calibration inputs, from the scales that will be sparse.
+        recipe: number of experts and method.
+        shared: experts that every scale runs. With ``recipe.shared == "neurons"`` they are the most important neurons,
+            one by one, and only the others are clustered; with ``"experts"`` all neurons are clustered and the most
+            important clusters come first.
+        seed: of the clustering.
+    """
+    hidden = activations(ffn, x_TC)
+    importance = neuron_importance(ffn, hidden)
+    neurons = ffn.fc1.out_features
+    size = neurons // recipe.count
+    ranked = importance.argsort(descending=True, stable=True)
+    head = ranked[: shared * size] if recipe.shared == "neurons" else ranked[:0]
+    tail = ranked[len(head) :].sort().values
+    groups = [head.view(-1, size)] if len(head) else []
+    if len(tail):
+        label = METHODS[recipe.clustering](
+            hidden[:, tail].double().cpu().numpy(),
+            ffn.fc1.weight[tail].double().cpu().numpy(),
+            len(tail) // size,
+            recipe.projection,
+            seed,
+        )
+        members = tail[torch.from_numpy(np.argsort(label, kind="stable")).to(tail.device)].view(-1, size)
+        energy = importance.square()[members].sum(1)
+        groups.append(members[energy.argsort(descending=True, stable=True)])
+    return Partition(torch.cat(groups).flatten())
+
+
+def install_experts(sparse: ExpertFFN, ffn: FFN, partition: Partition) -> None:
+    """Writes the dense weights into the expert FFN, neurons in expert order."""
+    order = partition.permutation
+    sparse.fc1.weight.data = ffn.fc1.weight.data[order].clone()
+    sparse.fc1.bias.data = ffn.fc1.bias.data[order].clone()
+    sparse.fc2.weight.data = ffn.fc2.weight.data[:, order].clone()
+    sparse.fc2.bias.data = ffn.fc2.bias.data.clone()
+    sparse.permutation = order.clone()
+
+
+def expert_sizes(ffn: ExpertFFN, hidden_TH: Tensor, inactive_EC: Tensor | None = None) -> Tensor:
+    """Norms [T, E] of f_e(x), or of f_e(x) - m_e when constants are given, from hidden activations in expert order.
+
+    ||W_e h - m||^2 = h' W_e' W_e h - 2 h' W_e' m + m' m, so no [T, E, C] tensor is made.
+    """
+    E, size = ffn.experts, hidden_TH.shape[1] // ffn.experts
+    h = hidden_TH.view(-1, E, size)
+    w = ffn.fc2.weight.T.reshape(E, size, -1)
+    squared = torch.einsum("ten,enm,tem->te", h, w @ w.transpose(1, 2), h)
+    if inactive_EC is not None:
+        squared = squared - 2 * torch.einsum("ten,enc,ec->te", h, w, inactive_EC) + inactive_EC.square().sum(1)
+    return squared.clamp_min(0).sqrt()
+
+
+def ridge(x_TC: Tensor, y_TD: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Weight [D, C] and bias [D] of the least-squares map from x to y, with a little ridge, solved in fp64."""
+    x, y = x_TC.double(), y_TD.double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    centred = x - mean_x
+    gram = centred.T @ centred
+    gram.diagonal().add_(strength * gram.diagonal().mean() + 1e-9)
+    weight = torch.linalg.solve(gram, centred.T @ (y - mean_y)).T
+    return weight.to(y_TD.dtype), (mean_y - weight @ mean_x).to(y_TD.dtype)
+
+
+@torch.no_grad()
+def start_router(ffn: ExpertFFN, x_TC: Tensor) -> None:
+    """Least-squares start of the router: predicts ||f_e(x)|| of the experts that it scores."""
+    if ffn.router is None:
+        return
+    hidden = F.gelu(ffn.fc1(x_TC), approximate="tanh")
+    target = expert_sizes(ffn, hidden)[:, ffn.experts - ffn.scored :]
+    weight, bias = ridge(x_TC, target)
+    ffn.router.linear.weight.data.copy_(weight)
+    ffn.router.linear.bias.data.copy_(bias)
+    if ffn.router.width:
+        generator = torch.Generator().manual_seed(ffn.block)
+        down = ffn.router.down.weight
+        down.data.copy_(torch.randn(down.shape, generator=generator) / down.shape[1] ** 0.5)
+
+
+@torch.no_grad()
+def calibrate_inactive(ffn: ExpertFFN, inputs: list[Tensor], kind: str) -> None:
+    """Constants that inactive experts contribute, per scale, from FFN inputs [T_s, C] of every scale.
+
+    ``skipped_mean``: the mean of f_e over the tokens that skip e; ``mean``: over all tokens; ``none``: zero.
+    """
+    ffn.inactive.data.zero_()
+    if kind == "none":
+        return
+    E, size = ffn.experts, ffn.fc1.out_features // ffn.experts
+    w = ffn.fc2.weight.T.reshape(E, size, -1)
+    for scale, x in enumerate(inputs):
+        if ffn.plan.runs_all(ffn.block, scale):
+            continue
+        prefix = ffn.plan.blocks[ffn.block].prefix[scale]
+        hidden = F.gelu(ffn.fc1(x), approximate="tanh").view(-1, E, size)
+        if kind == "mean":
+            mean = hidden.mean(0)
+        else:
+            skips = (~ffn.route(x.unsqueeze(0), scale)[0]).to(hidden.dtype)
+            skips = torch.cat((skips.new_zeros(len(x), prefix), skips), dim=1)
+            mean = torch.einsum("te,ten->en", skips, hidden) / skips.sum(0).clamp_min(1).unsqueeze(1)
+        constant = torch.einsum("en,enc->ec", mean, w)
+        constant[:prefix] = 0
+        ffn.inactive.data[scale] = constant

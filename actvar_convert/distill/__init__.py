@@ -1,0 +1,1 @@
+"""Two-stage distillation of a sparse VAR from its dense teacher."""

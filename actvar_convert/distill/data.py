@@ -1,0 +1,164 @@
+"""Token pyramids for calibration and distillation: sampled from the teacher or made from images, stored once.
+
+Shapes: N pyramids, L tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from actvar_convert.errors import InputError
+from actvar_convert.models.model import VARModel
+from actvar_convert.progress import Progress
+from actvar_convert.report.generation import balanced_labels
+
+_Maker = Callable[[int], Tensor]
+"""Makes the rows of one part, from its index."""
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class TokenStore:
+    """Token pyramids and labels in memory, two bytes a token, replayed in an order that depends on the seed alone."""
+
+    def __init__(self, tokens_NL: Tensor, labels_N: Tensor) -> None:
+        self.tokens = tokens_NL.to(torch.uint16)
+        self.labels = labels_N.to(torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Pyramids [B, L] int64 and labels [B] of one step; every epoch is a permutation of the store."""
+        size = min(size, len(self))
+        per_epoch = len(self) // size
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        index = order[place * size : (place + 1) * size]
+        return self.tokens[index].long(), self.labels[index]
+
+
+def store_from_teacher(
+    teacher: VARModel, count: int, *, path: Path | None, batch: int, seed: int, cfg: float | None, progress: Progress
+) -> TokenStore:
+    """Pyramids that the teacher draws itself, labels balanced.
+
+    Drawn batch by batch, each from a seed of its own, and appended to ``path``: an interrupted call goes on where it
+    stopped and ends with the same tokens.
+    """
+    pyramid = teacher.transformer.config.pyramid
+    labels = balanced_labels(count, teacher.transformer.config.classes)
+    parts = list(labels.split(batch))
+
+    def draw(index: int) -> Tensor:
+        return teacher.generate_tokens(parts[index], seed=seed + 7_919 * (index + 1), chunk=batch, cfg=cfg).cpu()
+
+    tokens = _collect(path, [len(part) for part in parts], pyramid.total, draw, progress, "sampling from the teacher")
+    return TokenStore(tokens, labels)
+
+
+def store_from_images(
+    teacher: VARModel, folder: Path, count: int, *, path: Path | None, batch: int, seed: int, progress: Progress
+) -> TokenStore:
+    """Pyramids of the images of a class-per-folder tree (``folder/class/image.png``), classes in sorted order.
+
+    Images are centre-cropped and resized to the model's size; ``count`` of them are drawn without replacement, or all
+    if there are fewer.
+    """
+    files, labels = list_images(folder, teacher.transformer.config.classes)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
+    chosen = [files[i] for i in order.tolist()]
+    size = teacher.tokenizer.config.image_size
+    parts = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
+
+    def encode(index: int) -> Tensor:
+        images = torch.stack([read_image(file, size) for file in parts[index]]).to(teacher.device, teacher.dtype)
+        with torch.inference_mode():
+            return torch.cat(teacher.tokenizer.encode(images * 2 - 1), dim=1).cpu()
+
+    lengths = [len(part) for part in parts]
+    tokens = _collect(path, lengths, teacher.transformer.config.pyramid.total, encode, progress, "tokenising images")
+    return TokenStore(tokens, labels[order])
+
+
+def list_images(folder: Path, classes: int) -> tuple[list[Path], Tensor]:
+    """Image files of a class-per-folder tree and the class index of each.
+
+    Raises:
+        InputError: no such folder, no image in it, or another number of classes than the model has.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the root of a class-per-folder tree of images")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if len(names) != classes:
+        raise InputError(f"{folder}: holds {len(names)} class folders, the model has {classes} classes")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise InputError(f"{folder}: no image below it; looked for {', '.join(IMAGE_ENDINGS)}")
+    return files, torch.tensor(labels)
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """One image [3, size, size] in [0, 1]: shorter side resized, centre cropped."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as an image ({error}); remove it or replace it") from error
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _collect(
+    path: Path | None, lengths: list[int], width: int, make: _Maker, progress: Progress, description: str
+) -> Tensor:
+    """Rows [N, width] of all parts, appended to ``path`` as they are made; parts already there are not made again."""
+    rows = np.zeros((0, width), np.uint16)
+    if path is not None and path.exists():
+        flat = np.fromfile(path, np.uint16)
+        rows = flat[: len(flat) // width * width].reshape(-1, width)
+    ends = np.cumsum([0, *lengths])
+    done = int(np.searchsorted(ends, len(rows), side="right")) - 1
+    pieces = [rows[: ends[done]]]
+    with progress.task(description, int(ends[-1])) as task:
+        task.advance(int(ends[done]))
+        for index, made in _appending(path, pieces[0], range(done, len(lengths)), make):
+            pieces.append(made)
+            task.advance(lengths[index])
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+def _appending(
+    path: Path | None, kept: np.ndarray, indices: range, make: _Maker
+) -> Iterator[tuple[int, np.ndarray]]:
+    if path is None:
+        for index in indices:
+            yield index, make(index).numpy().astype(np.uint16)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.stat().st_size != kept.nbytes:
+        partial = path.with_suffix(".tmp")
+        kept.tofile(partial)
+        os.replace(partial, path)
+    with path.open("ab") as file:
+        for index in indices:
+            made = make(index).numpy().astype(np.uint16)
+            file.write(made.tobytes())
+            file.flush()
+            yield index, made

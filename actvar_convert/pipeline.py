@@ -1,0 +1,409 @@
+"""The public verbs: load, convert, distill, evaluate, benchmark, report_flops, inspect, sample.
+
+They return values and write files; nothing here prints. ``run``, which strings them together, is in ``runs.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from actvar_convert.checkpoint.inspection import Inspection, inspect_file
+from actvar_convert.checkpoint.official import official_config, official_names
+from actvar_convert.checkpoint.source import load_any
+from actvar_convert.checkpoint.sparse import read_provenance, save_sparse
+from actvar_convert.checkpoint.sparse_config import Provenance, provenance_of
+from actvar_convert.convert.budget import uniform_plan
+from actvar_convert.convert.converter import convert_model
+from actvar_convert.distill.data import TokenStore, store_from_images, store_from_teacher
+from actvar_convert.distill.loop import distill_model
+from actvar_convert.checkpoint.zoo import bundled_config, bundled_names
+from actvar_convert.errors import CheckpointError, InputError
+from actvar_convert.files import write_whole
+from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.plan import SparsityPlan
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.progress import MetricsLog, Progress, SilentProgress
+from actvar_convert.recipe.check import check_recipe
+from actvar_convert.recipe.load import dump_recipe, load_recipe
+from actvar_convert.recipe.schema import Recipe
+from actvar_convert.report.features import FeatureExtractor, state_fingerprint
+from actvar_convert.report.flops import FlopsReport, count_flops
+from actvar_convert.report.latency import BenchmarkReport, benchmark_models
+from actvar_convert.report.pictures import picture
+from actvar_convert.report.quality import evaluate_models
+from actvar_convert.report.quality_report import QualityReport
+from actvar_convert.runtime import pick_device, pick_dtype
+
+RecipeLike = str | Path | Recipe
+
+
+def load(
+    source: str | Path,
+    *,
+    vae: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    plan: str | None = None,
+) -> VARModel:
+    """A model, dense or sparse.
+
+    Args:
+        source: a bundled name (``fashion``), an official name (``var-d16``), a dense file or folder, or a sparse folder.
+        vae: tokenizer file, where the source does not bring its own.
+        device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
+        dtype: fp32, bf16 or fp16; fp32 by default.
+        plan: of a sparse model, instead of its default plan.
+
+    Raises:
+        InputError, CheckpointError: what cannot be read, with all problems at once.
+    """
+    target = pick_device(device)
+    model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target))
+    return model.to(device=target).eval()
+
+
+def convert(
+    model: VARModel, *, recipe: RecipeLike, out: str | Path | None = None, progress: Progress | None = None
+) -> SparseVARModel:
+    """A sparse model from a dense one: calibrated, usable at once without training.
+
+    Args:
+        model: the dense model, left as it is.
+        recipe: name, file or Recipe.
+        out: folder to write the result to, whole or not at all.
+        progress: told about every long step.
+
+    Raises:
+        RecipeError: the recipe does not fit the model, all problems at once, before any work.
+    """
+    progress = progress or SilentProgress()
+    chosen = load_recipe(recipe)
+    _require_dense(model)
+    check_recipe(chosen, model.transformer.config)
+    plans, default = recipe_plans(model.transformer.config, chosen)
+    calibration = chosen.calibration
+    store = _store(
+        model,
+        source=calibration.source,
+        images=calibration.images,
+        count=calibration.pyramids,
+        batch=calibration.batch,
+        seed=chosen.seed + 1,
+        cfg=chosen.data.cfg,
+        path=None,
+        progress=progress,
+    )
+    with progress.task("converting blocks", model.transformer.config.depth) as task:
+        sparse = convert_model(
+            model, plans, default, chosen, store.tokens.long(), store.labels, on_block=task.advance
+        )
+    sparse.origin = {}
+    if out is not None:
+        save_sparse(sparse, Path(out), provenance=provenance(model, chosen), recipe_text=dump_recipe(chosen))
+    return sparse
+
+
+def recipe_plans(config: TransformerConfig, recipe: Recipe) -> tuple[dict[str, SparsityPlan], str]:
+    """The plans that a recipe asks for, and the default's name: those it states, or the one its budget leads to."""
+    if recipe.plans:
+        return dict(recipe.plans), recipe.default_plan or next(iter(recipe.plans))
+    name = recipe.default_plan or "default"
+    return {name: uniform_plan(config, recipe)}, name
+
+
+def distill(
+    model: VARModel,
+    *,
+    teacher: VARModel | None = None,
+    recipe: RecipeLike,
+    out: str | Path,
+    progress: Progress | None = None,
+    origin: Provenance | None = None,
+) -> SparseVARModel:
+    """Two-stage distillation of a converted model, in place; goes on where an interrupted call stopped.
+
+    Args:
+        model: the converted model.
+        teacher: the dense model it came from; the recorded one by default.
+        recipe: name, file or Recipe.
+        out: folder to write the result to. Samples and state wait in ``OUT.work`` beside it until the end.
+        progress: told about every long step.
+        origin: provenance to record instead of what ``provenance`` finds.
+
+    Raises:
+        Interrupted: after Ctrl-C; the same call goes on.
+        CheckpointError: the state beside ``out`` belongs to another recipe or teacher.
+    """
+    progress = progress or SilentProgress()
+    if not isinstance(model, SparseVARModel):
+        raise InputError("this model is dense; convert it first (actvar convert MODEL --out DIR)")
+    chosen = load_recipe(recipe)
+    check_recipe(chosen, model.transformer.config)
+    teacher = recorded_teacher(model) if teacher is None else teacher
+    _require_dense(teacher)
+    folder = Path(out)
+    work = work_folder(folder)
+    work.mkdir(parents=True, exist_ok=True)
+    fingerprint = run_fingerprint(teacher, chosen)
+    data = chosen.data
+    store = _store(
+        teacher,
+        source=data.source,
+        images=data.images,
+        count=data.pyramids,
+        batch=data.batch,
+        seed=chosen.seed + 2,
+        cfg=data.cfg,
+        path=work / f"tokens-{fingerprint[:12]}.bin",
+        progress=progress,
+    )
+    with MetricsLog(work / "metrics.jsonl") as log:
+        distill_model(
+            model,
+            teacher,
+            chosen,
+            store,
+            state_path=work / "state.safetensors",
+            fingerprint=fingerprint,
+            log=log,
+            progress=progress,
+        )
+    save_sparse(
+        model,
+        folder,
+        provenance=(origin or provenance(teacher, chosen)).model_copy(update={"distilled": True}),
+        recipe_text=dump_recipe(chosen),
+        extra_files={"metrics.jsonl": (work / "metrics.jsonl").read_bytes()},
+    )
+    return model
+
+
+def evaluate(
+    model: VARModel,
+    *,
+    teacher: VARModel | None = None,
+    images: int = 5000,
+    seeds: Sequence[int] = (0,),
+    batch: int = 64,
+    held_out: int = 512,
+    neighbours: int = 3,
+    plans: Sequence[str] | None = None,
+    extractor: FeatureExtractor | None = None,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> QualityReport:
+    """Quality of a model against its teacher, both generating with the same seeds in this run.
+
+    Args:
+        model: sparse, or any other of the teacher's shape.
+        teacher: the dense model; the recorded one by default.
+        images: generated per seed set and model.
+        seeds: seed sets.
+        batch: images generated at once.
+        held_out: teacher pyramids for KL and agreement.
+        neighbours: k of precision and recall.
+        plans: further plans of the model to measure.
+        extractor: features; by default the bundled classifier, for models of the bundled model's image kind.
+        cache: folder in which features are kept while they are made.
+        progress: told about every long step.
+    """
+    teacher = recorded_teacher(model) if teacher is None else teacher
+    return evaluate_models(
+        model,
+        teacher,
+        extractor=extractor or default_extractor(teacher),
+        images=images,
+        seeds=seeds,
+        batch=batch,
+        held_out=held_out,
+        neighbours=neighbours,
+        plans=plans,
+        progress=progress,
+        cache_dir=None if cache is None else Path(cache),
+    )
+
+
+def default_extractor(model: VARModel) -> FeatureExtractor:
+    """The bundled classifier, where it fits the model.
+
+    Raises:
+        InputError: it does not; Inception and reference statistics have to be named then.
+    """
+    from actvar_convert.report.features import bundled_extractor
+
+    extractor = bundled_extractor("fashion")
+    problems = extractor.problems(model)
+    if problems:
+        raise InputError(
+            "the bundled classifier cannot judge this model's images; name an Inception reference "
+            "(--reference FILE.npz or a folder of real images)",
+            problems,
+        )
+    return extractor
+
+
+def benchmark(
+    model: VARModel,
+    *,
+    against: VARModel | None = None,
+    batches: Sequence[int] = (1, 4, 16),
+    dtypes: Sequence[str] = ("fp32",),
+    repeats: int = 5,
+    with_decoder: Sequence[bool] = (False, True),
+    progress: Progress | None = None,
+) -> BenchmarkReport:
+    """Seconds per batch of a model, alternating with ``against``; see ``benchmark_models``.
+
+    A sparse model loaded from a folder is compared with its recorded source unless told otherwise.
+    """
+    if against is None and model.is_sparse and "path" in model.origin:
+        against = recorded_teacher(model)
+    return benchmark_models(
+        model,
+        against,
+        batches=batches,
+        dtypes=dtypes,
+        repeats=repeats,
+        with_decoder=with_decoder,
+        progress=progress,
+    )
+
+
+def report_flops(model: VARModel | str | Path, *, guidance: bool = True) -> FlopsReport:
+    """FLOPs per image, dense and sparse; an official name needs neither weights nor network."""
+    if isinstance(model, str) and model in official_names():
+        transformer, tokenizer = official_config(model)
+        return count_flops(transformer, tokenizer, guidance=guidance)
+    if not isinstance(model, VARModel):
+        model = load_any(model)
+    plans: Mapping[str, SparsityPlan] | None = None
+    default = None
+    if isinstance(model, SparseVARModel):
+        plans, default = model.plans, model.plan_name
+    return count_flops(model.transformer.config, model.tokenizer.config, plans, default, guidance=guidance)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """What is in a file or folder, without loading it; see ``Inspection``."""
+    return inspect_file(path)
+
+
+def sample(
+    model: VARModel,
+    *,
+    out: str | Path | None = None,
+    labels: Sequence[int] | None = None,
+    per_class: int = 1,
+    seed: int = 0,
+    cfg: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    chunk: int = 64,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Images [B, 3, H, W] in [0, 1] on the CPU: ``per_class`` of every label, going through the labels in turn.
+
+    Args:
+        model: dense or sparse.
+        out: PNG to write, a column per label.
+        labels: classes; the first ten by default.
+        per_class, seed, cfg, top_k, top_p, chunk: see ``VARModel.generate``.
+        progress: told about the images.
+    """
+    classes = model.transformer.config.classes
+    columns = list(range(min(classes, 10))) if labels is None else list(labels)
+    with (progress or SilentProgress()).task("generating", len(columns) * per_class) as task:
+        images = model.generate(
+            columns * per_class, seed=seed, cfg=cfg, top_k=top_k, top_p=top_p, chunk=chunk
+        ).cpu()
+        task.advance(len(images))
+    if out is not None:
+        names = class_names(model)
+        write_whole(Path(out), picture({"": images}, [names[label] for label in columns]))
+    return images
+
+
+def class_names(model: VARModel) -> list[str]:
+    """Names of the classes: those of the bundled model where it is the source, numbers elsewhere; null last."""
+    classes = model.transformer.config.classes
+    name = model.origin.get("name")
+    if name is None and model.is_sparse and "path" in model.origin:
+        name = read_provenance(model.origin["path"]).name
+    names = bundled_config(name).get("class_names", []) if name in bundled_names() else []
+    return [*(names if len(names) == classes else map(str, range(classes))), "no class"]
+
+
+def work_folder(out: Path) -> Path:
+    """Where an unfinished run keeps its samples and state."""
+    return out.with_name(out.name + ".work")
+
+
+def run_fingerprint(teacher: VARModel, recipe: Recipe) -> str:
+    """Identifies what a distillation depends on: the teacher's weights and the recipe's settings of the method."""
+    method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "samples", "checks", "description", "device"})
+    return hashlib.sha256(f"{state_fingerprint(teacher)}/{method}".encode()).hexdigest()
+
+
+def provenance(teacher: VARModel, recipe: Recipe, **more: object) -> Provenance:
+    """Where a sparse model comes from: its source's files and the recipe by hash, the dense weights by fingerprint."""
+    return provenance_of(teacher.origin, recipe=recipe.name, teacher_fingerprint=state_fingerprint(teacher), **more)
+
+
+def recorded_teacher(model: VARModel, *, device: str | None = None, dtype: str | None = None) -> VARModel:
+    """The dense model that a sparse folder records as its source.
+
+    Raises:
+        InputError: the model was not loaded from a sparse folder, or its source is not recorded or not there.
+        CheckpointError: the source has changed since.
+    """
+    folder = model.origin.get("path")
+    if not model.is_sparse or folder is None:
+        raise InputError("this model records no teacher; name the dense model (--teacher)")
+    recorded = read_provenance(folder)
+    source = recorded.source if recorded.name is None else recorded.name
+    if source is None:
+        raise InputError(f"{folder} does not record its source; name the dense model (--teacher)")
+    try:
+        teacher = load(source, vae=recorded.vae if recorded.name is None else None, device="cpu")
+    except CheckpointError:
+        raise
+    except InputError as error:
+        raise InputError(f"the recorded teacher of {folder} is not at hand; name the dense model (--teacher). {error}")
+    expected = (recorded.model_extra or {}).get("teacher_fingerprint")
+    if expected is not None and expected != state_fingerprint(teacher):
+        raise CheckpointError(
+            f"{source} is no longer the model that {folder} was made from: its weights differ; name the right one (--teacher)"
+        )
+    target = pick_device(device) if device is not None else model.device
+    teacher.to(target)
+    teacher.transformer.to(model.dtype if dtype is None else pick_dtype(dtype, target))
+    return teacher
+
+
+def _require_dense(model: VARModel) -> None:
+    if model.is_sparse:
+        raise InputError("this model is sparse already; give the dense model that it came from")
+
+
+def _store(
+    model: VARModel,
+    *,
+    source: str,
+    images: str | None,
+    count: int,
+    batch: int,
+    seed: int,
+    cfg: float | None,
+    path: Path | None,
+    progress: Progress,
+) -> TokenStore:
+    if source == "images":
+        if images is None:
+            raise InputError("source: images needs the folder, as images: PATH")
+        return store_from_images(model, Path(images), count, path=path, batch=batch, seed=seed, progress=progress)
+    return store_from_teacher(model, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress)

@@ -1,0 +1,106 @@
+"""What can be known to be wrong with a recipe before any work: settings that contradict each other or the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from actvar_convert.errors import RecipeError
+from actvar_convert.models.config import TransformerConfig
+from actvar_convert.recipe.schema import Recipe, StageRecipe
+
+
+def problems_for(recipe: Recipe, config: TransformerConfig | None = None) -> list[str]:
+    """Everything that keeps a recipe from being carried out, each with its dotted path; empty when nothing does.
+
+    Args:
+        recipe: the recipe; its single values are within their ranges already.
+        config: shape of the dense model; None: only what is wrong for any model.
+    """
+    found = [*_contradictions(recipe)]
+    if config is not None:
+        found += _misfits(recipe, config)
+    return found
+
+
+def check_recipe(recipe: Recipe, config: TransformerConfig | None = None) -> None:
+    """Raises RecipeError with all problems of ``problems_for`` at once."""
+    problems = problems_for(recipe, config)
+    if problems:
+        raise RecipeError(f"recipe {recipe.name!r} cannot be carried out:", problems)
+
+
+def _stages(recipe: Recipe) -> Iterator[tuple[str, StageRecipe]]:
+    yield "distill.stage1", recipe.distill.stage1
+    yield "distill.stage2", recipe.distill.stage2
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    for name, section in (("calibration", recipe.calibration), ("data", recipe.data)):
+        if section.source == "images" and not section.images:
+            yield f"{name}.images: needed by {name}.source images; give a folder with one sub-folder per class"
+    if recipe.evaluate.neighbours >= recipe.evaluate.images:
+        yield (
+            f"evaluate.neighbours: given {recipe.evaluate.neighbours}, allowed: less than evaluate.images, "
+            f"{recipe.evaluate.images}"
+        )
+    for name, plan in (recipe.plans or {}).items():
+        if plan.experts != recipe.experts.count:
+            yield f"plans.{name}.experts: given {plan.experts}, allowed: experts.count, {recipe.experts.count}"
+    for field in ("router_width", "reconstruction", "reconstruction_rank"):
+        values = {name: getattr(plan, field) for name, plan in (recipe.plans or {}).items()}
+        if len(set(values.values())) > 1:
+            yield f"plans: given {values} as {field}, allowed: the same for all plans of a model"
+    if recipe.plans is not None and recipe.default_plan is not None and recipe.default_plan not in recipe.plans:
+        yield f"default_plan: given {recipe.default_plan!r}, allowed: one of {', '.join(recipe.plans)}"
+    for name, stage in _stages(recipe):
+        yield from _idle(name, stage)
+    if recipe.checks is not None and not any(value is not None for value in recipe.checks.model_dump().values()):
+        yield "checks: no limit given; give at least one of max_flops_ratio, max_kl, max_fid_increase, baseline"
+
+
+def _idle(name: str, stage: StageRecipe) -> Iterator[str]:
+    """Problems of a stage that would train nothing, or train something against no loss."""
+    if stage.steps == 0:
+        return
+    if stage.trainable == "none" and stage.router == "frozen" and stage.gate == "frozen":
+        yield f"{name}: trains nothing; set trainable, router or gate, or steps to 0"
+    if not any((stage.kl, stage.hidden, stage.output, stage.router_loss, stage.gate_loss)):
+        yield f"{name}: all losses have weight 0; give kl, hidden, output, router_loss or gate_loss a weight"
+    if stage.router == "regress" and not stage.router_loss:
+        yield f"{name}.router_loss: given 0, allowed: more than 0 where {name}.router is regress"
+
+
+def _misfits(recipe: Recipe, config: TransformerConfig) -> Iterator[str]:
+    scales, experts, budget = config.pyramid.num_scales, recipe.experts, recipe.budget
+    if config.hidden % experts.count:
+        divisors = [n for n in range(1, config.hidden + 1) if config.hidden % n == 0]
+        near = min(divisors, key=lambda n: (abs(n - experts.count), n))
+        yield (
+            f"experts.count: given {experts.count}, allowed: a divisor of the {config.hidden} hidden neurons of "
+            f"an FFN, such as {near}"
+        )
+    if experts.neighbourhood > config.sides[-1]:
+        yield (
+            f"experts.neighbourhood: given {experts.neighbourhood}, allowed: at most {config.sides[-1]}, the side of "
+            "the finest token map"
+        )
+    if recipe.gate.rank > config.width:
+        yield f"gate.rank: given {recipe.gate.rank}, allowed: at most {config.width}, the width of the model"
+    if recipe.plans is None:
+        if budget.first_scale is not None and budget.first_scale >= scales:
+            yield f"budget.first_scale: given {budget.first_scale}, allowed: 0 to {scales - 1}, the scales of the model"
+        if budget.gate_scales > scales:
+            yield f"budget.gate_scales: given {budget.gate_scales}, allowed: 0 to {scales}, the scales of the model"
+        outside = [block for block in budget.gate_blocks or () if block >= config.depth]
+        if outside:
+            yield f"budget.gate_blocks: given {outside}, allowed: 0 to {config.depth - 1}, the blocks of the model"
+    for name, plan in (recipe.plans or {}).items():
+        yield from (problem.replace("plan.", f"plans.{name}.", 1) for problem in plan.problems(config))
+    for name, stage in _stages(recipe):
+        if stage.scale_weights is not None and len(stage.scale_weights) != scales:
+            yield (
+                f"{name}.scale_weights: given {len(stage.scale_weights)} values, allowed: {scales}, one for every "
+                "scale of the model"
+            )
+        if stage.trainable == "lora" and stage.lora_rank > config.width:
+            yield f"{name}.lora_rank: given {stage.lora_rank}, allowed: at most {config.width}, the width of the model"

@@ -1,0 +1,233 @@
+"""What a recipe may say: frozen models, one per section, every setting with its meaning, unit and range.
+
+Nothing here reads files or knows a model; ``load`` reads, ``check`` compares with a model's shape.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from actvar_convert.models.plan import ReconstructionKind, SparsityPlan
+
+Source = Literal["teacher", "images"]
+DtypeName = Literal["fp32", "bf16", "fp16"]
+Index = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CalibrationRecipe(Section):
+    """The token pyramids whose activations are measured."""
+
+    source: Source = Field("teacher", description="the teacher's own samples, or a folder of images")
+    images: str | None = Field(None, description="folder with one sub-folder per class; needed by source images")
+    pyramids: int = Field(512, ge=1, description="token pyramids (images) that are measured")
+    batch: int = Field(64, ge=1, description="pyramids in memory at once")
+
+
+class ExpertsRecipe(Section):
+    """How the neurons of every FFN become experts."""
+
+    count: int = Field(16, ge=1, description="experts E per FFN; divides the hidden neurons H")
+    clustering: Literal["kmeans", "weights", "random"] = Field(
+        "kmeans", description="what groups neurons: activation profiles, weight rows, or chance (the baseline)"
+    )
+    shared: Literal["neurons", "experts"] = Field(
+        "neurons",
+        description="what the experts that every token runs consist of: the most important neurons, or whole clusters",
+    )
+    projection: int = Field(64, ge=1, description="dimensions that a random projection keeps of an activation profile")
+    inactive: Literal["none", "mean", "skipped_mean"] = Field(
+        "skipped_mean",
+        description="what an expert that is not run adds: nothing, its mean, or its mean over the tokens that skip it",
+    )
+    router_width: int = Field(0, ge=0, description="hidden units of the router beside its linear part; 0: linear only")
+    neighbourhood: int = Field(1, ge=1, description="side of the square of tokens that share one choice of experts")
+
+
+class GateRecipe(Section):
+    """How tokens are skipped and filled in."""
+
+    reconstruction: ReconstructionKind = Field(
+        "mixture",
+        description="how skipped tokens are filled in: unchanged, the previous scale's update, a low-rank map, or both",
+    )
+    rank: int = Field(16, ge=0, description="rank of the low-rank map of the reconstruction")
+    skipped_kv: Literal["computed", "dropped"] = Field(
+        "computed", description="keys and values of skipped tokens: computed from their input, or left out"
+    )
+
+
+class BudgetRecipe(Section):
+    """What the search for a plan may spend; unused when ``plans`` are given."""
+
+    reduction: float = Field(
+        0.22, gt=0, lt=1, description="share of the transformer's FLOPs, with guidance, that the plan saves"
+    )
+    prefix_share: float = Field(0.5, ge=0, le=1, description="share of the active experts that every token runs")
+    first_scale: int | None = Field(
+        None, ge=0, description="first sparse scale, from 0; null: the last ones with three quarters of all tokens"
+    )
+    gate_keep: float = Field(1.0, gt=0, le=1, description="share of the tokens computed at gated scales; 1: no gate")
+    gate_scales: int = Field(1, ge=0, description="how many of the last scales are gated")
+    gate_blocks: tuple[Index, ...] | None = Field(
+        None, description="blocks that are gated, from 0; null: all but the first and the last"
+    )
+
+
+class DataRecipe(Section):
+    """The token pyramids that distillation replays."""
+
+    source: Source = Field("teacher", description="the teacher's own samples, or a folder of images")
+    images: str | None = Field(None, description="folder with one sub-folder per class; needed by source images")
+    pyramids: int = Field(4096, ge=1, description="token pyramids (images) stored")
+    null_share: float = Field(0.1, ge=0, le=1, description="share of the labels that is the null class")
+    cfg: float | None = Field(None, ge=0, description="guidance of the teacher's samples; null: the model's own")
+    batch: int = Field(64, ge=1, description="pyramids generated or tokenised at once")
+
+
+Trainable = Literal["none", "lora", "experts", "all"]
+Steps = Annotated[int, Field(ge=0, description="optimiser steps; 0 leaves the stage out")]
+Rate = Annotated[float, Field(gt=0, description="peak learning rate")]
+Trained = Annotated[
+    Trainable, Field(description="weights trained beside routers and gates: none, low-rank additions, experts, all")
+]
+RouterMode = Annotated[
+    Literal["frozen", "regress"],
+    Field(description="routers stay at their start, or are regressed on the output sizes of the experts"),
+]
+GateMode = Annotated[Literal["frozen", "train"], Field(description="gates and reconstruction stay still, or train")]
+KlWeight = Annotated[float, Field(ge=0, description="weight of KL(teacher to student) on the logits, nats per token")]
+HiddenWeight = Annotated[float, Field(ge=0, description="weight of the relative error of the hidden state")]
+OutputWeight = Annotated[float, Field(ge=0, description="weight of the relative error of every FFN's output")]
+RouterWeight = Annotated[float, Field(ge=0, description="weight of the routers' regression")]
+GateWeight = Annotated[float, Field(ge=0, description="weight of the gates' regression on the teacher's updates")]
+
+
+class StageRecipe(Section):
+    """One stage of the training loop: what trains, which losses, how long."""
+
+    steps: Steps = 200
+    batch: int = Field(32, ge=1, description="token pyramids per step")
+    learning_rate: Rate = 1e-3
+    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises")
+    trainable: Trained = "experts"
+    router: RouterMode = "frozen"
+    gate: GateMode = "frozen"
+    kl: KlWeight = 0.0
+    hidden: HiddenWeight = 0.0
+    output: OutputWeight = 0.0
+    router_loss: RouterWeight = 0.0
+    gate_loss: GateWeight = 0.0
+    temperature: float = Field(1.0, gt=0, description="temperature of both distributions in the KL")
+    scale_weights: tuple[Weight, ...] | None = Field(
+        None, description="weight of every scale in the losses, coarse to fine; null: every token counts the same"
+    )
+    lora_rank: int = Field(16, ge=1, description="rank of the low-rank additions, with trainable lora")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay per step of averaged weights; null: no averaging")
+    checkpoint_every: int = Field(50, ge=1, description="steps between two states that a resumed run goes on from")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+
+
+class RouterStage(StageRecipe):
+    """Stage 1: every FFN apart, against the teacher's activations. The defaults train routers and experts."""
+
+    router: RouterMode = "regress"
+    output: OutputWeight = 1.0
+    router_loss: RouterWeight = 1.0
+
+
+class JointStage(StageRecipe):
+    """Stage 2: all together against the teacher's logits. The defaults train everything but the routers."""
+
+    steps: Steps = 400
+    learning_rate: Rate = 3e-4
+    trainable: Trained = "all"
+    gate: GateMode = "train"
+    kl: KlWeight = 1.0
+    hidden: HiddenWeight = 0.1
+    gate_loss: GateWeight = 0.1
+
+
+class DistillRecipe(Section):
+    """Two-stage distillation from the dense model."""
+
+    stage1: RouterStage = Field(RouterStage(), description="routers and experts, every FFN apart")
+    stage2: JointStage = Field(JointStage(), description="gates and all the rest, jointly")
+
+
+class EvaluateRecipe(Section):
+    """How quality is measured, dense and sparse with the same seeds."""
+
+    images: int = Field(5000, ge=2, description="images generated per seed for FID and its companions")
+    seeds: tuple[Index, ...] = Field((0,), min_length=1, description="seed of every set of images")
+    held_out: int = Field(512, ge=1, description="teacher pyramids, apart from the training data, for KL and agreement")
+    batch: int = Field(64, ge=1, description="images generated at once")
+    neighbours: int = Field(3, ge=1, description="nearest neighbours that span the manifold of precision and recall")
+
+
+class BenchmarkRecipe(Section):
+    """What is timed."""
+
+    batches: tuple[Positive, ...] = Field((1, 16), min_length=1, description="images generated at once")
+    dtypes: tuple[DtypeName, ...] = Field(("fp32",), min_length=1, description="number formats")
+    repeats: int = Field(5, ge=1, description="timings of which the median counts")
+
+
+class SamplesRecipe(Section):
+    """The picture of dense and sparse images side by side."""
+
+    per_class: int = Field(1, ge=1, description="images of every class")
+    seed: int = Field(0, ge=0, description="seed of the images")
+
+
+class ChecksRecipe(Section):
+    """Limits that a run has to keep; a run that breaks one ends with exit code 3."""
+
+    max_flops_ratio: float | None = Field(None, gt=0, description="largest sparse / dense FLOPs of the transformer")
+    max_kl: float | None = Field(None, ge=0, description="largest mean KL to the dense model, nats per token")
+    max_fid_increase: float | None = Field(
+        None, ge=0, description="largest rise of the FID, relative to the dense model's"
+    )
+    baseline: str | None = Field(
+        None, description="an eval.json of an earlier run: no figure may be worse than there beyond the measured noise"
+    )
+
+
+class Recipe(Section):
+    """Everything that ``convert``, ``distill`` and ``run`` need to know beside the files."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe and, under runs/, of the output folder"
+    )
+    description: str = Field("", description="what the recipe is for, in one line")
+    model: str = Field(min_length=1, description="dense model: a bundled name, an official name, or a path")
+    vae: str | None = Field(None, description="tokenizer file, where the model's file does not bring its own")
+    seed: int = Field(0, ge=0, description="seed of calibration, clustering and distillation")
+    device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU where there is one")
+    dtype: DtypeName = Field("fp32", description="number format of the forward pass in distillation (autocast)")
+    calibration: CalibrationRecipe = Field(
+        CalibrationRecipe(), description="the token pyramids whose activations are measured"
+    )
+    experts: ExpertsRecipe = Field(ExpertsRecipe(), description="how the neurons of every FFN become experts")
+    gate: GateRecipe = Field(GateRecipe(), description="how tokens are skipped and filled in")
+    budget: BudgetRecipe = Field(
+        BudgetRecipe(), description="what the search for a plan may spend; unused when plans are given"
+    )
+    plans: dict[str, SparsityPlan] | None = Field(None, description="named plans instead of a search", min_length=1)
+    default_plan: str | None = Field(None, description="which of the plans a model starts with; null: the first")
+    data: DataRecipe = Field(DataRecipe(), description="the token pyramids that distillation replays")
+    distill: DistillRecipe = Field(DistillRecipe(), description="two-stage distillation from the dense model")
+    evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="how quality is measured")
+    benchmark: BenchmarkRecipe = Field(BenchmarkRecipe(), description="what is timed")
+    samples: SamplesRecipe = Field(SamplesRecipe(), description="the picture of dense and sparse images side by side")
+    checks: ChecksRecipe | None = Field(None, description="limits that a run has to keep, else exit code 3; null: none")

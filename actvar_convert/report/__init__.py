@@ -1,0 +1,1 @@
+"""FLOPs, quality and latency of models, and how they are shown."""

@@ -1,0 +1,68 @@
+"""How closely a student predicts what its teacher predicts: KL and top-1 agreement under teacher forcing.
+
+Shapes: B pyramids in hand, N pyramids in all, L tokens, S scales, V codebook size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actvar_convert.models.model import VARModel
+from actvar_convert.progress import Task
+
+HELD_OUT_SEED = 1_000_000_007
+"""Seed of the held-out pyramids: far from what people give as the seed of calibration and training samples."""
+
+LOGITS_AT_ONCE = 1 << 25
+"""Values of one logits tensor that are held at once (256 MiB in fp64); a few tensors of this size are needed."""
+
+
+@dataclass(frozen=True)
+class LogitsAgreement:
+    """Per pyramid and scale, averaged over the tokens of the scale.
+
+    Attributes:
+        kl_NS: KL(teacher || student) in nats per token, float64.
+        top1_NS: share of the tokens whose likeliest code is the teacher's, float64.
+        lengths: tokens of each scale.
+    """
+
+    kl_NS: Tensor
+    top1_NS: Tensor
+    lengths: tuple[int, ...]
+
+    def per_token(self, value_NS: Tensor) -> Tensor:
+        """Mean over all tokens of each pyramid, [N]."""
+        weight = torch.tensor(self.lengths, dtype=torch.float64)
+        return value_NS @ (weight / weight.sum())
+
+
+@torch.inference_mode()
+def compare_logits(
+    student: VARModel, teacher: VARModel, tokens_NL: Tensor, labels_N: Tensor, task: Task
+) -> LogitsAgreement:
+    """Student against teacher on pyramids [N, L] with their labels [N]: both see the true coarser scales."""
+    config = teacher.transformer.config
+    lengths = config.pyramid.lengths
+    rows = max(1, min(64, LOGITS_AT_ONCE // (config.pyramid.total * config.vocab)))
+    kl, top1 = [], []
+    for tokens_BL, labels_B in zip(torch.split(tokens_NL, rows), torch.split(labels_N, rows), strict=True):
+        pieces = torch.split(tokens_BL.to(teacher.device), list(lengths), dim=1)
+        labels_B = labels_B.to(teacher.device)
+        inputs = teacher.tokenizer.quantize.teacher_forcing_input(pieces)
+        expected = teacher.transformer(labels_B, inputs).double().log_softmax(-1)
+        found = student.transformer(labels_B.to(student.device), inputs.to(student.device))
+        found = found.to(expected.device).double().log_softmax(-1)
+        divergence = (expected.exp() * (expected - found)).sum(-1)
+        same = expected.argmax(-1) == found.argmax(-1)
+        kl.append(_scale_means(divergence, lengths))
+        top1.append(_scale_means(same, lengths))
+        task.advance(len(tokens_BL))
+    return LogitsAgreement(torch.cat(kl), torch.cat(top1), lengths)
+
+
+def _scale_means(value_BL: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return torch.stack([part.double().mean(1) for part in torch.split(value_BL, list(lengths), dim=1)], dim=1).cpu()

@@ -1,0 +1,121 @@
+"""Inception features for ImageNet models, by torch-fidelity: an optional extra, since it brings torchvision.
+
+Shapes: B images in hand, F = 2048 features, 1008 classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actvar_convert.errors import InputError
+from actvar_convert.models.model import VARModel
+from actvar_convert.report.features import Reference, state_fingerprint
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class InceptionExtractor:
+    """The Inception network of published FID figures (TensorFlow weights of 2015), in fp32."""
+
+    name = "inception-v3-compat"
+    feature_dim = 2048
+    predicts_labels = False
+
+    def __init__(
+        self, reference: Path, *, weights: Path | None = None, image_size: int = 256, device: str | None = None
+    ) -> None:
+        """
+        Args:
+            reference: the real images: a folder (searched in depth), or an .npz with ``mu`` [2048] and ``sigma``
+                [2048, 2048] as published beside ImageNet models.
+            weights: the network's weights as torch-fidelity names them; downloaded by it if not given.
+            image_size: pixels per side that images of a folder are cropped and resized to.
+            device: where features of the folder's images are computed.
+
+        Raises:
+            InputError: torch-fidelity is not installed, or the reference cannot be read.
+        """
+        if not reference.is_dir() and reference.suffix != ".npz":
+            raise InputError(f"{reference}: no folder of images and no .npz file with mu and sigma")
+        try:
+            fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+        except ModuleNotFoundError as error:
+            raise InputError(
+                "Inception features need torch-fidelity, not installed here: pip install 'actvar-convert[inception]'"
+            ) from error
+        self.network: nn.Module = fidelity.FeatureExtractorInceptionV3(
+            self.name, ["2048", "logits_unbiased"], None if weights is None else str(weights)
+        )
+        self.fingerprint = state_fingerprint(self.network)
+        if reference.is_dir():
+            self.network.to(device or "cpu")
+            rows = [self(image.to(device or "cpu"))[0].cpu() for image in folder_images(reference, image_size)]
+            self._reference = Reference.of(torch.cat(rows))
+        else:
+            self._reference = read_statistics(reference, self.feature_dim)
+
+    @torch.inference_mode()
+    def __call__(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        self.network.to(image_B3HW.device)
+        features, logits = self.network(image_B3HW.mul(255).round().clamp(0, 255).to(torch.uint8))
+        return features, logits
+
+    def reference(self) -> Reference:
+        return self._reference
+
+    def problems(self, model: VARModel) -> list[str]:
+        return []
+
+    def tokenizer_distance(self, tokenizer: nn.Module) -> float | None:
+        return None
+
+
+def read_statistics(path: Path, feature_dim: int) -> Reference:
+    """Mean and covariance from an .npz with ``mu`` and ``sigma``.
+
+    Raises:
+        InputError: the file is missing, is no such archive, or has other shapes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            mean, covariance = torch.from_numpy(archive["mu"]).double(), torch.from_numpy(archive["sigma"]).double()
+    except (OSError, KeyError, ValueError, EOFError, TypeError) as error:
+        raise InputError(f"{path}: no readable .npz with the arrays mu and sigma ({error})") from error
+    if mean.shape != (feature_dim,) or covariance.shape != (feature_dim, feature_dim):
+        raise InputError(
+            f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)}; "
+            f"{feature_dim} features need [{feature_dim}] and [{feature_dim}, {feature_dim}]"
+        )
+    return Reference(mean, covariance)
+
+
+def folder_images(folder: Path, size: int, batch: int = 64) -> Iterator[Tensor]:
+    """Batches [B, 3, size, size] in [0, 1] of all images below a folder, centre-cropped to squares and resized.
+
+    Raises:
+        InputError: there are fewer than two images, or one cannot be read.
+    """
+    from PIL import Image
+
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(paths) < 2:
+        raise InputError(f"{folder}: {len(paths)} images found ({', '.join(sorted(SUFFIXES))}), two needed")
+    for begin in range(0, len(paths), batch):
+        rows = []
+        for path in paths[begin : begin + batch]:
+            try:
+                with Image.open(path) as image:
+                    short = min(image.size)
+                    left, top = (image.width - short) // 2, (image.height - short) // 2
+                    square = image.convert("RGB").crop((left, top, left + short, top + short))
+                    square = square.resize((size, size), Image.Resampling.LANCZOS)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read as an image ({error}); remove or replace it") from error
+            rows.append(torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1))
+        yield torch.stack(rows).float().div(255)

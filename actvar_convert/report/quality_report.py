@@ -1,0 +1,109 @@
+"""The values of a quality report, and its JSON form: ``actvar.eval/1``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from actvar_convert.errors import InputError
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+
+class SamplingSettings(_Value):
+    """How the images were drawn."""
+
+    cfg: float = Field(description="strength of classifier-free guidance at the last scale")
+    top_k: int = Field(description="0: all tokens")
+    top_p: float = Field(description="0: all tokens")
+    chunk: int = Field(description="images drawn from one generator; equal images need an equal chunk")
+
+
+class Paired(_Value):
+    """One measure of both models: means over the seed sets, and the value of each, in the order of ``seeds``."""
+
+    dense: float
+    sparse: float
+    dense_per_seed: tuple[float, ...]
+    sparse_per_seed: tuple[float, ...]
+
+
+class FidQuality(Paired):
+    """Fréchet distance to the real images in the extractor's features."""
+
+    tokenizer: float | None = Field(description="of reconstructions of the real images; None where it is not known")
+    increase: float = Field(description="mean over seed sets of (sparse - dense) / dense")
+    standard_error: float | None = Field(description="of ``increase``, from its spread over seed sets; None with one")
+    jackknife_error: float = Field(description="of ``increase``, from leaving out groups of images in each seed set")
+
+    @property
+    def noise(self) -> float:
+        """The larger of the two standard errors: few seed sets estimate their own spread poorly."""
+        return max(self.standard_error or 0.0, self.jackknife_error)
+
+
+class KLQuality(_Value):
+    """KL(dense || sparse) under teacher forcing, nats per token."""
+
+    mean: float = Field(description="over all tokens of the held-out pyramids")
+    per_scale: tuple[float, ...]
+    standard_error: float = Field(description="of ``mean``, over pyramids")
+    pyramids: int
+
+
+class AgreementQuality(_Value):
+    """Share of held-out tokens for which both models find the same code the likeliest."""
+
+    top1: float
+    per_scale: tuple[float, ...]
+
+
+class PlanQuality(_Value):
+    """Everything measured for one plan."""
+
+    fid: FidQuality
+    inception_score: Paired
+    precision: Paired | None = Field(description="None where the reference has no feature vectors")
+    recall: Paired | None = Field(description="as precision")
+    label_agreement: Paired | None = Field(
+        description="share of images classified as their label; None where the extractor knows other classes"
+    )
+    kl: KLQuality
+    agreement: AgreementQuality
+
+
+class QualityReport(PlanQuality):
+    """Quality of the plan in use; of further plans under ``plans``."""
+
+    format: Literal["actvar.eval/1"] = Field("actvar.eval/1", alias="schema")
+    images: int = Field(description="generated per model and seed set")
+    seeds: tuple[int, ...]
+    sampling: SamplingSettings
+    dtype: str = Field(description="format that the images were generated in; KL and agreement never autocast")
+    extractor: str
+    plan: str | None = Field(description="None for a model without plans")
+    plans: dict[str, PlanQuality] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The report as JSON, schema ``actvar.eval/1``."""
+        return self.model_dump_json(by_alias=True, indent=2)
+
+
+def load_quality(path: Path) -> QualityReport:
+    """A stored ``eval.json``.
+
+    Raises:
+        InputError: the file is missing or is no such report.
+    """
+    try:
+        return QualityReport.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the eval.json of an evaluation") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        raise InputError(f"{path}: no eval.json of this version; evaluate anew", problems) from error

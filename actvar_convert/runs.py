@@ -1,0 +1,189 @@
+"""``run``: a recipe from the dense model to the measured sparse folder, resumable at every step.
+
+Steps leave their results in ``OUT.work`` until the folder ``OUT`` is complete: the converted model, the teacher's
+samples, the state of the distillation, the features of the evaluation. The same call goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actvar_convert import pipeline
+from actvar_convert.checkpoint.sparse import load_sparse, read_provenance, save_sparse, update_file
+from actvar_convert.errors import InputError
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.progress import MetricsLog, Progress, SilentProgress
+from actvar_convert.recipe.check import check_recipe
+from actvar_convert.recipe.load import dump_recipe, load_recipe
+from actvar_convert.recipe.schema import Recipe
+from actvar_convert.report.card import model_card
+from actvar_convert.report.checks import CheckTable, run_checks
+from actvar_convert.report.flops import FlopsReport
+from actvar_convert.report.html import report_html
+from actvar_convert.report.latency import BenchmarkReport
+from actvar_convert.report.pictures import samples_picture
+from actvar_convert.report.quality_report import QualityReport
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        folder: the sparse folder.
+        flops, quality, benchmark: the reports, also in the folder as JSON.
+        checks: given against allowed, when the recipe has checks.
+    """
+
+    folder: Path
+    flops: FlopsReport
+    quality: QualityReport
+    benchmark: BenchmarkReport
+    checks: CheckTable | None
+
+
+def run(
+    recipe: pipeline.RecipeLike,
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> RunResult:
+    """Converts, distils, measures and illustrates, as a recipe says.
+
+    Args:
+        recipe: name, file or Recipe.
+        out: the folder to make; ``runs/NAME`` by default. One that holds the same run already is measured again only
+            where a report is missing.
+        overrides: settings as ``a.b=value``.
+        progress: told about every long step.
+
+    Raises:
+        RecipeError: everything that is wrong with the recipe, before any work.
+        Interrupted: after Ctrl-C; the same call goes on.
+
+    The recipe's checks are evaluated, not enforced: ``result.checks.raise_if_failed()`` does.
+    """
+    progress = progress or SilentProgress()
+    chosen = load_recipe(recipe, overrides)
+    check_recipe(chosen)
+    folder = Path(out) if out is not None else Path("runs") / chosen.name
+    baseline = _baseline(chosen)
+    teacher = pipeline.load(chosen.model, vae=chosen.vae, device=chosen.device)
+    check_recipe(chosen, teacher.transformer.config)
+    fingerprint = pipeline.run_fingerprint(teacher, chosen)
+    model = _finished(folder, fingerprint, teacher)
+    if model is None:
+        _refuse_foreign(folder)
+        model = _make(teacher, chosen, folder, fingerprint, progress)
+    return _measure(model, teacher, chosen, folder, baseline, progress)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises InputError where writing would replace something that is no sparse folder."""
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
+        raise InputError(f"{folder} exists and is not the folder of an earlier run; move it away or choose another --out")
+
+
+def _baseline(recipe: Recipe) -> QualityReport | None:
+    """The evaluation that the recipe's checks compare with, read before any work."""
+    if recipe.checks is None or recipe.checks.baseline is None:
+        return None
+    path = Path(recipe.checks.baseline)
+    try:
+        return QualityReport.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"checks.baseline: {path} cannot be read as an eval.json: {error}") from error
+
+
+def _finished(folder: Path, fingerprint: str, teacher: VARModel) -> SparseVARModel | None:
+    """The distilled model in ``folder``, if it is the result of this very run."""
+    if not (folder / "config.json").exists():
+        return None
+    if (read_provenance(folder).model_extra or {}).get("run") != fingerprint:
+        return None
+    loaded = load_sparse(folder)
+    loaded.to(teacher.device)
+    return loaded.eval()
+
+
+def _make(teacher: VARModel, recipe: Recipe, folder: Path, fingerprint: str, progress: Progress) -> SparseVARModel:
+    """Converts and distils."""
+    work = pipeline.work_folder(folder)
+    converted = work / "converted"
+    sparse = _finished(converted, fingerprint, teacher)
+    origin = pipeline.provenance(teacher, recipe, run=fingerprint)
+    if sparse is None:
+        sparse = pipeline.convert(teacher, recipe=recipe, progress=progress)
+        save_sparse(sparse, converted, provenance=origin, recipe_text=dump_recipe(recipe))
+    return pipeline.distill(sparse, teacher=teacher, recipe=recipe, out=folder, progress=progress, origin=origin)
+
+
+def _measure(
+    model: SparseVARModel,
+    teacher: VARModel,
+    recipe: Recipe,
+    folder: Path,
+    baseline: QualityReport | None,
+    progress: Progress,
+) -> RunResult:
+    """Reports, picture and card; each is written when it is ready, evaluation first since it takes longest."""
+    work = pipeline.work_folder(folder)
+    flops = pipeline.report_flops(model)
+    update_file(folder, "flops.json", flops.to_json().encode())
+    settings = recipe.evaluate
+    quality = pipeline.evaluate(
+        model,
+        teacher=teacher,
+        images=settings.images,
+        seeds=settings.seeds,
+        batch=settings.batch,
+        held_out=settings.held_out,
+        neighbours=settings.neighbours,
+        plans=[name for name in model.plans if name != model.plan_name],
+        cache=work / "evaluation",
+        progress=progress,
+    )
+    update_file(folder, "eval.json", quality.to_json().encode())
+    timing = recipe.benchmark
+    benchmark = pipeline.benchmark(
+        model,
+        against=teacher,
+        batches=timing.batches,
+        dtypes=timing.dtypes,
+        repeats=timing.repeats,
+        progress=progress,
+    )
+    update_file(folder, "benchmark.json", benchmark.to_json().encode())
+    names = pipeline.class_names(teacher)
+    shown = list(range(min(len(names) - 1, 10)))
+    pictures = [
+        pipeline.sample(each, labels=shown, per_class=recipe.samples.per_class, seed=recipe.samples.seed)
+        for each in (teacher, model)
+    ]
+    samples = samples_picture(pictures[0], pictures[1], [names[label] for label in shown])
+    update_file(folder, "samples.png", samples)
+    checks = None
+    if recipe.checks is not None:
+        checks = run_checks(recipe.checks, flops, quality, baseline)
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        lines = log.read()
+    page = report_html(flops, quality, benchmark, lines, title=f"{recipe.name}: dense and sparse", samples_png=samples)
+    update_file(folder, "report.html", page.encode())
+    origin = read_provenance(folder)
+    card = model_card(
+        recipe.name,
+        flops,
+        quality,
+        benchmark,
+        plan=model.plan,
+        base_model=recipe.model,
+        provenance={key: str(value) for key, value in origin.model_dump(exclude_none=True).items()},
+    )
+    update_file(folder, "README.md", card.encode())
+    shutil.rmtree(work, ignore_errors=True)
+    return RunResult(folder, flops, quality, benchmark, checks)

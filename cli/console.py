@@ -1,0 +1,88 @@
+"""Where the command prints, and how it ends: data on stdout, everything else on stderr, one exit code per outcome."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import traceback
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+from typer.core import TyperGroup
+
+from actvar_convert.errors import ActvarError, Interrupted
+from actvar_convert.progress import Progress, SilentProgress, TerminalProgress
+
+LINE, VERBOSE = "actvar.line", "actvar.verbose"
+"""Keys in the context's meta: the command line as typed, and whether tracebacks are wanted."""
+
+
+class ActvarGroup(TyperGroup):
+    """The root command: the one place that turns errors into messages and exit codes."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[LINE] = shlex.join(["actvar", *args])
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ActvarError as error:
+            _explain(ctx, str(error))
+            if isinstance(error, Interrupted):
+                _say_how_to_resume(ctx)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _explain(ctx, "stopped")
+            _say_how_to_resume(ctx)
+            raise typer.Exit(Interrupted.exit_code) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _explain(ctx, f"{error.filename}: {error.strerror}")
+            raise typer.Exit(ActvarError.exit_code) from None
+
+
+def _explain(ctx: Any, message: str) -> None:
+    if ctx.meta.get(VERBOSE):
+        traceback.print_exc()
+    typer.echo(f"actvar: {message}", err=True)
+
+
+def _say_how_to_resume(ctx: Any) -> None:
+    typer.echo(f"To go on, give the same line again:\n  {ctx.meta[LINE]}", err=True)
+
+
+def be_verbose(ctx: typer.Context, wanted: bool) -> bool:
+    """Callback of ``--verbose``: tracebacks of errors, and the library's log on stderr."""
+    if wanted:
+        ctx.meta[VERBOSE] = True
+        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+        logging.getLogger("actvar_convert").setLevel(logging.DEBUG)
+    return wanted
+
+
+def reporter(quiet: bool) -> Progress:
+    """Where long work reports to: stderr, or nowhere."""
+    return SilentProgress() if quiet else TerminalProgress()
+
+
+def show(renderable: RenderableType) -> None:
+    """Prints a table on stdout; without a terminal wide enough that nothing wraps."""
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if narrow else 160).print(renderable)
+
+
+def show_text(text: str) -> None:
+    """Prints text on stdout as it is."""
+    typer.echo(text.rstrip("\n"))
+
+
+def closing(example: str, then: str) -> str:
+    """The end of a command's help: an example, and the command that usually follows."""
+    return f"Example: {example}\n\nThen: {then}"

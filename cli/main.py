@@ -1,0 +1,60 @@
+"""The ``actvar`` command: all sub-commands in the usual order."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from actvar_convert._version import __version__
+
+from . import making, pictures, recipes, reports
+from .console import ActvarGroup
+
+ORDER = """The usual order:
+
+1. actvar recipes list - what is there to start from
+
+2. actvar report-flops MODEL - what the dense model costs
+
+3. actvar convert MODEL --out DIR, then actvar distill DIR - or both and all reports at once: actvar run RECIPE
+
+4. actvar evaluate DIR, actvar benchmark DIR - what it lost, what it gained
+
+5. actvar sample DIR - pictures
+
+Example: actvar run fashion
+
+Then: actvar sample runs/fashion"""
+
+app = typer.Typer(cls=ActvarGroup, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True, epilog=ORDER)
+def root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Turn a trained dense VAR image generator into one that does less work per image."""
+    if ctx.invoked_subcommand is None:
+        text = ctx.get_help()
+        if text:
+            typer.echo(text)
+
+
+for _group in (making.app, reports.app, pictures.app):
+    app.registered_commands += _group.registered_commands
+app.add_typer(recipes.app, name="recipes")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="actvar")

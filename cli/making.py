@@ -1,0 +1,115 @@
+"""The commands that make a sparse model: convert, distill, run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import actvar_convert as av
+from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
+
+from . import options as opt
+from .console import closing, reporter, show
+
+app = typer.Typer()
+
+
+def overrides(
+    given: list[str] | None, *, seed: int | None = None, device: str | None = None, dtype: str | None = None
+) -> list[str]:
+    """Overrides of a recipe: those of ``--set``, then those that have flags of their own."""
+    flags = {"seed": seed, "device": device, "dtype": dtype}
+    return [*(given or []), *(f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None)]
+
+
+def recipe_for(model: str) -> str | Recipe:
+    """The recipe of a model for which none is named: the shipped one of that name, else all defaults."""
+    if model in shipped_recipes():
+        return model
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).stem).strip("-._")
+    return Recipe(name=name or "model", model=model)
+
+
+@app.command(
+    epilog=closing("actvar convert fashion --recipe fashion --out runs/fashion", "actvar distill runs/fashion")
+)
+def convert(
+    model: opt.Model,
+    out: opt.Out = None,
+    recipe: opt.RecipeSource = None,
+    vae: opt.Vae = None,
+    override: opt.Overrides = None,
+    device: opt.Device = None,
+    seed: opt.RecipeSeed = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Calibrate, cluster, attach routers and gates to a dense model; the result generates at once.
+
+    Without --recipe it is the shipped one with the model's name, or the defaults.
+    """
+    settings = [*overrides(override, seed=seed, device=device), f"model={json.dumps(model)}"]
+    dense = av.load(model, vae=vae, device=device)
+    resolved = load_recipe(recipe or recipe_for(model), settings, config=dense.transformer.config)
+    folder = out or Path("runs") / resolved.name
+    av.convert(dense, recipe=resolved, out=folder, progress=reporter(quiet))
+    typer.echo(folder)
+
+
+@app.command(epilog=closing("actvar distill runs/fashion", "actvar evaluate runs/fashion"))
+def distill(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse model folder, as written by convert.")],
+    teacher: opt.Teacher = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Output folder. Default: the model's own folder.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Default: the recipe in the model's folder.")
+    ] = None,
+    vae: opt.Vae = None,
+    override: opt.Overrides = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    seed: opt.RecipeSeed = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Train a sparse model in two stages to follow its dense teacher; the same line again resumes.
+
+    The teacher is the source that the folder records, or --teacher.
+    """
+    settings = overrides(override, seed=seed, device=device, dtype=dtype)
+    sparse = av.load(folder, device=device)
+    resolved = load_recipe(recipe or folder / "recipe.yaml", settings, config=sparse.transformer.config)
+    dense = av.load(teacher, vae=vae, device=device) if teacher is not None else None
+    av.distill(sparse, teacher=dense, recipe=resolved, out=out or folder, progress=reporter(quiet))
+    typer.echo(out or folder)
+
+
+@app.command(epilog=closing("actvar run fashion", "actvar sample runs/fashion --out samples.png"))
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")],
+    out: opt.Out = None,
+    override: opt.Overrides = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    seed: opt.RecipeSeed = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Do all that a recipe says: convert, distill, report, sample, check. The same line again resumes.
+
+    Ends with exit code 3 when one of the recipe's checks does not hold.
+    """
+    from actvar_convert.report.render import render_summary
+
+    settings = overrides(override, seed=seed, device=device, dtype=dtype)
+    result = av.run(recipe, out=out, overrides=settings, progress=reporter(quiet))
+    show(render_summary(result.flops, result.quality, result.benchmark))
+    typer.echo(result.folder)
+    if result.checks is not None:
+        result.checks.raise_if_failed()

@@ -1,0 +1,72 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from .console import be_verbose
+
+T = TypeVar("T")
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    table = "table"
+    json = "json"
+
+
+class FlopsFormat(StrEnum):
+    """How a FLOPs report is printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    html = "html"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A bundled name (fashion), an official name (var-d16), a model file, or a model folder."
+    ),
+]
+Vae = Annotated[
+    Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file, where the model does not bring its own.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder. Default: runs/NAME.")]
+RecipeSource = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Name of a shipped recipe, or a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a setting of the recipe; may be given several times."),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the GPU where there is one.")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Number format: fp32, bf16 or fp16.")]
+RecipeSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed; the recipe's own by default.")]
+Plan = Annotated[str | None, typer.Option("--plan", metavar="NAME", help="Which plan of a sparse model is used.")]
+Teacher = Annotated[
+    str | None,
+    typer.Option("--teacher", metavar="MODEL", help="The dense model. Default: the source that the folder records."),
+]
+OutputFormat = Annotated[Format, typer.Option("--format", help="How the result is printed.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", callback=be_verbose, help="Tracebacks of errors, and the log, on stderr.")
+]
+
+
+def several(text: str, option: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    """The values of an option that takes a comma-separated list."""
+    try:
+        return tuple(kind(part.strip()) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list such as 0,1,2", param_hint=option) from None

@@ -1,0 +1,57 @@
+"""The command that makes pictures: sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import actvar_convert as av
+
+from . import options as opt
+from .console import closing, reporter
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=closing("actvar sample runs/fashion --per-class 4 --out samples.png", "actvar evaluate runs/fashion")
+)
+def sample(
+    model: opt.Model,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The picture, a PNG file.")] = Path("samples.png"),
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", metavar="N,N,...", help="Classes, one column each. Default: the first ten."),
+    ] = None,
+    per_class: Annotated[int, typer.Option("--per-class", min=1, help="Images of every class.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal images.")] = 0,
+    cfg: Annotated[
+        float | None, typer.Option("--cfg", min=0, help="Strength of guidance. Default: the model's.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="Only the k likeliest tokens; 0: all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0, max=1, help="Only the likeliest tokens up to this share; 0: all.")
+    ] = None,
+    plan: opt.Plan = None,
+    vae: opt.Vae = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Generate images and write them as one picture, a column per class."""
+    classes = opt.several(labels, "--labels", int) if labels is not None else None
+    av.sample(
+        av.load(model, vae=vae, device=device, dtype=dtype, plan=plan),
+        out=out,
+        labels=classes,
+        per_class=per_class,
+        seed=seed,
+        cfg=cfg,
+        top_k=top_k,
+        top_p=top_p,
+        progress=reporter(quiet),
+    )
+    typer.echo(out)

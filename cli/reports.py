@@ -1,0 +1,121 @@
+"""The commands that measure or describe a model: report-flops, evaluate, benchmark, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import actvar_convert as av
+
+from . import options as opt
+from .console import closing, reporter, show, show_text
+
+app = typer.Typer()
+
+
+@app.command(
+    "report-flops", epilog=closing("actvar report-flops var-d16 --format json", "actvar convert MODEL --out DIR")
+)
+def report_flops(
+    model: opt.Model,
+    guidance: Annotated[
+        bool, typer.Option("--guidance/--no-guidance", help="Count both halves of classifier-free guidance, or one.")
+    ] = True,
+    form: Annotated[opt.FlopsFormat, typer.Option("--format", help="How the report is printed.")] = (
+        opt.FlopsFormat.table
+    ),
+    verbose: opt.Verbose = False,
+) -> None:
+    """Count FLOPs and MACs per image, dense against sparse, per component, block and scale.
+
+    An official name such as var-d16 needs neither weights nor network.
+    """
+    from actvar_convert.report import html, render
+
+    report = av.report_flops(model, guidance=guidance)
+    if form is opt.FlopsFormat.table:
+        show(render.render_flops_table(report))
+    elif form is opt.FlopsFormat.json:
+        show_text(report.to_json())
+    elif form is opt.FlopsFormat.csv:
+        show_text(render.flops_csv(report))
+    else:
+        show_text(html.flops_html(report))
+
+
+@app.command(
+    epilog=closing("actvar evaluate runs/fashion --images 10000 --seeds 0,1,2", "actvar benchmark runs/fashion")
+)
+def evaluate(
+    model: opt.Model,
+    teacher: opt.Teacher = None,
+    images: Annotated[int, typer.Option("--images", min=2, help="Images per seed.")] = 5000,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,...", help="Seed of every set of images.")] = "0",
+    plan: opt.Plan = None,
+    vae: opt.Vae = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    form: opt.OutputFormat = opt.Format.table,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Measure quality against the dense teacher: FID and companions, KL and agreement per scale."""
+    from actvar_convert.report.render import render_quality_table
+
+    chosen = opt.several(seeds, "--seeds", int)
+    sparse = av.load(model, vae=vae, device=device, dtype=dtype, plan=plan)
+    dense = av.load(teacher, vae=vae, device=device, dtype=dtype) if teacher is not None else None
+    report = av.evaluate(sparse, teacher=dense, images=images, seeds=chosen, progress=reporter(quiet))
+    if form is opt.Format.json:
+        show_text(report.to_json())
+    else:
+        show(render_quality_table(report))
+
+
+@app.command(epilog=closing("actvar benchmark runs/fashion --batches 1,16", "actvar sample runs/fashion"))
+def benchmark(
+    model: opt.Model,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="MODEL", help="The model to compare with. Default: the recorded source."),
+    ] = None,
+    batches: Annotated[str, typer.Option("--batches", metavar="N,N,...", help="Images at once.")] = "1,4,16",
+    dtypes: Annotated[
+        str, typer.Option("--dtype", metavar="NAME,...", help="Number formats: fp32, bf16, fp16.")
+    ] = "fp32",
+    plan: opt.Plan = None,
+    vae: opt.Vae = None,
+    device: opt.Device = None,
+    form: opt.OutputFormat = opt.Format.table,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Time generation, dense against sparse, beside the speed-up that the FLOPs promise."""
+    from actvar_convert.report.render import render_benchmark_table
+
+    sizes, formats = opt.several(batches, "--batches", int), opt.several(dtypes, "--dtype", str)
+    sparse = av.load(model, vae=vae, device=device, plan=plan)
+    other = av.load(against, vae=vae, device=device) if against is not None else None
+    report = av.benchmark(sparse, against=other, batches=sizes, dtypes=formats, progress=reporter(quiet))
+    if form is opt.Format.json:
+        show_text(report.to_json())
+    else:
+        show(render_benchmark_table(report))
+
+
+@app.command(epilog=closing("actvar inspect var_d16.pth", "actvar report-flops var_d16.pth"))
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model file or folder.")],
+    form: opt.OutputFormat = opt.Format.table,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Say what is in a file: kind of model, shape, tensors that are missing, unexpected or damaged."""
+    from actvar_convert.report.render import render_inspection
+
+    inspection = av.inspect(path)
+    if form is opt.Format.json:
+        show_text(inspection.to_json())
+    else:
+        show(render_inspection(inspection))

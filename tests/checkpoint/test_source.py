@@ -1,0 +1,99 @@
+"""Models by whatever name a person gives."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from actvar_convert.checkpoint import zoo
+from actvar_convert.checkpoint.official import TOKENIZER_FILE, fetch_official
+from actvar_convert.checkpoint.source import load_any
+from actvar_convert.checkpoint.sparse import save_sparse
+from actvar_convert.errors import InputError
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+
+
+@pytest.fixture
+def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, without network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_dense_files(official_pair: tuple[Path, Path], dense: VARModel) -> None:
+    for source in (str(official_pair[0]), official_pair[0]):
+        model = load_any(source, vae=official_pair[1])
+        assert not model.is_sparse and torch.equal(model.transformer.head.weight, dense.transformer.head.weight)
+    assert load_any(official_pair[0], dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(InputError, match="has no plan 'x'"):
+        load_any(official_pair[0], plan="x")
+
+
+def test_sparse_folder(tmp_path: Path, sparse: SparseVARModel) -> None:
+    folder = save_sparse(sparse, tmp_path / "out", provenance={}, recipe_text="a: 1\n")
+    model = load_any(str(folder), plan="all")
+    assert isinstance(model, SparseVARModel) and model.plan_name == "all"
+    with pytest.raises(InputError, match="Leave vae out"):
+        load_any(folder, vae=folder / "vae.safetensors")
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load_any(folder)
+
+
+def test_published_name_from_the_cache(offline_cache: Path, official_pair: tuple[Path, Path], dense: VARModel) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = offline_cache / "models--FoundationVision--var"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copy(official_pair[0], snapshot / "var_d16.pth")
+    with pytest.raises(InputError, match=TOKENIZER_FILE):
+        load_any("var-d16")
+    assert fetch_official("var-d16", tokenizer=False).tokenizer is None
+    assert load_any("var-d16", vae=official_pair[1]).origin["revision"] == commit
+    shutil.copy(official_pair[1], snapshot / TOKENIZER_FILE)
+    model = load_any("var-d16")
+    assert model.origin["name"] == "var-d16" and model.origin["revision"] == commit
+    assert torch.equal(model.transformer.head.weight, dense.transformer.head.weight)
+
+
+@pytest.mark.filterwarnings("error")
+def test_published_name_without_network(offline_cache: Path) -> None:
+    with pytest.raises(InputError, match=r"var-d20 needs var_d20\.pth .*not in the cache.*give their paths"):
+        load_any("var-d20")
+
+
+def test_misspelt_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official_pair: tuple[Path, Path]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    for given, proposed in (
+        ("var-d61", "var-d16"),
+        ("VAR-D30", "var-d30"),
+        ("my-modle", "my-model"),
+        ("var_tiny.pht", "var_tiny.pth"),
+        (str(tmp_path / "vae_tinny.pth"), "vae_tiny.pth"),
+    ):
+        with pytest.raises(InputError, match=f"(?s)Did you mean .*{proposed}"):
+            load_any(given)
+    with pytest.raises(InputError, match="There is no folder"):
+        load_any("nowhere/at/all.pth")
+    with pytest.raises(InputError, match="neither the name of a model nor a file"):
+        load_any("zzzz")
+
+
+@pytest.mark.parametrize("name", zoo.bundled_names())
+def test_bundled_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert load_any(name).origin["name"] == name
+    with pytest.raises(InputError, match="is empty"):
+        load_any(f"./{name}")
+    with pytest.raises(InputError, match="Leave vae out"):
+        load_any(name, vae=tmp_path)

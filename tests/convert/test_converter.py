@@ -1,0 +1,99 @@
+"""The whole conversion of a tiny model, and the budget that makes its plan."""
+
+import pytest
+import torch
+
+from actvar_convert.convert.budget import first_sparse_scale, reduction, uniform_plan
+from actvar_convert.convert.converter import convert_model
+from actvar_convert.errors import RecipeError
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.plan import SparsityPlan
+from actvar_convert.recipe.load import load_recipe
+from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
+
+
+def recipe(**changes: object) -> Recipe:
+    settings: dict[str, object] = {
+        "name": "tiny",
+        "model": "tiny",
+        "experts": ExpertsRecipe(count=8),
+        "calibration": CalibrationRecipe(pyramids=24, batch=8),
+        "budget": BudgetRecipe(reduction=0.25, gate_keep=0.6, gate_blocks=(1,)),
+        "gate": GateRecipe(rank=4),
+    }
+    return Recipe(**(settings | changes))
+
+
+@pytest.fixture
+def calibration(tiny_model: VARModel) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(24) % 5
+    return tiny_model.generate_tokens(labels, seed=1), labels
+
+
+def test_conversion_with_everything_on_is_the_dense_model(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    config = tiny_model.transformer.config
+    chosen = recipe()
+    plans = {"plan": uniform_plan(config, chosen), "all": SparsityPlan.dense(config, 8)}
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+    tokens, labels = calibration
+    pieces = tokens.split(list(config.pyramid.lengths), 1)
+    inputs = tiny_model.tokenizer.quantize.teacher_forcing_input(pieces)
+    with torch.no_grad():
+        expected = tiny_model.transformer(labels, inputs)
+        lossy = sparse.transformer(labels, inputs)
+        sparse.use_plan("all")
+        exact = sparse.transformer(labels, inputs)
+    assert float((exact - expected).norm() / expected.norm()) <= 1e-5
+    assert 1e-4 < float((lossy - expected).norm() / expected.norm()) < 1
+    images = sparse.generate([0, 1, 2], seed=4)
+    torch.testing.assert_close(images, tiny_model.generate([0, 1, 2], seed=4), atol=1e-3, rtol=0)
+
+
+def test_conversion_is_repeatable(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    chosen = recipe()
+    plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+    first = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
+    second = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("target", [0.05, 0.2, 0.35])
+def test_budget_is_met_and_not_overspent(tiny_model: VARModel, target: float) -> None:
+    config = tiny_model.transformer.config
+    chosen = recipe(budget=BudgetRecipe(reduction=target, first_scale=1))
+    plan = uniform_plan(config, chosen)
+    assert not plan.problems(config)
+    assert target <= reduction(config, plan) < target + 0.05
+
+
+def test_gated_blocks_keep_the_share_of_tokens(tiny_model: VARModel) -> None:
+    plan = uniform_plan(tiny_model.transformer.config, recipe())
+    assert plan.blocks[0].keep == (1, 1, 1, 1)
+    assert plan.blocks[1].keep == (1, 1, 1, 0.6)
+
+
+def test_a_target_out_of_reach_says_what_is_in_reach(tiny_model: VARModel) -> None:
+    with pytest.raises(RecipeError, match=r"out of reach.*lower the target"):
+        uniform_plan(tiny_model.transformer.config, recipe(budget=BudgetRecipe(reduction=0.9)))
+
+
+def test_first_sparse_scale_by_share_of_tokens(tiny_model: VARModel) -> None:
+    config = tiny_model.transformer.config
+    assert first_sparse_scale(config, None) == 2  # sides 1, 2, 3, 4: 16 + 9 of 30 tokens are more than three quarters
+    assert first_sparse_scale(config, 1) == 1
+
+
+def test_shipped_fashion_recipe_meets_the_published_cut() -> None:
+    from actvar_convert.models.config import TransformerConfig
+
+    config = TransformerConfig(
+        depth=8, width=256, heads=4, hidden=1024, sides=(1, 2, 3, 4, 6, 8), vocab=512, z_channels=16, classes=10
+    )
+    chosen = load_recipe("fashion")
+    assert reduction(config, uniform_plan(config, chosen)) >= 0.212

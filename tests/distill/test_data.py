@@ -1,0 +1,66 @@
+"""Token stores: order, resumption, images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from actvar_convert.distill.data import TokenStore, store_from_images, store_from_teacher
+from actvar_convert.errors import InputError
+from actvar_convert.models.model import VARModel
+from actvar_convert.progress import SilentProgress
+
+
+def test_an_epoch_visits_every_pyramid_once() -> None:
+    store = TokenStore(torch.arange(12).view(12, 1), torch.arange(12))
+    seen = torch.cat([store.batch(step, 4, seed=1)[1] for step in range(3)])
+    assert sorted(seen.tolist()) == list(range(12))
+    again = torch.cat([store.batch(step, 4, seed=1)[1] for step in range(3)])
+    assert torch.equal(seen, again)
+    assert not torch.equal(seen, torch.cat([store.batch(step, 4, seed=1)[1] for step in range(3, 6)]))
+
+
+def test_sampling_goes_on_where_it_stopped(tiny_model: VARModel, tmp_path: Path) -> None:
+    arguments = {"batch": 4, "seed": 3, "cfg": None, "progress": SilentProgress()}
+    whole = store_from_teacher(tiny_model, 10, path=tmp_path / "whole.bin", **arguments)
+    in_memory = store_from_teacher(tiny_model, 10, path=None, **arguments)
+    assert torch.equal(whole.tokens, in_memory.tokens)
+    torn = tmp_path / "torn.bin"
+    torn.write_bytes((tmp_path / "whole.bin").read_bytes()[: 5 * 30 * 2 + 7])
+    resumed = store_from_teacher(tiny_model, 10, path=torn, **arguments)
+    assert torch.equal(resumed.tokens, whole.tokens)
+    assert torn.read_bytes() == (tmp_path / "whole.bin").read_bytes()
+    assert resumed.labels.tolist() == [i % 5 for i in range(10)]
+
+
+def write_images(folder: Path, classes: int) -> None:
+    random = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for i in range(2):
+            pixels = random.integers(0, 255, (20, 9 + 3 * i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{i}.png")
+
+
+def test_images_become_their_tokens(tiny_model: VARModel, tmp_path: Path) -> None:
+    write_images(tmp_path, 5)
+    store = store_from_images(
+        tiny_model, tmp_path, 8, path=None, batch=3, seed=0, progress=SilentProgress()
+    )
+    assert store.tokens.shape == (8, 30) and set(store.labels.tolist()) <= set(range(5))
+    assert int(store.tokens.long().max()) < 32
+
+
+def test_another_number_of_classes_is_refused(tiny_model: VARModel, tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    with pytest.raises(InputError, match="4 class folders, the model has 5"):
+        store_from_images(tiny_model, tmp_path, 8, path=None, batch=3, seed=0, progress=SilentProgress())
+
+
+def test_a_broken_image_is_named(tiny_model: VARModel, tmp_path: Path) -> None:
+    write_images(tmp_path, 5)
+    (tmp_path / "class2" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"0\.png: cannot be read"):
+        store_from_images(tiny_model, tmp_path, 10, path=None, batch=3, seed=0, progress=SilentProgress())

@@ -1,0 +1,162 @@
+"""The training loop: it learns, resumes to the bit, and refuses a state that is not its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from actvar_convert.convert.budget import uniform_plan
+from actvar_convert.convert.converter import convert_model
+from actvar_convert.distill import loop
+from actvar_convert.distill.data import TokenStore
+from actvar_convert.distill.loop import distill_model
+from actvar_convert.errors import CheckpointError, Interrupted
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.progress import MetricsLog, SilentProgress
+from actvar_convert.recipe.schema import (
+    BudgetRecipe,
+    CalibrationRecipe,
+    DistillRecipe,
+    ExpertsRecipe,
+    GateRecipe,
+    JointStage,
+    Recipe,
+    RouterStage,
+)
+
+
+def recipe(stage1: dict[str, object] | None = None, stage2: dict[str, object] | None = None) -> Recipe:
+    short: dict[str, object] = {"steps": 6, "batch": 8, "warmup": 2, "learning_rate": 2e-3}
+    return Recipe(
+        name="tiny",
+        model="tiny",
+        experts=ExpertsRecipe(count=8),
+        calibration=CalibrationRecipe(pyramids=24, batch=8),
+        budget=BudgetRecipe(reduction=0.25, gate_keep=0.6, gate_blocks=(1,)),
+        gate=GateRecipe(rank=4),
+        distill=DistillRecipe(
+            stage1=RouterStage(**(short | (stage1 or {}))),
+            stage2=JointStage(**(short | (stage2 or {}))),
+        ),
+    )
+
+
+@pytest.fixture
+def store(tiny_model: VARModel) -> TokenStore:
+    labels = torch.arange(24) % 5
+    return TokenStore(tiny_model.generate_tokens(labels, seed=1), labels)
+
+
+def converted(teacher: VARModel, chosen: Recipe, store: TokenStore) -> SparseVARModel:
+    plans = {"plan": uniform_plan(teacher.transformer.config, chosen)}
+    return convert_model(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
+
+
+def train(
+    teacher: VARModel, chosen: Recipe, store: TokenStore, folder: Path, fingerprint: str = "run"
+) -> tuple[SparseVARModel, list[dict[str, object]]]:
+    model = converted(teacher, chosen, store)
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        distill_model(
+            model,
+            teacher,
+            chosen,
+            store,
+            state_path=folder / "state.safetensors",
+            fingerprint=fingerprint,
+            log=log,
+            progress=SilentProgress(),
+        )
+        return model, log.read()
+
+
+def kl_to(teacher: VARModel, model: VARModel, store: TokenStore) -> float:
+    from actvar_convert.distill.losses import kl_per_token
+
+    pieces = store.tokens.long().split(list(teacher.transformer.config.pyramid.lengths), 1)
+    inputs = teacher.tokenizer.quantize.teacher_forcing_input(pieces)
+    with torch.no_grad():
+        return float(
+            kl_per_token(teacher.transformer(store.labels, inputs), model.transformer(store.labels, inputs)).mean()
+        )
+
+
+def test_both_stages_lower_their_losses(tiny_model: VARModel, store: TokenStore, tmp_path: Path) -> None:
+    chosen = recipe({"steps": 30}, {"steps": 40})
+    before = kl_to(tiny_model, converted(tiny_model, chosen, store), store)
+    teacher = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    model, lines = train(tiny_model, chosen, store, tmp_path)
+    first = [line for line in lines if line["stage"] == "stage1"]
+    second = [line for line in lines if line["stage"] == "stage2"]
+    assert len(first) == 30 and len(second) == 40
+    assert {"output", "router"} <= first[0].keys() and {"kl", "hidden", "gate"} <= second[0].keys()
+    assert first[-1]["output"] < first[0]["output"] and first[-1]["router"] < first[0]["router"]
+    assert kl_to(tiny_model, model, store) < 0.6 * before
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in tiny_model.state_dict().items())
+
+
+@pytest.mark.parametrize("trainable", ["none", "lora", "experts", "all"])
+def test_only_the_chosen_weights_move(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path, trainable: str
+) -> None:
+    chosen = recipe({"steps": 0}, {"trainable": trainable, "steps": 3, "router": "regress", "router_loss": 1.0})
+    before = converted(tiny_model, chosen, store).transformer.state_dict()
+    model, _ = train(tiny_model, chosen, store, tmp_path)
+    after = model.transformer.state_dict()
+    assert after.keys() == before.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    groups = {
+        "router": any("router" in name for name in moved),
+        "gate": any(".gate." in name for name in moved),
+        "ffn": any(".fc1.weight" in name for name in moved),
+        "attention": any("mat_qkv" in name for name in moved),
+        "head": any(name.startswith("head.") for name in moved),
+    }
+    assert groups == {
+        "router": True,
+        "gate": True,
+        "ffn": trainable != "none",
+        "attention": trainable in ("lora", "all"),
+        "head": trainable == "all",
+    }
+
+
+@pytest.mark.parametrize("stage2", [{"ema": 0.9}, {"trainable": "lora"}])
+@pytest.mark.parametrize("stop_at", [4, 9])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny_model: VARModel,
+    store: TokenStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage2: dict[str, object],
+    stop_at: int,
+) -> None:
+    chosen = recipe({}, stage2)
+    whole, lines = train(tiny_model, chosen, store, tmp_path / "whole")
+    original, taken = loop.StageRun.train_step, 0
+
+    def stopping(self: loop.StageRun, *args: object) -> dict[str, float]:
+        nonlocal taken
+        taken += 1
+        if taken == stop_at:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop.StageRun, "train_step", stopping)
+    with pytest.raises(Interrupted, match="goes on from there"):
+        train(tiny_model, chosen, store, tmp_path / "parts")
+    monkeypatch.setattr(loop.StageRun, "train_step", original)
+    resumed, resumed_lines = train(tiny_model, chosen, store, tmp_path / "parts")
+    assert resumed_lines == lines
+    expected = whole.transformer.state_dict()
+    for name, tensor in resumed.transformer.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_state_of_another_run_is_refused(tiny_model: VARModel, store: TokenStore, tmp_path: Path) -> None:
+    train(tiny_model, recipe(), store, tmp_path, "one recipe")
+    with pytest.raises(CheckpointError):
+        train(tiny_model, recipe(), store, tmp_path, "another recipe")

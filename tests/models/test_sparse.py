@@ -1,0 +1,216 @@
+"""The sparse transformer: identity with the dense one, agreement of its two ways of running, plans."""
+
+import pytest
+import torch
+
+from actvar_convert.errors import InputError, RecipeError
+from actvar_convert.models.attention import GenerationCache
+from actvar_convert.models.experts import select_experts, share_scores
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.plan import BlockPlan, SparsityPlan
+from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.models.var import Span, VARTransformer
+
+
+def block(**changes: object) -> BlockPlan:
+    return BlockPlan(**({"prefix": (8, 8, 2, 2), "routed": (0, 0, 2, 3), "keep": (1, 1, 0.5, 0.6)} | changes))
+
+
+def sparse_from(dense: VARTransformer, plans: dict[str, SparsityPlan], default: str) -> SparseVARTransformer:
+    """A sparse transformer with the dense weights and random routers, gates and constants."""
+    sparse = SparseVARTransformer(dense.config, plans, default)
+    missing = sparse.load_state_dict(dense.state_dict(), strict=False).missing_keys
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in sparse.named_parameters():
+        if name in missing:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return sparse.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def pyramids(tiny_model: VARModel) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.tensor([0, 3, 5])
+    tokens = tiny_model.generate_tokens(labels, seed=3)
+    pieces = tokens.split(list(tiny_model.transformer.config.pyramid.lengths), 1)
+    return labels, tiny_model.tokenizer.quantize.teacher_forcing_input(pieces)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@torch.no_grad()
+def test_everything_on_is_the_dense_model(
+    tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    config = tiny_model.transformer.config
+    sparse = sparse_from(tiny_model.transformer, {"all": SparsityPlan.dense(config, 8)}, "all")
+    assert relative_error(sparse(*pyramids), tiny_model.transformer(*pyramids)) <= 1e-5
+
+
+@torch.no_grad()
+def test_all_experts_routed_is_the_dense_model(
+    tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    everything = block(prefix=(0, 1, 2, 3), routed=(8, 7, 6, 5), keep=(1, 1, 1, 1))
+    dynamic = block(
+        prefix=(0, 1, 2, 3), routed=(0, 0, 0, 0), keep=(1,) * 4, threshold=(1.0,) * 4, mean_routed=(8, 7, 6, 5)
+    )
+    plans = {
+        "fixed": SparsityPlan(experts=8, blocks=(everything,) * 2),
+        "dynamic": SparsityPlan(experts=8, blocks=(dynamic,) * 2),
+    }
+    sparse = sparse_from(tiny_model.transformer, plans, "fixed")
+    expected = tiny_model.transformer(*pyramids)
+    assert relative_error(sparse(*pyramids), expected) <= 1e-5
+    sparse.use_plan("dynamic")
+    for each in sparse.blocks:
+        each.ffn.router.linear.weight.zero_()
+        each.ffn.router.linear.bias.fill_(1.0)
+    assert relative_error(sparse(*pyramids), expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_permuting_neurons_of_the_dense_model_changes_nothing(
+    tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    expected = tiny_model.transformer(*pyramids)
+    for each in tiny_model.transformer.blocks:
+        order = torch.randperm(len(each.ffn.fc1.bias), generator=torch.Generator().manual_seed(each.index))
+        each.ffn.fc1.weight.copy_(each.ffn.fc1.weight[order])
+        each.ffn.fc1.bias.copy_(each.ffn.fc1.bias[order])
+        each.ffn.fc2.weight.copy_(each.ffn.fc2.weight[:, order])
+    assert relative_error(tiny_model.transformer(*pyramids), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("skipped_kv", ["computed", "dropped"])
+@pytest.mark.parametrize("neighbourhood", [1, 2, 3])
+@pytest.mark.parametrize("reconstruction", ["identity", "previous", "low_rank", "mixture"])
+def test_generation_equals_teacher_forcing(
+    tiny_model: VARModel,
+    pyramids: tuple[torch.Tensor, torch.Tensor],
+    skipped_kv: str,
+    neighbourhood: int,
+    reconstruction: str,
+) -> None:
+    plan = SparsityPlan(
+        experts=8,
+        blocks=(block(), block(keep=(1, 0.75, 0, 0.6))),
+        skipped_kv=skipped_kv,
+        neighbourhood=neighbourhood,
+        reconstruction=reconstruction,
+    )
+    sparse = sparse_from(tiny_model.transformer, {"sparse": plan}, "sparse")
+    labels, inputs = pyramids
+    pyramid = sparse.config.pyramid
+    with torch.no_grad():
+        expected = sparse(labels, inputs)
+        condition = sparse.class_emb(labels)
+        modulation = sparse.modulation(condition)
+        cache = GenerationCache(sparse.config, len(labels), torch.device("cpu"), torch.float32)
+        x, logits = sparse.first_tokens(condition), []
+        for scale in range(pyramid.num_scales):
+            for each, own in zip(sparse.blocks, modulation.blocks, strict=True):
+                x = each(x, own, Span(scale, (pyramid.lengths[scale],)), cache=cache)
+            logits.append(sparse.logits(x, modulation.head))
+            if scale + 1 < pyramid.num_scales:
+                begin, end = pyramid.begins[scale + 1] - 1, pyramid.ends[scale + 1] - 1
+                x = sparse.next_tokens(inputs[:, begin:end], scale + 1)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-5)
+    training_form = sparse.requires_grad_(True)(labels, inputs)
+    torch.testing.assert_close(training_form.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_straight_through_keeps_the_value_and_reaches_the_gate(
+    tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    plan = SparsityPlan(experts=8, blocks=(block(),) * 2)
+    sparse = sparse_from(tiny_model.transformer, {"sparse": plan}, "sparse").requires_grad_(True)
+    expected = sparse(*pyramids)
+    for each in sparse.blocks:
+        each.straight_through = True
+    logits = sparse(*pyramids)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    logits.square().mean().backward()
+    for each in sparse.blocks:
+        assert each.gate.linear.weight.grad.abs().sum() > 0
+        assert each.reconstruction.up.weight.grad.abs().sum() > 0
+        assert each.ffn.inactive.grad[2:].abs().sum() > 0
+        assert each.ffn.inactive.grad[:2].abs().sum() == 0
+
+
+def test_reconstruction_of_skipped_tokens_by_hand(tiny_model: VARModel) -> None:
+    keep = (1.0, 1.0, 1.0, 0.5)
+    whole = block(prefix=(8,) * 4, routed=(0,) * 4, keep=keep)
+    plan = SparsityPlan(experts=8, blocks=(whole,) * 2)
+    sparse = sparse_from(tiny_model.transformer, {"sparse": plan}, "sparse")
+    each, config = sparse.blocks[0], sparse.config
+    with torch.no_grad():
+        condition = sparse.class_emb(torch.tensor([1]))
+        modulation = sparse.modulation(condition).blocks[0]
+        x = torch.randn(1, config.pyramid.total, config.width, generator=torch.Generator().manual_seed(0))
+        mask = sparse.attn_bias_for_masking
+        y = each(x, modulation, Span(0, config.pyramid.lengths), mask)
+        part = config.pyramid.slice(3)
+        score = each.gate(x[:, part])[0]
+        kept = set(score.topk(8).indices.tolist())
+        update = (y - x)[:, config.pyramid.slice(2)]
+        grid = update.transpose(1, 2).reshape(1, -1, 3, 3)
+        up = torch.nn.functional.interpolate(grid, size=(4, 4), mode="bilinear").flatten(2).transpose(1, 2)
+        dense = tiny_model.transformer.blocks[0](x, modulation, Span(0, config.pyramid.lengths), mask)
+        for token in range(16):
+            own, got = x[0, part][token], y[0, part][token]
+            r = each.reconstruction
+            filled = own + r.alpha[3] * up[0, token] + r.up(r.down(own))
+            expected = dense[0, part][token] if token in kept else filled
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_selection_by_threshold_and_by_count() -> None:
+    score = torch.tensor([[[1.0, 0.9, 0.4, 0.2]]])
+    assert select_experts(score, 2, None).tolist() == [[[True, True, False, False]]]
+    assert select_experts(score, 0, 0.5).tolist() == [[[True, True, False, False]]]
+    assert select_experts(score, 0, 0.7).tolist() == [[[True, True, True, False]]]
+
+
+def test_shared_scores_are_square_means() -> None:
+    score = torch.randn(2, 25, 3, generator=torch.Generator().manual_seed(0))
+    shared = share_scores(score, side=5, window=2, position_BL=None).view(2, 5, 5, 3)
+    grid = score.view(2, 5, 5, 3)
+    for top in range(0, 5, 2):
+        for left in range(0, 5, 2):
+            square = grid[:, top : top + 2, left : left + 2]
+            expected = square.mean((1, 2), keepdim=True).expand_as(square)
+            torch.testing.assert_close(shared[:, top : top + 2, left : left + 2], expected)
+
+
+def test_shared_scores_of_some_tokens() -> None:
+    score = torch.tensor([[[1.0], [3.0], [10.0]]])
+    position = torch.tensor([[0, 5, 15]])
+    assert share_scores(score, 4, 2, position).flatten().tolist() == [2.0, 2.0, 10.0]
+
+
+def test_plans_switch_without_copies(tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]) -> None:
+    config = tiny_model.transformer.config
+    plans = {"all": SparsityPlan.dense(config, 8), "some": SparsityPlan(experts=8, blocks=(block(),) * 2)}
+    sparse = sparse_from(tiny_model.transformer, plans, "some")
+    with torch.no_grad():
+        first = sparse(*pyramids)
+        sparse.use_plan("all")
+        assert relative_error(sparse(*pyramids), tiny_model.transformer(*pyramids)) <= 1e-5
+        sparse.use_plan("some")
+        assert torch.equal(sparse(*pyramids), first)
+    with pytest.raises(InputError, match="all, some"):
+        sparse.use_plan("none")
+
+
+def test_plans_that_do_not_fit_are_named_together(tiny_model: VARModel) -> None:
+    config = tiny_model.transformer.config
+    wrong = SparsityPlan(experts=7, blocks=(block(keep=(1, 1, 1)), block(prefix=(8, 8, 7, 2)), block()))
+    with pytest.raises(RecipeError) as caught:
+        SparseVARTransformer(config, {"wrong": wrong}, "wrong")
+    text = str(caught.value)
+    assert "7 does not divide the 128 hidden neurons" in text
+    assert "3 blocks given, the model has 2" in text
+    assert "blocks[0].keep: 3 values given, the model has 4 scales" in text
+    assert "prefix 8 + routed 0 at scale 0" in text

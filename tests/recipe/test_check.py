@@ -1,0 +1,93 @@
+"""Settings that contradict each other or the model."""
+
+from __future__ import annotations
+
+import pytest
+
+from actvar_convert.errors import RecipeError
+from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.plan import SparsityPlan
+from actvar_convert.recipe import Recipe, check_recipe, load_recipe, problems_for
+
+TINY = TransformerConfig(depth=2, width=64, heads=2, hidden=128, sides=(1, 2, 3, 4), vocab=32, z_channels=8, classes=5)
+BASE = Recipe(name="r", model="m")
+
+
+def recipe(**sections: dict[str, object]) -> Recipe:
+    """A recipe with some settings changed, without the checks of ``load_recipe``."""
+    return Recipe.model_validate({"name": "r", "model": "m", **sections})
+
+
+def test_the_defaults_fit() -> None:
+    assert problems_for(BASE) == [] == problems_for(BASE, TINY)
+    check_recipe(BASE, TINY)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"calibration": {"source": "images"}}, "calibration.images: needed"),
+        ({"data": {"source": "images", "images": ""}}, "data.images: needed"),
+        ({"evaluate": {"images": 3}}, "evaluate.neighbours: given 3, allowed: less than evaluate.images, 3"),
+        ({"checks": {}}, "checks: no limit given"),
+        (
+            {"distill": {"stage1": {"trainable": "none", "router": "frozen"}}},
+            "distill.stage1: trains nothing; set trainable, router or gate, or steps to 0",
+        ),
+        (
+            {"distill": {"stage2": {"kl": 0, "hidden": 0, "gate_loss": 0}}},
+            "distill.stage2: all losses have weight 0",
+        ),
+        ({"distill": {"stage1": {"router_loss": 0}}}, "distill.stage1.router_loss: given 0, allowed: more than 0"),
+    ],
+)
+def test_contradictions_are_wrong_for_any_model(sections: dict[str, dict[str, object]], said: str) -> None:
+    found = problems_for(recipe(**sections))
+    assert len(found) == 1 and found[0].startswith(said)
+
+
+def test_a_stage_that_is_left_out_contradicts_nothing() -> None:
+    nothing = {"steps": 0, "trainable": "none", "router": "frozen", "output": 0, "router_loss": 0}
+    assert problems_for(recipe(distill={"stage1": nothing})) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"experts": {"count": 24}}, "experts.count: given 24, allowed: a divisor of the 128 hidden neurons of an FFN"),
+        ({"experts": {"neighbourhood": 5}}, "experts.neighbourhood: given 5, allowed: at most 4"),
+        ({"gate": {"rank": 65}}, "gate.rank: given 65, allowed: at most 64"),
+        ({"budget": {"first_scale": 4}}, "budget.first_scale: given 4, allowed: 0 to 3"),
+        ({"budget": {"gate_scales": 5}}, "budget.gate_scales: given 5, allowed: 0 to 4"),
+        ({"budget": {"gate_blocks": [0, 2, 9]}}, "budget.gate_blocks: given [2, 9], allowed: 0 to 1"),
+        (
+            {"distill": {"stage2": {"scale_weights": [1, 2, 3]}}},
+            "distill.stage2.scale_weights: given 3 values, allowed: 4",
+        ),
+        ({"distill": {"stage1": {"trainable": "lora", "lora_rank": 65}}}, "distill.stage1.lora_rank: given 65"),
+    ],
+)
+def test_what_does_not_fit_the_model(sections: dict[str, dict[str, object]], said: str) -> None:
+    assert problems_for(recipe(**sections)) == []
+    found = problems_for(recipe(**sections), TINY)
+    assert len(found) == 1 and found[0].startswith(said)
+
+
+def test_a_plan_for_another_depth_is_named_with_its_path() -> None:
+    deeper = TINY.model_copy(update={"depth": 3})
+    plans = {"fast": SparsityPlan.dense(deeper, experts=16), "good": SparsityPlan.dense(TINY, experts=16)}
+    given = BASE.model_copy(update={"plans": plans})
+    assert problems_for(given, TINY) == ["plans.fast.blocks: 3 blocks given, the model has 2"]
+    differing = {**plans, "good": plans["good"].model_copy(update={"router_width": 4})}
+    found = problems_for(BASE.model_copy(update={"plans": differing}))
+    assert found == ["plans: given {'fast': 0, 'good': 4} as router_width, allowed: the same for all plans of a model"]
+
+
+def test_all_of_them_in_one_error() -> None:
+    wrong = recipe(experts={"count": 24}, gate={"rank": 65}, calibration={"source": "images"})
+    with pytest.raises(RecipeError, match="cannot be carried out") as caught:
+        check_recipe(wrong, TINY)
+    assert len(caught.value.problems) == 3
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(wrong, config=TINY)
+    assert len(caught.value.problems) == 3

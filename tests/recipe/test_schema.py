@@ -1,0 +1,69 @@
+"""The settings: every one explained, frozen, and with sensible defaults per stage."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from actvar_convert.recipe import Recipe, settings
+from actvar_convert.recipe.fields import find, nearest
+
+RECIPE = Recipe(name="r", model="m")
+
+
+def test_every_setting_says_what_it_means_and_what_is_allowed() -> None:
+    paths = [setting.path for setting in settings()]
+    assert len(paths) == len(set(paths)) > 90
+    for setting in settings():
+        if not setting.path.startswith("plans.NAME.blocks"):
+            assert setting.info.description, f"{setting.path} has no description"
+        assert setting.allowed
+
+
+def test_recipes_cannot_be_changed_and_know_no_other_keys() -> None:
+    with pytest.raises(ValidationError):
+        RECIPE.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="extra"):
+        Recipe(name="r", model="m", sede=3)  # type: ignore[call-arg]
+    assert hash(RECIPE) == hash(Recipe(name="r", model="m"))
+
+
+def test_the_stages_differ_in_what_trains() -> None:
+    one, two = RECIPE.distill.stage1, RECIPE.distill.stage2
+    assert (one.router, one.gate, one.output > 0, one.kl) == ("regress", "frozen", True, 0)
+    assert (two.router, two.gate, two.output, two.kl > 0, two.trainable) == ("frozen", "train", 0, True, "all")
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("experts.count", "a whole number of at least 1"),
+        ("budget.reduction", "a number of more than 0 and less than 1"),
+        ("budget.first_scale", "a whole number of at least 0, or null"),
+        ("budget.gate_blocks", "a list of whole numbers of at least 0, or null"),
+        ("experts.clustering", "one of kmeans, weights, random"),
+        ("benchmark.dtypes", "a list of any of fp32, bf16, fp16, 1 or more"),
+        ("distill.stage2.learning_rate", "a number of more than 0"),
+        ("samples", "a section with the keys per_class, seed"),
+        ("model", "text, not empty"),
+    ],
+)
+def test_what_is_allowed_in_words(path: str, allowed: str) -> None:
+    setting = find(path.split("."))
+    assert setting is not None and setting.allowed == allowed
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("distill.stage2.stpes", "distill.stage2.steps"),
+        ("experts.cuont", "experts.count"),
+        ("steps", "distill.stage1.steps"),
+        ("distil.stage2.steps", "distill.stage2.steps"),
+        ("plans.fast.exprts", "plans.fast.experts"),
+        ("zzzzzz", None),
+    ],
+)
+def test_the_nearest_valid_name(written: str, meant: str | None) -> None:
+    assert find(written.split(".")) is None
+    assert nearest(written.split(".")) == meant

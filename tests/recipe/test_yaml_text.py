@@ -1,0 +1,72 @@
+"""YAML with the value rules of version 1.2."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import yaml
+
+from actvar_convert.recipe.yaml_text import read_yaml, write_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("-.5", -0.5),
+        ("3.", 3.0),
+        ("010", 10),
+        ("+7", 7),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("2020-01-01", "2020-01-01"),
+        ("'1e-4'", "1e-4"),
+        ("[1, 1e-3, a]", [1, 1e-3, "a"]),
+        ("{a: {b: 2}}", {"a": {"b": 2}}),
+    ],
+)
+def test_values(text: str, value: object) -> None:
+    read = read_yaml(text)
+    assert read == value and type(read) is type(value)
+
+
+def test_infinity_and_nan_are_numbers() -> None:
+    assert read_yaml("-.inf") == -math.inf
+    assert math.isnan(read_yaml(".nan"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3, column 1: key 'a' is given twice"),
+        ("a: [1, 2", "line 1, column"),
+        ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("a: b: c", "line 1, column 5: mapping values are not allowed here"),
+        ("a: \x01", "special characters are not allowed"),
+    ],
+)
+def test_what_is_not_yaml_is_said_with_its_place(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said.replace("[", r"\[")):
+        read_yaml(text)
+
+
+@pytest.mark.parametrize(
+    "word", ["1e-4", "010", "no", "yes", "null", "", "1:30", "2020-01-01", "a: b", "# c", "grün", "1_0"]
+)
+def test_words_stay_words_for_both_versions_of_yaml(word: str) -> None:
+    text = write_yaml({"a": word})
+    assert read_yaml(text) == {"a": word} == yaml.safe_load(text)
+    assert read_yaml(write_yaml(word, flow=True)) == word
+
+
+def test_shared_values_are_written_out() -> None:
+    shared = [1, 2]
+    assert "&" not in write_yaml({"a": shared, "b": shared})

@@ -1,0 +1,32 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actvar_convert.files import write_whole
+
+
+def test_writes_text_and_bytes_into_a_new_folder(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a" / "b.txt", "größer\n")
+    write_whole(tmp_path / "a" / "b.bin", b"\x00\x01")
+    assert (tmp_path / "a" / "b.txt").read_bytes() == "größer\n".encode()
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"\x00\x01"
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    write_whole(tmp_path / "ours", "x")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_failure_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    (folder / "inside").write_text("old")
+    with pytest.raises(OSError):
+        write_whole(folder, "new")
+    assert (folder / "inside").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
