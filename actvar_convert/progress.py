@@ -99,11 +99,11 @@ class _Lines:
     def note(self, text: str) -> None:
         self.words = text
 
-    def line(self) -> str:
-        """How far the task is, in one line."""
+    def line(self, over: bool = False) -> str:
+        """How far the task is, or was when it ended, in one line."""
         elapsed = self.clock() - self.started
         parts = [f"{self.done}/{self.total}" if self.total is not None else str(self.done), duration(elapsed)]
-        if self.total and 0 < self.done < self.total:
+        if self.total and 0 < self.done < self.total and not over:
             parts.append(f"about {duration(elapsed / self.done * (self.total - self.done))} left")
         if self.words:
             parts.append(self.words)
@@ -156,7 +156,7 @@ class TerminalProgress:
                 self.open -= 1
                 if self.open == 0:
                     self.bars.stop()
-            self.say(lines.line())
+            self.say(lines.line(over=True))
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -40,7 +40,7 @@ def imported(path: Path, module: str | None = None) -> set[str]:
 
 def layer(module: str) -> str:
     """The folder or file below the package that a module belongs to."""
-    return (module.split(".") + [""])[1] or "actvar_convert"
+    return module.split(".")[1] if "." in module else module
 
 
 LIBRARY = {name: path for name, path in modules().items() if name != "actvar_convert"}

@@ -76,10 +76,12 @@ def nearest(path: Sequence[str | int]) -> str | None:
         close = difflib.get_close_matches(name, list(section.model_fields), 1)
         if close:
             return ".".join(str(part) for part in [*parents, close[0]])
+    elif parent is not None:
+        return parent.path
     everything = [setting.path for setting in settings()]
     same = [known for known in everything if known.rsplit(".", 1)[-1] == name]
     whole = ".".join(str(part) for part in path)
-    return next(iter(same or difflib.get_close_matches(whole, everything, 1, 0.7)), None)
+    return next(iter(difflib.get_close_matches(whole, same or everything, 1, 0.0 if same else 0.7)), None)
 
 
 def allowed(info: FieldInfo) -> str:

@@ -56,7 +56,8 @@ def test_overrides_split_at_the_first_equals_sign() -> None:
             "model=a=b",
             "distill.stage2.steps=7",
             "checks.max_kl=0.1",
-            "evaluate.seeds=[1, 2]",
+            "evaluate.seeds=[1, 3]",
+            "evaluate.seeds.1=2",
             "budget.gate_blocks=null",
         ],
     )
@@ -84,9 +85,10 @@ def test_overrides_reach_into_plans() -> None:
     ("override", "said"),
     [
         ("distill.stage2.stpes=3", "distill.stage2.stpes: unknown setting; did you mean distill.stage2.steps?"),
-        ("steps=3", "steps: unknown setting; did you mean distill.stage1.steps?"),
+        ("steps=3", "steps: unknown setting; did you mean distill.stage2.steps?"),
         ("distill.stage2", "--set distill.stage2: give it as path=value, such as distill.stage2.steps=500"),
-        ("evaluate.seeds.0=1", "evaluate.seeds.0: unknown setting; did you mean evaluate.seeds?"),
+        ("experts.count.x=1", "experts.count.x: unknown setting; did you mean experts.count?"),
+        ("evaluate.seeds.5=1", "evaluate.seeds.5: there is no such entry in the recipe"),
         ("seed=[", "seed: the value '[' is not valid YAML: line 1, column 2"),
         ("seed=-1", "seed: given -1, allowed: a whole number of at least 0"),
         ("seed=1.5", "seed: given 1.5, allowed: a whole number of at least 0"),

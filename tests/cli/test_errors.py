@@ -1,0 +1,121 @@
+"""How the command ends: exit codes, messages without traceback, data and progress on their own streams."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from actvar_convert.errors import ChecksFailed, InputError, Interrupted
+from actvar_convert_cli.console import ActvarGroup, show_text
+from actvar_convert_cli.options import Verbose, several
+
+from .conftest import Actvar
+
+app = typer.Typer(cls=ActvarGroup)
+
+
+@app.command()
+def end(how: str, out: str = "", verbose: Verbose = False) -> None:
+    """A command that ends in every way there is."""
+    if how == "input":
+        raise InputError("cannot use it:", ["one", "two"])
+    if how == "check":
+        raise ChecksFailed("1 of 1 checks failed")
+    if how == "stopped":
+        raise Interrupted("stopped at step 3 of 9; all done so far is on disk")
+    if how == "keys":
+        raise KeyboardInterrupt
+    if how == "full":
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
+    if how == "bug":
+        raise ZeroDivisionError
+    show_text("data\n")
+
+
+@app.command()
+def other() -> None:
+    """Makes ``end`` a sub-command."""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "message"),
+    [
+        ("well", 0, ""),
+        ("input", 2, "actvar: cannot use it:\n  - one\n  - two\n"),
+        ("check", 3, "actvar: 1 of 1 checks failed\n"),
+        ("full", 2, "actvar: /somewhere/file: No space left on device\n"),
+        ("keys", 130, "actvar: stopped\nTo go on, give the same line again:\n  actvar end keys --out 'a b'\n"),
+    ],
+)
+def test_exit_codes_and_messages(how: str, code: int, message: str) -> None:
+    arguments = ["end", how, "--out", "a b"]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stderr) == (code, message)
+    assert result.stdout == ("data\n" if code == 0 else "")
+
+
+def test_an_interrupted_run_says_how_it_goes_on() -> None:
+    result = CliRunner().invoke(app, ["end", "stopped"])
+    assert result.exit_code == 130
+    assert result.stderr.startswith("actvar: stopped at step 3 of 9") and result.stderr.endswith(
+        "  actvar end stopped\n"
+    )
+
+
+def test_verbose_adds_the_traceback() -> None:
+    result = CliRunner().invoke(app, ["end", "input", "--verbose"])
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr and "actvar: cannot use it:" in result.stderr
+
+
+def test_a_fault_of_our_own_is_not_dressed_up() -> None:
+    assert isinstance(CliRunner().invoke(app, ["end", "bug"]).exception, ZeroDivisionError)
+
+
+def test_lists_in_options() -> None:
+    assert several("0, 1,2", "--seeds", int) == (0, 1, 2)
+    with pytest.raises(typer.BadParameter, match="not a list"):
+        several("0,x", "--seeds", int)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["report-flops"],
+        ["report-flops", "var-d16", "--format", "xml"],
+        ["report-flops", "nowhere.pth"],
+        ["inspect", "nowhere.pth"],
+        ["convert", "nowhere.pth", "--out", "x"],
+        ["distill", "nowhere"],
+        ["evaluate", "nowhere", "--seeds", "1,x"],
+        ["evaluate", "nowhere"],
+        ["benchmark", "nowhere"],
+        ["sample", "nowhere"],
+        ["sample", "nowhere", "--top-p", "2"],
+        ["run", "nowhere.yaml"],
+        ["run", "fashion", "--set", "distill.stage2.stpes=3"],
+        ["recipes", "show", "nowhere.yaml"],
+        ["recipes", "copy", "fashoin"],
+        ["recipes", "validate", "fashion", "nowhere.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_ends_with_2_and_one_message(actvar: Actvar, tmp_path: Path, arguments: list[str]) -> None:
+    result = actvar(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr and "Traceback" not in result.output
+    assert not any(tmp_path.iterdir()), "a refused command left something behind"
+
+
+def test_all_problems_of_a_recipe_are_named(actvar: Actvar) -> None:
+    result = actvar(
+        "run", "fashion", "--set", "distill.stage2.stpes=3", "--set", "seed=-1", "--set", "data.source=images"
+    )
+    assert result.exit_code == 2 and result.stdout == ""
+    for said in ("did you mean distill.stage2.steps?", "seed: given -1", "data.images: needed"):
+        assert said in result.stderr

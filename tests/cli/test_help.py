@@ -1,0 +1,57 @@
+"""Help: every command has one, with an example and what usually follows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+import actvar_convert
+from actvar_convert_cli.main import app
+
+COMMANDS = ["convert", "distill", "run", "report-flops", "evaluate", "benchmark", "inspect", "sample"]
+RECIPES = ["list", "show", "copy", "validate"]
+
+
+def output(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), prog_name="actvar", env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize("command", [[name] for name in COMMANDS] + [["recipes", name] for name in RECIPES])
+def test_every_help_ends_with_an_example_and_what_follows(command: list[str]) -> None:
+    *_, example, then = [line.strip() for line in output(*command, "--help").splitlines() if line.strip()]
+    assert example.startswith(f"Example: actvar {' '.join(command)}")
+    assert then.startswith("Then: actvar ")
+    named = then.removeprefix("Then: actvar ").split()
+    assert named[0] in COMMANDS or (named[0] == "recipes" and named[1] in RECIPES)
+
+
+def test_alone_it_shows_the_commands_in_the_usual_order() -> None:
+    text = output()
+    assert text.strip() == output("--help").strip()
+    listed, order = text.split("The usual order:")
+    assert all(f" {name} " in listed for name in [*COMMANDS, "recipes"])
+    steps = [
+        order.index(f"actvar {name}") for name in ("recipes list", "report-flops", "convert", "evaluate", "sample")
+    ]
+    assert steps == sorted(steps)
+
+
+def test_version() -> None:
+    assert output("--version").strip() == actvar_convert.__version__
+
+
+def test_help_is_quick() -> None:
+    def once() -> float:
+        begin = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "actvar_convert_cli", "--help"], check=True, capture_output=True, timeout=60
+        )
+        return time.perf_counter() - begin
+
+    assert min(once() for _ in range(3)) < 5, "help takes seconds: something heavy is imported on the way"

@@ -1,0 +1,98 @@
+"""convert, distill, sample and benchmark on the tiny model, one after the other as a person would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from actvar_convert.recipe import load_recipe
+
+from .conftest import Actvar
+
+SMALL = [
+    "experts.count=8",
+    "gate.rank=4",
+    "budget.reduction=0.1",
+    "calibration.pyramids=8",
+    "data.pyramids=8",
+    "distill.stage1={steps: 2, batch: 4}",
+    "distill.stage2={steps: 2, batch: 4}",
+]
+
+
+def small() -> list[str]:
+    return [part for setting in SMALL for part in ("--set", setting)]
+
+
+@pytest.fixture
+def converted(actvar: Actvar, dense_file: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "sparse"
+    result = actvar("convert", dense_file, "--out", folder, "--seed", 5, *small())
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{folder}\n" and "converting" in result.stderr
+    return folder
+
+
+def test_a_converted_model_is_complete_and_generates(actvar: Actvar, converted: Path, dense_file: Path) -> None:
+    for name in ("config.json", "model.safetensors", "vae.safetensors", "recipe.yaml"):
+        assert (converted / name).is_file()
+    recipe = load_recipe(converted)
+    assert (recipe.model, recipe.seed, recipe.experts.count) == (str(dense_file), 5, 8)
+    flops = json.loads(actvar("report-flops", converted, "--format", "json").stdout)
+    assert flops["reduction"]["transformer"] >= 0.1
+    sampled = actvar("sample", converted, "--labels", "0,1,4", "--per-class", 2, "--out", "new/p.png", "--quiet")
+    assert (sampled.exit_code, sampled.stdout, sampled.stderr) == (0, "new/p.png\n", "")
+    with Image.open("new/p.png") as picture:
+        assert picture.format == "PNG" and picture.width >= 3 * 8 and picture.height >= 2 * 8
+
+
+def test_distill_finds_its_teacher_and_keeps_the_recipe(actvar: Actvar, converted: Path) -> None:
+    result = actvar("distill", converted, "--out", "trained", "--set", "distill.stage2.steps=3")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "trained\n"
+    lines = [json.loads(line) for line in Path("trained/metrics.jsonl").read_text().splitlines()]
+    assert {line.get("stage") for line in lines} >= {"stage1", "stage2"}
+    trained, given = load_recipe(Path("trained")), load_recipe(converted)
+    assert trained.distill.stage2.steps == 3
+    assert trained.experts == given.experts and trained.distill.stage1 == given.distill.stage1
+
+
+def test_benchmark_compares_with_the_recorded_source(actvar: Actvar, converted: Path) -> None:
+    result = actvar("benchmark", converted, "--batches", "1,2", "--format", "json", "--quiet")
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    report = json.loads(result.stdout)
+    assert report["schema"] == "actvar.benchmark/1"
+    assert {row["batch"] for row in report["rows"]} == {1, 2}
+    assert all(row["dense_ms"] > 0 and row["sparse_ms"] > 0 for row in report["rows"])
+
+
+def test_problems_with_the_model_and_the_recipe_are_named_together(actvar: Actvar, dense_file: Path) -> None:
+    settings = ["experts.count=24", "experts.cuont=1", "distill.stage2.scale_weights=[1]"]
+    result = actvar("convert", dense_file, *(part for setting in settings for part in ("--set", setting)))
+    assert result.exit_code == 2
+    for said in ("a divisor of the 128 hidden neurons", "did you mean experts.count?", "given 1 values, allowed: 4"):
+        assert said in result.stderr
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "distill"])
+def test_a_model_of_the_wrong_kind(actvar: Actvar, command: str, converted: Path, dense_file: Path) -> None:
+    given = [converted, "--out", "x", *small()] if command == "convert" else [dense_file, "--recipe", converted]
+    result = actvar(command, *given)
+    assert result.exit_code == 2 and ("sparse already" in result.stderr) == (command == "convert"), result.output
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vae.safetensors", "recipe.yaml"])
+def test_a_damaged_folder_is_named(actvar: Actvar, converted: Path, name: str) -> None:
+    path = converted / name
+    path.write_bytes(path.read_bytes()[:40])
+    cut = actvar("distill", converted, "--out", "x")
+    path.unlink()
+    gone = actvar("distill", converted, "--out", "x")
+    for result in (cut, gone):
+        assert result.exit_code == 2 and name in result.stderr, result.output
+    assert not Path("x").exists()

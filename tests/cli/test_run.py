@@ -1,0 +1,51 @@
+"""The shipped recipes, shrunk: the whole path on the bundled model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .conftest import Actvar
+
+SHRUNK = [
+    "calibration={pyramids: 16, batch: 16}",
+    "data.pyramids=16",
+    "distill.stage1={steps: 1, batch: 4}",
+    "distill.stage2={steps: 1, batch: 4}",
+    "evaluate={images: 20, held_out: 4, batch: 20}",
+    "benchmark={batches: [1], repeats: 1}",
+]
+LEFT = [
+    *("config.json", "model.safetensors", "vae.safetensors", "recipe.yaml", "flops.json", "eval.json", "metrics.jsonl"),
+    *("samples.png", "README.md"),
+]
+
+
+def shrunk(*more: str) -> list[str]:
+    return [part for setting in (*SHRUNK, *more) for part in ("--set", setting)]
+
+
+def test_fashion_leaves_a_complete_folder_and_ends_with_one_table(actvar: Actvar) -> None:
+    result = actvar("run", "fashion", "--out", "made", *shrunk())
+    assert result.exit_code == 0, result.output
+    assert all((Path("made") / name).stat().st_size > 0 for name in LEFT)
+    assert all(word in result.stdout for word in ("dense", "sparse", "FLOPs", "FID", "made"))
+    flops = json.loads(Path("made/flops.json").read_text())
+    assert flops["reduction"]["transformer"] >= 0.2
+    assert json.loads(Path("made/eval.json").read_text())["images"] == 20
+
+
+def test_ci_fails_with_3_and_a_table_when_a_limit_is_broken(actvar: Actvar) -> None:
+    limits = "checks={max_flops_ratio: 0.01, max_kl: 100.0}"
+    result = actvar("run", "ci", "--out", "made", "--quiet", *shrunk(limits))
+    assert result.exit_code == 3, result.output
+    assert "1 of 2 checks failed" in result.stderr and "checks.max_flops_ratio" in result.stderr
+    assert all((Path("made") / name).is_file() for name in LEFT)
+
+
+def test_a_run_over_something_else_is_refused(actvar: Actvar) -> None:
+    Path("made").mkdir()
+    Path("made/keep.txt").write_text("mine")
+    result = actvar("run", "fashion", "--out", "made", *shrunk())
+    assert result.exit_code == 2 and "made" in result.stderr
+    assert Path("made/keep.txt").read_text() == "mine"
