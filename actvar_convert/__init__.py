@@ -22,34 +22,41 @@ if TYPE_CHECKING:
         convert,
         distill,
         evaluate,
+        export,
         inspect,
         load,
         report_flops,
         sample,
     )
     from actvar_convert.runs import RunResult, run
+    from actvar_convert.validation import ValidationResult, validate_recipe
 
 _VERBS = {
     **dict.fromkeys(
-        ("load", "convert", "distill", "evaluate", "benchmark", "report_flops", "inspect", "sample"),
+        ("load", "convert", "distill", "evaluate", "benchmark", "report_flops", "inspect", "sample", "export"),
         "actvar_convert.pipeline",
     ),
     "RunResult": "actvar_convert.runs",
     "run": "actvar_convert.runs",
+    "ValidationResult": "actvar_convert.validation",
+    "validate_recipe": "actvar_convert.validation",
 }
 
 __all__ = [
     "RunResult",
+    "ValidationResult",
     "__version__",
     "benchmark",
     "convert",
     "distill",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "report_flops",
     "run",
     "sample",
+    "validate_recipe",
 ]
 
 

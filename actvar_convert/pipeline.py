@@ -1,4 +1,4 @@
-"""The public verbs: load, convert, distill, evaluate, benchmark, report_flops, inspect, sample.
+"""The public verbs: load, convert, distill, evaluate, benchmark, report_flops, inspect, sample, export.
 
 They return values and write files; nothing here prints. ``run``, which strings them together, is in ``runs.py``.
 """
@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from actvar_convert.checkpoint.export import Exported, export_reference
 from actvar_convert.checkpoint.inspection import Inspection, inspect_file
 from actvar_convert.checkpoint.official import official_config, official_names
+from actvar_convert.checkpoint.shards import size_of
 from actvar_convert.checkpoint.source import load_any
 from actvar_convert.checkpoint.sparse import read_provenance, save_sparse
 from actvar_convert.checkpoint.sparse_config import Provenance, provenance_of
-from actvar_convert.convert.budget import uniform_plan
+from actvar_convert.checkpoint.zoo import bundled_config, bundled_names
+from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.converter import convert_model
+from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, require_memory
 from actvar_convert.distill.data import TokenStore, store_from_images, store_from_teacher
 from actvar_convert.distill.loop import distill_model
-from actvar_convert.checkpoint.zoo import bundled_config, bundled_names
+from actvar_convert.distill.memory import estimate_distill
+from actvar_convert.distill.parallel import Processes, join, made_by_main
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files import write_whole
-from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel
@@ -31,13 +37,13 @@ from actvar_convert.progress import MetricsLog, Progress, SilentProgress
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report.features import FeatureExtractor, state_fingerprint
+from actvar_convert.report.features import FeatureExtractor, bundled_extractor, state_fingerprint
 from actvar_convert.report.flops import FlopsReport, count_flops
 from actvar_convert.report.latency import BenchmarkReport, benchmark_models
 from actvar_convert.report.pictures import picture
 from actvar_convert.report.quality import evaluate_models
 from actvar_convert.report.quality_report import QualityReport
-from actvar_convert.runtime import pick_device, pick_dtype
+from actvar_convert.runtime import limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
 
 RecipeLike = str | Path | Recipe
 
@@ -53,7 +59,8 @@ def load(
     """A model, dense or sparse.
 
     Args:
-        source: a bundled name (``fashion``), an official name (``var-d16``), a dense file or folder, or a sparse folder.
+        source: a bundled name (``fashion``), an official name (``var-d16``), or a file or folder,
+            dense or sparse.
         vae: tokenizer file, where the source does not bring its own.
         device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
         dtype: fp32, bf16 or fp16; fp32 by default.
@@ -63,6 +70,7 @@ def load(
         InputError, CheckpointError: what cannot be read, with all problems at once.
     """
     target = pick_device(device)
+    limit_threads()
     model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target))
     return model.to(device=target).eval()
 
@@ -80,12 +88,16 @@ def convert(
 
     Raises:
         RecipeError: the recipe does not fit the model, all problems at once, before any work.
+        InputError: less memory is free than the conversion needs.
     """
-    progress = progress or SilentProgress()
-    chosen = load_recipe(recipe)
+    processes = join(model.device)
+    progress = progress if progress is not None and processes.main else SilentProgress()
     _require_dense(model)
-    check_recipe(chosen, model.transformer.config)
+    chosen = load_recipe(recipe, config=model.transformer.config)
     plans, default = recipe_plans(model.transformer.config, chosen)
+    require_memory(conversion_memory(model, chosen), model.device)
+    origin = provenance(model, chosen) if out is not None else None
+    release_pages(model.tokenizer.state_dict().values())
     calibration = chosen.calibration
     store = _store(
         model,
@@ -97,23 +109,29 @@ def convert(
         cfg=chosen.data.cfg,
         path=None,
         progress=progress,
+        processes=processes,
     )
-    with progress.task("converting blocks", model.transformer.config.depth) as task:
-        sparse = convert_model(
-            model, plans, default, chosen, store.tokens.long(), store.labels, on_block=task.advance
-        )
+
+    def make() -> SparseVARModel:
+        with progress.task("converting blocks", model.transformer.config.depth) as task:
+            return convert_model(
+                model, plans, default, chosen, store.tokens.long(), store.labels, on_block=task.advance
+            )
+
+    sparse = made_by_main(make, model, plans, default, processes)
     sparse.origin = {}
-    if out is not None:
-        save_sparse(sparse, Path(out), provenance=provenance(model, chosen), recipe_text=dump_recipe(chosen))
+    if out is not None and processes.main:
+        save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
     return sparse
 
 
-def recipe_plans(config: TransformerConfig, recipe: Recipe) -> tuple[dict[str, SparsityPlan], str]:
-    """The plans that a recipe asks for, and the default's name: those it states, or the one its budget leads to."""
-    if recipe.plans:
-        return dict(recipe.plans), recipe.default_plan or next(iter(recipe.plans))
-    name = recipe.default_plan or "default"
-    return {name: uniform_plan(config, recipe)}, name
+def conversion_memory(model: VARModel, recipe: Recipe) -> MemoryEstimate:
+    """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
+    transformer, weights = model.transformer, list(model.transformer.state_dict().values())
+    held = size_of(model.transformer.state_dict()) - mapped_bytes(weights)
+    return estimate_convert(
+        transformer.config, model.tokenizer.config, recipe, held=held, itemsize=model.dtype.itemsize
+    )
 
 
 def distill(
@@ -124,8 +142,11 @@ def distill(
     out: str | Path,
     progress: Progress | None = None,
     origin: Provenance | None = None,
+    shard: bool = False,
 ) -> SparseVARModel:
     """Two-stage distillation of a converted model, in place; goes on where an interrupted call stopped.
+
+    Processes that a launcher started together share every batch, and end with the same model.
 
     Args:
         model: the converted model.
@@ -134,18 +155,22 @@ def distill(
         out: folder to write the result to. Samples and state wait in ``OUT.work`` beside it until the end.
         progress: told about every long step.
         origin: provenance to record instead of what ``provenance`` finds.
+        shard: split the student over the processes while it trains, instead of a copy in each.
 
     Raises:
         Interrupted: after Ctrl-C; the same call goes on.
         CheckpointError: the state beside ``out`` belongs to another recipe or teacher.
+        InputError: less memory is free than the distillation needs.
     """
-    progress = progress or SilentProgress()
+    processes = join(model.device, shard=shard)
+    progress = progress if progress is not None and processes.main else SilentProgress()
     if not isinstance(model, SparseVARModel):
         raise InputError("this model is dense; convert it first (actvar convert MODEL --out DIR)")
     chosen = load_recipe(recipe)
     check_recipe(chosen, model.transformer.config)
     teacher = recorded_teacher(model) if teacher is None else teacher
     _require_dense(teacher)
+    require_memory(distillation_memory(teacher, chosen, processes), model.device)
     folder = Path(out)
     work = work_folder(folder)
     work.mkdir(parents=True, exist_ok=True)
@@ -161,8 +186,10 @@ def distill(
         cfg=data.cfg,
         path=work / f"tokens-{fingerprint[:12]}.bin",
         progress=progress,
+        processes=processes,
     )
-    with MetricsLog(work / "metrics.jsonl") as log:
+    log = MetricsLog(work / "metrics.jsonl") if processes.main else None
+    with log or nullcontext():
         distill_model(
             model,
             teacher,
@@ -172,15 +199,29 @@ def distill(
             fingerprint=fingerprint,
             log=log,
             progress=progress,
+            processes=processes,
         )
-    save_sparse(
-        model,
-        folder,
-        provenance=(origin or provenance(teacher, chosen)).model_copy(update={"distilled": True}),
-        recipe_text=dump_recipe(chosen),
-        extra_files={"metrics.jsonl": (work / "metrics.jsonl").read_bytes()},
-    )
+    if processes.main:
+        save_sparse(
+            model,
+            folder,
+            provenance=(origin or provenance(teacher, chosen)).model_copy(update={"distilled": True}),
+            recipe_text=dump_recipe(chosen),
+            extra_files={"metrics.jsonl": (work / "metrics.jsonl").read_bytes()},
+        )
+    processes.wait()
     return model
+
+
+def distillation_memory(teacher: VARModel, recipe: Recipe, processes: Processes) -> MemoryEstimate:
+    """What each of the processes that share a distillation will need."""
+    return estimate_distill(
+        teacher.transformer.config,
+        teacher.tokenizer.config,
+        recipe,
+        processes=processes.count,
+        sharded=processes.shard,
+    )
 
 
 def evaluate(
@@ -193,7 +234,8 @@ def evaluate(
     held_out: int = 512,
     neighbours: int = 3,
     plans: Sequence[str] | None = None,
-    extractor: FeatureExtractor | None = None,
+    reference: str | Path | None = None,
+    autocast: str | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QualityReport:
@@ -208,7 +250,9 @@ def evaluate(
         held_out: teacher pyramids for KL and agreement.
         neighbours: k of precision and recall.
         plans: further plans of the model to measure.
-        extractor: features; by default the bundled classifier, for models of the bundled model's image kind.
+        reference: real images, a folder or an .npz with mu and sigma: measures in Inception features (needs the
+            ``inception`` extra). By default the bundled classifier measures, for models of its kind of images.
+        autocast: bf16 or fp16: both models generate in that format, for speed.
         cache: folder in which features are kept while they are made.
         progress: told about every long step.
     """
@@ -216,7 +260,8 @@ def evaluate(
     return evaluate_models(
         model,
         teacher,
-        extractor=extractor or default_extractor(teacher),
+        extractor=extractor_for(teacher, reference),
+        autocast=None if autocast in (None, "fp32") else pick_dtype(autocast, model.device),
         images=images,
         seeds=seeds,
         batch=batch,
@@ -228,20 +273,23 @@ def evaluate(
     )
 
 
-def default_extractor(model: VARModel) -> FeatureExtractor:
-    """The bundled classifier, where it fits the model.
+def extractor_for(model: VARModel, reference: str | Path | None = None) -> FeatureExtractor:
+    """What judges a model's images: Inception where real images are named, else the bundled classifier.
 
     Raises:
-        InputError: it does not; Inception and reference statistics have to be named then.
+        InputError: Inception is not installed, or the bundled classifier does not know such images.
     """
-    from actvar_convert.report.features import bundled_extractor
+    if reference is not None:
+        from actvar_convert.report.inception import InceptionExtractor
 
+        size = model.tokenizer.config.image_size
+        return InceptionExtractor(Path(reference), image_size=size, device=str(model.device))
     extractor = bundled_extractor("fashion")
     problems = extractor.problems(model)
     if problems:
         raise InputError(
-            "the bundled classifier cannot judge this model's images; name an Inception reference "
-            "(--reference FILE.npz or a folder of real images)",
+            "the bundled classifier cannot judge this model's images; name real images with --reference (evaluate) or "
+            "evaluate.reference (recipe), a folder or an .npz with mu and sigma",
             problems,
         )
     return extractor
@@ -328,13 +376,39 @@ def sample(
     return images
 
 
+def export(
+    model: VARModel | str | Path,
+    *,
+    out: str | Path,
+    vae_out: str | Path | None = None,
+    format: Literal["reference"] = "reference",
+) -> Exported:
+    """Writes a model's dense skeleton under the official names, for programs that know VAR alone.
+
+    The export of a conversion that was not distilled equals its source bit by bit.
+
+    Args:
+        model: a model, or what ``load`` takes.
+        out: file of the transformer, ending in .safetensors or .pth; nothing is replaced.
+        vae_out: file of the tokenizer, if it is wanted.
+        format: the reference's layout is the only one.
+
+    Returns:
+        the files, and what a dense model has no place for.
+    """
+    if format != "reference":
+        raise InputError(f"format {format!r} is unknown; give reference")
+    loaded = model if isinstance(model, VARModel) else load(model, device="cpu")
+    return export_reference(loaded, Path(out), None if vae_out is None else Path(vae_out))
+
+
 def class_names(model: VARModel) -> list[str]:
     """Names of the classes: those of the bundled model where it is the source, numbers elsewhere; null last."""
     classes = model.transformer.config.classes
     name = model.origin.get("name")
     if name is None and model.is_sparse and "path" in model.origin:
         name = read_provenance(model.origin["path"]).name
-    names = bundled_config(name).get("class_names", []) if name in bundled_names() else []
+    names = bundled_config(name).get("classes", []) if name in bundled_names() else []
     return [*(names if len(names) == classes else map(str, range(classes))), "no class"]
 
 
@@ -373,11 +447,13 @@ def recorded_teacher(model: VARModel, *, device: str | None = None, dtype: str |
     except CheckpointError:
         raise
     except InputError as error:
-        raise InputError(f"the recorded teacher of {folder} is not at hand; name the dense model (--teacher). {error}")
+        text = f"the recorded teacher of {folder} is not at hand; name the dense model (--teacher). {error}"
+        raise InputError(text) from error
     expected = (recorded.model_extra or {}).get("teacher_fingerprint")
     if expected is not None and expected != state_fingerprint(teacher):
         raise CheckpointError(
-            f"{source} is no longer the model that {folder} was made from: its weights differ; name the right one (--teacher)"
+            f"{source} is no longer the model that {folder} was made from, its weights differ; name the right one "
+            "(--teacher)"
         )
     target = pick_device(device) if device is not None else model.device
     teacher.to(target)
@@ -401,9 +477,14 @@ def _store(
     cfg: float | None,
     path: Path | None,
     progress: Progress,
+    processes: Processes,
 ) -> TokenStore:
     if source == "images":
         if images is None:
             raise InputError("source: images needs the folder, as images: PATH")
-        return store_from_images(model, Path(images), count, path=path, batch=batch, seed=seed, progress=progress)
-    return store_from_teacher(model, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress)
+        return store_from_images(
+            model, Path(images), count, path=path, batch=batch, seed=seed, progress=progress, processes=processes
+        )
+    return store_from_teacher(
+        model, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress, processes=processes
+    )

@@ -13,11 +13,14 @@ from pathlib import Path
 
 from actvar_convert import pipeline
 from actvar_convert.checkpoint.sparse import load_sparse, read_provenance, save_sparse, update_file
+from actvar_convert.convert.budget import recipe_plans
+from actvar_convert.convert.memory import require_memory
+from actvar_convert.distill.parallel import Processes, join
 from actvar_convert.errors import InputError
+from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import MetricsLog, Progress, SilentProgress
-from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report.card import model_card
@@ -26,7 +29,7 @@ from actvar_convert.report.flops import FlopsReport
 from actvar_convert.report.html import report_html
 from actvar_convert.report.latency import BenchmarkReport
 from actvar_convert.report.pictures import samples_picture
-from actvar_convert.report.quality_report import QualityReport
+from actvar_convert.report.quality_report import QualityReport, load_quality
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ def run(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
+    shard: bool = False,
 ) -> RunResult:
     """Converts, distils, measures and illustrates, as a recipe says.
+
+    Of several processes that a launcher started together, all sample and distil; the main one does the rest.
 
     Args:
         recipe: name, file or Recipe.
@@ -61,6 +67,7 @@ def run(
             where a report is missing.
         overrides: settings as ``a.b=value``.
         progress: told about every long step.
+        shard: see ``distill``.
 
     Raises:
         RecipeError: everything that is wrong with the recipe, before any work.
@@ -68,36 +75,42 @@ def run(
 
     The recipe's checks are evaluated, not enforced: ``result.checks.raise_if_failed()`` does.
     """
-    progress = progress or SilentProgress()
-    chosen = load_recipe(recipe, overrides)
-    check_recipe(chosen)
+    teachers: list[VARModel] = []
+
+    def config_of(recipe: Recipe) -> TransformerConfig:
+        teachers.append(pipeline.load(recipe.model, vae=recipe.vae, device=recipe.device))
+        return teachers[-1].transformer.config
+
+    chosen = load_recipe(recipe, overrides, config=config_of)
+    teacher = teachers[-1]
+    processes = join(teacher.device, shard=shard)
+    progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
+    _refuse_foreign(folder)
     baseline = _baseline(chosen)
-    teacher = pipeline.load(chosen.model, vae=chosen.vae, device=chosen.device)
-    check_recipe(chosen, teacher.transformer.config)
+    pipeline.extractor_for(teacher, chosen.evaluate.reference)
+    recipe_plans(teacher.transformer.config, chosen)
     fingerprint = pipeline.run_fingerprint(teacher, chosen)
     model = _finished(folder, fingerprint, teacher)
     if model is None:
-        _refuse_foreign(folder)
-        model = _make(teacher, chosen, folder, fingerprint, progress)
-    return _measure(model, teacher, chosen, folder, baseline, progress)
+        model = _make(teacher, chosen, folder, fingerprint, progress, processes)
+    measured = _measure(model, teacher, chosen, folder, baseline, progress) if processes.main else None
+    result = processes.from_main(measured)
+    assert result is not None
+    return result
 
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises InputError where writing would replace something that is no sparse folder."""
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
-        raise InputError(f"{folder} exists and is not the folder of an earlier run; move it away or choose another --out")
+        raise InputError(f"{folder} exists and is not the folder of a run; move it away, or choose another with --out")
 
 
 def _baseline(recipe: Recipe) -> QualityReport | None:
     """The evaluation that the recipe's checks compare with, read before any work."""
     if recipe.checks is None or recipe.checks.baseline is None:
         return None
-    path = Path(recipe.checks.baseline)
-    try:
-        return QualityReport.model_validate_json(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"checks.baseline: {path} cannot be read as an eval.json: {error}") from error
+    return load_quality(Path(recipe.checks.baseline))
 
 
 def _finished(folder: Path, fingerprint: str, teacher: VARModel) -> SparseVARModel | None:
@@ -111,16 +124,28 @@ def _finished(folder: Path, fingerprint: str, teacher: VARModel) -> SparseVARMod
     return loaded.eval()
 
 
-def _make(teacher: VARModel, recipe: Recipe, folder: Path, fingerprint: str, progress: Progress) -> SparseVARModel:
+def _make(
+    teacher: VARModel, recipe: Recipe, folder: Path, fingerprint: str, progress: Progress, processes: Processes
+) -> SparseVARModel:
     """Converts and distils."""
     work = pipeline.work_folder(folder)
     converted = work / "converted"
     sparse = _finished(converted, fingerprint, teacher)
+    require_memory(pipeline.distillation_memory(teacher, recipe, processes), teacher.device)
     origin = pipeline.provenance(teacher, recipe, run=fingerprint)
     if sparse is None:
         sparse = pipeline.convert(teacher, recipe=recipe, progress=progress)
-        save_sparse(sparse, converted, provenance=origin, recipe_text=dump_recipe(recipe))
-    return pipeline.distill(sparse, teacher=teacher, recipe=recipe, out=folder, progress=progress, origin=origin)
+        if processes.main:
+            save_sparse(sparse, converted, provenance=origin, recipe_text=dump_recipe(recipe))
+    return pipeline.distill(
+        sparse,
+        teacher=teacher,
+        recipe=recipe,
+        out=folder,
+        progress=progress,
+        origin=origin,
+        shard=processes.shard,
+    )
 
 
 def _measure(
@@ -145,6 +170,8 @@ def _measure(
         held_out=settings.held_out,
         neighbours=settings.neighbours,
         plans=[name for name in model.plans if name != model.plan_name],
+        reference=settings.reference,
+        autocast=settings.dtype,
         cache=work / "evaluation",
         progress=progress,
     )

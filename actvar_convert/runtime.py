@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from actvar_convert.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Number formats by the names that recipes and flags use."""
 
+_CGROUP = Path("/sys/fs/cgroup")
+_MADV_PAGEOUT = 21
+
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device of that name; without a name the GPU where there is one, else the CPU.
+
+    Of several processes that a launcher started on a machine each gets a GPU of its own, unless a number is named.
 
     Args:
         name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or None.
@@ -27,7 +36,7 @@ def pick_device(name: str | None = None) -> torch.device:
         InputError: no such kind of device, or none of it on this machine.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -38,6 +47,8 @@ def pick_device(name: str | None = None) -> torch.device:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
             raise InputError(f"device {name!r} asked for, torch sees {found} CUDA devices; give cpu, or leave it out")
+        if device.index is None and "LOCAL_RANK" in os.environ:
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % found)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps' asked for, this machine has none; give cpu, or leave it out")
     return device
@@ -78,7 +89,7 @@ def limit_threads() -> int:
 def _available_cores() -> int:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
         return affinity if quota == "max" else max(1, min(affinity, round(int(quota) / int(period))))
     except (OSError, ValueError):
         return affinity
@@ -119,3 +130,81 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def memory_text(size: int) -> str:
+    """Bytes as people say them of memory: 1.9 GB, 35 MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 9.95e8 else f"{size / 1e6:.0f} MB"
+
+
+def free_memory_bytes(device: torch.device | None = None) -> int:
+    """Memory in bytes that this process could hold in all: what is free, and what it has already.
+
+    Of a GPU, or of the machine; there a container's limit counts, and files that are merely mapped count as free.
+    """
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + int(torch.cuda.memory_reserved(device))
+    own = psutil.Process().memory_info()
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no limit is the word "max"
+        limit = int((_CGROUP / "memory.max").read_text())
+        held = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        files = int(held["inactive_file"]) + int(held["active_file"])
+        free = min(free, limit - int((_CGROUP / "memory.current").read_text()) + files)
+    return free + int(own.rss) - int(getattr(own, "shared", 0))
+
+
+def mapped_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of those tensors whose values are pages of a mapped file, which the system can take back at any time."""
+    files = _file_mappings()
+    return sum(size for begin, size in map(_extent, tensors) if _within(begin, begin + size, files))
+
+
+def release_pages(tensors: Iterable[Tensor]) -> None:
+    """Hands pages back to the system: those of mapped weight files, which come again from the file when they are used,
+    and what the allocator keeps of memory that was freed.
+
+    No value changes, those that were written to a mapped tensor included: such pages stay. Tensors that belong to no
+    file are left alone. Does nothing where the system has no such call, or forbids it (a file that this user may not
+    write).
+    """
+    files = _file_mappings()
+    if not files:
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    library = ctypes.CDLL(None)
+    for begin, size in map(_extent, tensors):
+        first, last = -(-begin // page) * page, (begin + size) // page * page
+        if first < last and _within(first, last, files):
+            library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(ctypes.c_size_t(0))
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Address and size in bytes of a tensor in the memory of this process; no size elsewhere."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return 0, 0
+    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
+
+
+def _within(begin: int, end: int, ranges: list[tuple[int, int]]) -> bool:
+    return begin < end and any(low <= begin and end <= high for low, high in ranges)
+
+
+def _file_mappings() -> list[tuple[int, int]]:
+    """Address ranges of this process that map files; neighbours joined. Empty where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[tuple[int, int]] = []
+    for line in lines:
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode == "0":
+            continue
+        low, high = (int(part, 16) for part in addresses.split("-"))
+        if found and found[-1][1] == low:
+            low = found.pop()[0]
+        found.append((low, high))
+    return found

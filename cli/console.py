@@ -13,11 +13,11 @@ import typer
 from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
-from actvar_convert.errors import ActvarError, Interrupted
+from actvar_convert.errors import ActvarError, InputError, Interrupted
 from actvar_convert.progress import Progress, SilentProgress, TerminalProgress
 
-LINE, VERBOSE = "actvar.line", "actvar.verbose"
-"""Keys in the context's meta: the command line as typed, and whether tracebacks are wanted."""
+LINE, VERBOSE, MEASURED = "actvar.line", "actvar.verbose", "actvar.measured"
+"""Keys in the context's meta: the command line as typed, whether tracebacks are wanted, whether memory is reported."""
 
 
 class ActvarGroup(TyperGroup):
@@ -29,9 +29,14 @@ class ActvarGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            _say_peak_memory(ctx)
+            return result
         except ActvarError as error:
-            _explain(ctx, str(error))
+            if first_process() or not isinstance(error, Interrupted):
+                _explain(ctx, str(error))
+            if not isinstance(error, InputError):
+                _say_peak_memory(ctx)
             if isinstance(error, Interrupted):
                 _say_how_to_resume(ctx)
             raise typer.Exit(error.exit_code) from None
@@ -54,8 +59,28 @@ def _explain(ctx: Any, message: str) -> None:
     typer.echo(f"actvar: {message}", err=True)
 
 
+def first_process() -> bool:
+    """Whether this process is the only one, or the first of those that a launcher started together: it alone speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say_how_to_resume(ctx: Any) -> None:
+    if not first_process():
+        return
     typer.echo(f"To go on, give the same line again:\n  {ctx.meta[LINE]}", err=True)
+
+
+def _say_peak_memory(ctx: Any) -> None:
+    if ctx.meta.get(MEASURED) and first_process():
+        from actvar_convert.report.wording import peak_memory_line
+
+        typer.echo(peak_memory_line(), err=True)
+
+
+def be_quiet(ctx: typer.Context, wanted: bool) -> bool:
+    """Callback of ``--quiet``: a command that has it ends with a line on its memory, unless it is to be quiet."""
+    ctx.meta[MEASURED] = not wanted
+    return wanted
 
 
 def be_verbose(ctx: typer.Context, wanted: bool) -> bool:

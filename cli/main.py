@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
 
 from actvar_convert._version import __version__
 
-from . import making, pictures, recipes, reports
-from .console import ActvarGroup
+from . import exporting, making, pictures, recipes, reports
+from .console import ActvarGroup, first_process
 
 ORDER = """The usual order:
 
@@ -50,11 +52,13 @@ def root(
             typer.echo(text)
 
 
-for _group in (making.app, reports.app, pictures.app):
+for _group in (making.app, reports.app, pictures.app, exporting.app):
     app.registered_commands += _group.registered_commands
 app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
     """Entry point of the console script."""
+    if not first_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     app(prog_name="actvar")

@@ -27,9 +27,11 @@ def overrides(
 
 
 def recipe_for(model: str) -> str | Recipe:
-    """The recipe of a model for which none is named: the shipped one of that name, else all defaults."""
-    if model in shipped_recipes():
-        return model
+    """The recipe of a model for which none is named: the shipped one of that name or file name, else all defaults."""
+    shipped = shipped_recipes()
+    for name in (model, Path(model).stem.replace("-", "_")):
+        if name in shipped:
+            return name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).stem).strip("-._")
     return Recipe(name=name or "model", model=model)
 
@@ -75,6 +77,7 @@ def distill(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     seed: opt.RecipeSeed = None,
+    shard: opt.Shard = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -86,7 +89,7 @@ def distill(
     sparse = av.load(folder, device=device)
     resolved = load_recipe(recipe or folder / "recipe.yaml", settings, config=sparse.transformer.config)
     dense = av.load(teacher, vae=vae, device=device) if teacher is not None else None
-    av.distill(sparse, teacher=dense, recipe=resolved, out=out or folder, progress=reporter(quiet))
+    av.distill(sparse, teacher=dense, recipe=resolved, out=out or folder, progress=reporter(quiet), shard=shard)
     typer.echo(out or folder)
 
 
@@ -98,6 +101,7 @@ def run(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     seed: opt.RecipeSeed = None,
+    shard: opt.Shard = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -108,7 +112,7 @@ def run(
     from actvar_convert.report.render import render_summary
 
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
-    result = av.run(recipe, out=out, overrides=settings, progress=reporter(quiet))
+    result = av.run(recipe, out=out, overrides=settings, progress=reporter(quiet), shard=shard)
     show(render_summary(result.flops, result.quality, result.benchmark))
     typer.echo(result.folder)
     if result.checks is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from .console import be_verbose
+from .console import be_quiet, be_verbose
 
 T = TypeVar("T")
 
@@ -57,8 +57,13 @@ Teacher = Annotated[
     str | None,
     typer.Option("--teacher", metavar="MODEL", help="The dense model. Default: the source that the folder records."),
 ]
+Shard = Annotated[
+    bool, typer.Option("--shard", help="Under torchrun: split the model in training over the GPUs, for the largest.")
+]
 OutputFormat = Annotated[Format, typer.Option("--format", help="How the result is printed.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=be_quiet, help="No progress and no peak memory on stderr.")
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", callback=be_verbose, help="Tracebacks of errors, and the log, on stderr.")
 ]

@@ -10,6 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+import actvar_convert as av
 from actvar_convert.errors import RecipeError
 from actvar_convert.recipe import copy_recipe, dump_recipe, load_recipe, shipped_recipes
 
@@ -64,13 +65,30 @@ def validate(
     override: opt.Overrides = None,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Check recipes without running them; all problems of all of them at once."""
+    """Check recipes, each against the model it names, without running them; all problems of all of them at once.
+
+    Weights are not read: an official name needs no file and no network, of a file only names and shapes are looked at.
+    """
     problems = []
     for recipe in recipes:
         try:
-            load_recipe(recipe, override or ())
-            typer.echo(f"{recipe}: ok")
+            found = av.validate_recipe(recipe, override or ())
         except RecipeError as error:
             problems.append(str(error))
+        else:
+            typer.echo(f"{recipe}: ok")
+            for line in validation_lines(found):
+                typer.echo(f"  {line}")
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def validation_lines(found: av.ValidationResult) -> list[str]:
+    """What a valid recipe amounts to: its model, its plans, the memory it will need."""
+    plans = [
+        f"plan {name}: {plan.flops / 1e9:,.1f} of {found.dense_flops / 1e9:,.1f} GFLOPs per image, "
+        f"{100 * plan.reduction:.1f} % saved"
+        for name, plan in found.plans.items()
+    ]
+    convert, distill = (size / 1e9 for size in (found.convert_bytes, found.distill_bytes))
+    return [found.model, *plans, f"estimated memory: convert {convert:.1f} GB, distill {distill:.1f} GB on one device"]

@@ -26,6 +26,7 @@ def report_flops(
     form: Annotated[opt.FlopsFormat, typer.Option("--format", help="How the report is printed.")] = (
         opt.FlopsFormat.table
     ),
+    quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Count FLOPs and MACs per image, dense against sparse, per component, block and scale.
@@ -53,6 +54,14 @@ def evaluate(
     teacher: opt.Teacher = None,
     images: Annotated[int, typer.Option("--images", min=2, help="Images per seed.")] = 5000,
     seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,...", help="Seed of every set of images.")] = "0",
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            metavar="PATH",
+            help="Real images (folder, or .npz with mu and sigma) for Inception features. Default: bundled classifier.",
+        ),
+    ] = None,
     plan: opt.Plan = None,
     vae: opt.Vae = None,
     device: opt.Device = None,
@@ -67,7 +76,9 @@ def evaluate(
     chosen = opt.several(seeds, "--seeds", int)
     sparse = av.load(model, vae=vae, device=device, dtype=dtype, plan=plan)
     dense = av.load(teacher, vae=vae, device=device, dtype=dtype) if teacher is not None else None
-    report = av.evaluate(sparse, teacher=dense, images=images, seeds=chosen, progress=reporter(quiet))
+    report = av.evaluate(
+        sparse, teacher=dense, images=images, seeds=chosen, reference=reference, progress=reporter(quiet)
+    )
     if form is opt.Format.json:
         show_text(report.to_json())
     else:
@@ -109,6 +120,7 @@ def benchmark(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A model file or folder.")],
     form: opt.OutputFormat = opt.Format.table,
+    quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Say what is in a file: kind of model, shape, tensors that are missing, unexpected or damaged."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
@@ -48,3 +54,37 @@ def tiny_sparse(tiny_model: VARModel) -> SparseVARModel:
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
     transformer.eval().requires_grad_(False)
     return SparseVARModel(transformer, tiny_model.tokenizer, tiny_model.sampling)
+
+
+class MemoryWatch(TorchDispatchMode):
+    """While in force, adds up the bytes of CPU tensors that are made and still alive; ``peak`` is their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def _drop(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._alive:
+                self._alive.add(storage._cdata)
+                weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
+
+
+@pytest.fixture
+def memory_watch() -> MemoryWatch:
+    """Measures the memory of what runs within it: ``with memory_watch: ...``."""
+    return MemoryWatch()

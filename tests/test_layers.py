@@ -1,4 +1,4 @@
-"""Imports run one way: base, kernels, models, recipe, checkpoint, report, convert, distill, pipeline, command."""
+"""Imports run one way: base, kernels, models, recipe, checkpoint, report, convert, distill, verbs, command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BASE = ("errors", "_version", "files", "runtime", "progress")
-FOLDERS = ("kernels", "models", "recipe", "checkpoint", "report", "convert", "distill", "pipeline", "runs")
+FOLDERS = (
+    *("kernels", "models", "recipe", "checkpoint", "report", "convert", "distill"),
+    *("validation", "pipeline", "runs"),
+)
 """In the order of imports; each may import the base, itself and what stands before it."""
 COMMAND_MAY = ("actvar_convert", "_version", "errors", "progress", "recipe", "report")
 """What the command may import: the public verbs, and what reads recipes and shows results."""

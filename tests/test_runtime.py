@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from actvar_convert import runtime
 from actvar_convert.errors import InputError
 from actvar_convert.runtime import (
+    free_memory_bytes,
     limit_threads,
+    mapped_bytes,
+    memory_text,
     peak_memory_bytes,
     pick_device,
     pick_dtype,
+    release_pages,
     reset_peak_memory,
     seed_everything,
 )
@@ -58,3 +66,41 @@ def test_peak_memory_sees_what_was_freed() -> None:
 
 def test_threads_are_at_least_one() -> None:
     assert 1 <= limit_threads() == torch.get_num_threads()
+
+
+def test_memory_in_words() -> None:
+    assert [memory_text(size) for size in (0, 35_400_000, 999_000_000, 1_900_000_000)] == [
+        "0 MB",
+        "35 MB",
+        "1.0 GB",
+        "1.9 GB",
+    ]
+
+
+def test_free_memory_is_what_is_left_and_what_this_process_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = SimpleNamespace(rss=300, shared=100)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: own))
+    monkeypatch.setattr(runtime, "_CGROUP", tmp_path)
+    assert free_memory_bytes() == 5200
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.stat").write_text("anon 2500\ninactive_file 400\nactive_file 50\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory_bytes() == 5200
+    (tmp_path / "memory.max").write_text("4000\n")
+    assert free_memory_bytes() == 4000 - 3000 + 450 + 200
+
+
+def test_released_pages_keep_their_values(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.arange(300_000.0), "b": torch.ones(300_000)}, path)
+    mapped = torch.load(path, mmap=True, weights_only=True)
+    loose = torch.ones(300_000)
+    assert mapped_bytes([*mapped.values(), loose]) in (0, 2 * 300_000 * 4)  # 0 where the system does not tell
+    mapped["b"][1000:2000] = 7
+    release_pages([*mapped.values(), loose, torch.empty(3, device="meta"), mapped["a"].view(300, 1000).T])
+    assert torch.equal(mapped["a"], torch.arange(300_000.0))
+    assert mapped["b"][1000:2000].eq(7).all() and mapped["b"].sum() == 300_000 + 6 * 1000
+    assert loose.eq(1).all()

@@ -208,7 +208,8 @@ def train_vqvae(data: Path, work: Path, device: torch.device, epochs: int) -> No
                 pick = torch.randint(len(rows), (len(hits),), device=device)
                 vae.quantize.embedding.weight.data[dead] = (rows[pick] * scale)[dead]
             hits.zero_()
-            log(stage="vqvae", step=step + 1, mse=float(error.detach()), codebook=float(codebook_loss.detach()), used=used)
+            values = {"mse": float(error.detach()), "codebook": float(codebook_loss.detach())}
+            log(stage="vqvae", step=step + 1, used=used, **values)
         if (step + 1) % per_epoch == 0:
             with torch.inference_mode():
                 errors = [
@@ -281,7 +282,7 @@ class VarRun:
         self.device, self.path, self.grow_at, self.compiled = device, path, grow_at, compiled
         state = torch.load(path, weights_only=True, map_location=device) if path.exists() else None
         self.step = state["step"] if state else 0
-        self.build(self.step >= grow_at and self.step > 0 or grow_at == 0)
+        self.build(deep=self.step >= grow_at and (self.step > 0 or grow_at == 0))
         if state is not None and self.deep != state["deep"]:
             state["model"], state["average"] = grow(state["model"]), grow(state["average"])
             state["optimizers"] = None
@@ -314,7 +315,8 @@ class VarRun:
     def follow(self) -> None:
         """Moves the averaged weights a little towards the current ones."""
         weight = min(0.998, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - weight)
+        for name, parameter in self.model.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 1 - weight)
 
     def save(self) -> None:
         save(

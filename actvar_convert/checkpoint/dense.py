@@ -17,6 +17,7 @@ from actvar_convert.checkpoint.infer import (
     infer_transformer,
 )
 from actvar_convert.checkpoint.inspection import Inspection, inspect_file
+from actvar_convert.checkpoint.official import published_sampling
 from actvar_convert.checkpoint.parts import DenseFiles, problems_of, read_dense, what_instead
 from actvar_convert.checkpoint.skeleton import assign, common_dtype, compare, empty_dense, nonfinite_problems
 from actvar_convert.errors import CheckpointError
@@ -62,6 +63,8 @@ def build_dense(
 ) -> VARModel:
     """A model from the tensors of files, after checking everything about them.
 
+    Its sampling is the given one, else the published one for a model of a published shape, else the default.
+
     Raises:
         CheckpointError: all problems at once.
     """
@@ -101,7 +104,7 @@ def build_dense(
     wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
     assign(transformer, files.transformer, common_dtype(files.transformer.values()) if keep else wanted)
     assign(tokenizer, files.tokenizer, common_dtype(files.tokenizer.values()) if keep else torch.float32)
-    model = VARModel(transformer, tokenizer, sampling)
+    model = VARModel(transformer, tokenizer, sampling or published_sampling(config))
     model.eval()
     model.origin = {"path": str(path.absolute()), "vae": str(tokenizer_path.absolute())}
     return model

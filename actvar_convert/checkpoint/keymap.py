@@ -34,6 +34,15 @@ _TOKENIZER = re.compile(
 _PHI = re.compile(r"^quantize\.quant_resi\.(?:qresi_ls\.)?(?P<index>\d+)\.(?P<leaf>weight|bias)$")
 _ENOUGH = 4
 
+_ADDITIONS = {
+    "ffn.permutation": "order of neurons",
+    "ffn.inactive": "constants of inactive experts",
+    "ffn.router": "routers",
+    "gate": "token gates",
+    "reconstruction": "reconstructions of skipped tokens",
+}
+"""What a sparse block has beside the dense one, by the beginning of its tensors' names."""
+
 
 class Parts(NamedTuple):
     """Transformer and tokenizer of a checkpoint, each None where the checkpoint has none.
@@ -120,6 +129,22 @@ def _unify_phis(tokenizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(".qresi.", ".qresi_ls.0.")
         renamed[name] = tensor
     return renamed
+
+
+def sparse_addition(name: str) -> str | None:
+    """What a tensor of a sparse transformer belongs to that a dense one does not have; None: the dense one has it."""
+    match = re.match(r"blocks\.\d+\.(.+)$", name)
+    if match is None:
+        return None
+    return next((what for start, what in _ADDITIONS.items() if f"{match[1]}.".startswith(f"{start}.")), None)
+
+
+def reference_tokenizer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tokenizer's tensors as the reference names them: a single phi convolution is no list there."""
+    lists = {match["index"] for match in map(_PHI.match, tensors) if match}
+    if len(lists) != 1:
+        return dict(tensors)
+    return {name.replace(".qresi_ls.0.", ".qresi."): tensor for name, tensor in tensors.items()}
 
 
 _GUESSES: tuple[tuple[str, str], ...] = (

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from actvar_convert.errors import InputError
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.model import Sampling
 
 REPOSITORY = "FoundationVision/var"
 TOKENIZER_FILE = "vae_ch160v4096z32.pth"
@@ -15,6 +16,8 @@ SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 _DEPTHS = (16, 20, 24, 30, 36)
+
+_SAMPLING = Sampling(cfg=1.5, top_k=900, top_p=0.96)
 
 
 class OfficialFiles(NamedTuple):
@@ -65,6 +68,11 @@ def official_depth(transformer: TransformerConfig) -> int | None:
         if all(getattr(config, field) == getattr(transformer, field) for field in same):
             return config.depth
     return None
+
+
+def published_sampling(transformer: TransformerConfig) -> Sampling | None:
+    """The sampling of the published figures, for a transformer of a published shape; None for any other."""
+    return _SAMPLING if official_depth(transformer) == transformer.depth else None
 
 
 def fetch_official(name: str, tokenizer: bool = True) -> OfficialFiles:

@@ -1,22 +1,59 @@
 """Calibration: what the dense model's blocks see and do on real token pyramids, one block at a time.
 
-Only the block in hand is recorded, so memory does not grow with depth.
-Shapes: P pyramids, L tokens, C width, S scales, T sampled tokens.
+Memory does not grow with depth: the hidden states of all pyramids exist once, and are replaced batch by batch as a
+block runs; beside them only what is asked for of the block in hand is kept.
+Shapes: P pyramids, B of them in a batch, L tokens, C width, S scales, T sampled tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from actvar_convert.models.config import TokenPyramid
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.var import Block, Span
 
 NULL_SHARE = 0.25
 """Share of calibration pyramids that carry the null class: guidance runs every image with and without its class."""
+
+
+class Wanted(NamedTuple):
+    """What is needed of a block's record.
+
+    Attributes:
+        ffn: scales whose FFN inputs are sampled.
+        states_from: first scale whose hidden states are kept, with all after it; None: none are.
+    """
+
+    ffn: frozenset[int]
+    states_from: int | None
+
+
+class States(NamedTuple):
+    """Hidden states of one batch around a block.
+
+    Attributes:
+        before: [B, L - begin, C] at the block's input, from position ``begin`` of the sequence on.
+        after: [B, L, C] at its output.
+    """
+
+    begin: int
+    before: Tensor
+    after: Tensor
+
+    def at(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Input and output [B, L_s, C] of the tokens at ``part`` of the sequence."""
+        return self.before[:, part.start - self.begin : part.stop - self.begin], self.after[:, part]
+
+    def update(self, part: slice) -> Tensor:
+        """What the block added to the tokens at ``part``, [B, L_s, C]."""
+        before, after = self.at(part)
+        return after - before
 
 
 @dataclass
@@ -25,19 +62,44 @@ class BlockRecord:
 
     Attributes:
         index: of the block.
-        before, after: hidden states [P, L, C] at its input and output.
-        ffn_input: per scale, FFN inputs [T_s, C] of randomly chosen tokens.
+        states: batch by batch; empty where they were not wanted.
+        ffn_input: per scale, FFN inputs [T_s, C] of randomly chosen tokens; T_s = 0 where they were not wanted.
     """
 
     index: int
-    before: Tensor
-    after: Tensor
+    states: list[States]
     ffn_input: list[Tensor]
+
+
+class _Samples:
+    """FFN inputs of one block at chosen tokens, gathered batch by batch."""
+
+    def __init__(self, choice: list[Tensor], scales: Iterable[int], like: Tensor) -> None:
+        self.choice = choice
+        self.kept = [like.new_empty(0, like.shape[-1]) for _ in choice]
+        for scale in scales:
+            self.kept[scale] = like.new_empty(len(choice[scale]), like.shape[-1])
+
+    def add(self, x_BLC: Tensor, first: int, pyramid: TokenPyramid) -> None:
+        """Takes the chosen tokens of a batch whose first pyramid has the number ``first``."""
+        for scale, kept in enumerate(self.kept):
+            if len(kept):
+                length = pyramid.lengths[scale]
+                place = self.choice[scale] - first * length
+                here = (place >= 0) & (place < len(x_BLC) * length)
+                kept[here] = x_BLC[:, pyramid.slice(scale)].flatten(0, 1)[place[here]]
 
 
 @torch.no_grad()
 def record_blocks(
-    model: VARModel, tokens_PL: Tensor, labels_P: Tensor, *, batch: int, tokens_per_scale: int, seed: int
+    model: VARModel,
+    tokens_PL: Tensor,
+    labels_P: Tensor,
+    *,
+    wanted: Callable[[int], Wanted],
+    batch: int,
+    tokens_per_scale: int,
+    seed: int,
 ) -> Iterator[tuple[Block, BlockRecord]]:
     """Runs the pyramids through the dense transformer block by block and yields what each block did.
 
@@ -45,39 +107,41 @@ def record_blocks(
         model: dense model, any device; records stay on its device.
         tokens_PL: calibration pyramids, int64.
         labels_P: their classes; every fourth is replaced by the null class.
+        wanted: what to record of a block, by its index.
         batch: pyramids per forward pass.
         tokens_per_scale: FFN inputs kept per scale.
         seed: of the choice of tokens.
     """
-    transformer, quantizer = model.transformer, model.tokenizer.quantize
-    pyramid = transformer.config.pyramid
+    transformer, pyramid = model.transformer, model.transformer.config.pyramid
     labels = labels_P.to(model.device).clone()
     labels[:: round(1 / NULL_SHARE)] = transformer.null_class
-    parts = list(zip(tokens_PL.to(model.device).split(batch), labels.split(batch), strict=True))
-    embedded = [
-        transformer.embed(label, quantizer.teacher_forcing_input(tokens.split(list(pyramid.lengths), 1)))
-        for tokens, label in parts
-    ]
-    states = [x for x, _ in embedded]
-    modulations = [modulation for _, modulation in embedded]
-    span = Span(0, pyramid.lengths)
-    mask = transformer.attn_bias_for_masking.to(states[0].dtype)
+    states, conditions = [], []
+    for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
+        inputs = model.teacher_forcing_input(tokens.to(model.device))
+        states.append(transformer.embed(label, inputs)[0])
+        conditions.append(transformer.condition(label))
     generator = torch.Generator().manual_seed(seed)
     choice = [
         torch.randperm(len(tokens_PL) * length, generator=generator)[:tokens_per_scale].to(model.device)
         for length in pyramid.lengths
     ]
-    for index, block in enumerate(transformer.blocks):
-        inputs: list[Tensor] = []
-        handle = block.ffn.register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0]))
+    span, mask = Span(0, pyramid.lengths), transformer.attn_bias_for_masking.to(states[0].dtype)
+    for index, block in enumerate(transformer.layers):
+        asked = wanted(index)
+        samples = _Samples(choice, asked.ffn, states[0])
+        record = BlockRecord(index, [], samples.kept)
+        seen: list[Tensor] = []
+        handle = block.ffn.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        first = 0
         try:
-            after = [block(x, m.blocks[index], span, mask) for x, m in zip(states, modulations, strict=True)]
+            for number, condition in enumerate(conditions):
+                x = states[number]
+                states[number] = block(x, block.modulation(*condition), span, mask)
+                if asked.states_from is not None:
+                    begin = pyramid.begins[asked.states_from]
+                    record.states.append(States(begin, x[:, begin:].clone() if begin else x, states[number]))
+                samples.add(seen.pop(), first, pyramid)
+                first += len(x)
         finally:
             handle.remove()
-        flat = torch.cat(inputs)
-        chosen = [
-            flat[:, pyramid.slice(scale)].reshape(-1, flat.shape[-1])[choice[scale]]
-            for scale in range(pyramid.num_scales)
-        ]
-        yield block, BlockRecord(index, torch.cat(states), torch.cat(after), chosen)
-        states = after
+        yield block, record

@@ -57,7 +57,7 @@ def make_plan(config: TransformerConfig, recipe: Recipe, active: list[int]) -> S
 def uniform_plan(config: TransformerConfig, recipe: Recipe) -> SparsityPlan:
     """The plan with the most active experts that still saves the recipe's share of the transformer's FLOPs.
 
-    Every block runs the same number of experts, up to one: the last expert to go goes from blocks spread over the depth.
+    Every block runs the same number of experts, up to one: the last one to go leaves blocks spread over the depth.
 
     Raises:
         RecipeError: no number of experts reaches the target.
@@ -80,6 +80,14 @@ def uniform_plan(config: TransformerConfig, recipe: Recipe) -> SparsityPlan:
             "gate more tokens (budget.gate_keep, gate_scales, gate_blocks)"
         )
     return plan
+
+
+def recipe_plans(config: TransformerConfig, recipe: Recipe) -> tuple[dict[str, SparsityPlan], str]:
+    """The plans that a recipe asks for, and the default's name: those it states, or the one its budget leads to."""
+    if recipe.plans:
+        return dict(recipe.plans), recipe.default_plan or next(iter(recipe.plans))
+    name = recipe.default_plan or "default"
+    return {name: uniform_plan(config, recipe)}, name
 
 
 def reduction(config: TransformerConfig, plan: SparsityPlan) -> float:

@@ -6,7 +6,7 @@ Shapes: T calibration tokens, H neurons, E experts of N = H / E neurons.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,42 +14,50 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 FloatArray = npt.NDArray[np.float64]
+Measured = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
 
 EXACT_LIMIT = 1024
 """Neurons up to which the assignment is solved exactly; the solver's time grows about tenfold per doubling."""
 
 
+PROFILES = 256
+"""Neurons whose activation profiles are standardised in fp64 at once."""
+
+
 class Clustering(Protocol):
     """A balanced partition: expert index [H] of every neuron, each expert holding H / E neurons."""
 
     def __call__(
-        self, activations_TH: FloatArray, weights_HC: FloatArray, experts: int, projection: int, seed: int
+        self, activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int
     ) -> IntArray: ...
 
 
 def kmeans(
-    activations_TH: FloatArray, weights_HC: FloatArray, experts: int, projection: int, seed: int
+    activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int
 ) -> IntArray:
     """Neurons that fire together: k-means on standardised activation profiles, projected to ``projection`` numbers."""
-    profile = activations_TH - activations_TH.mean(0)
-    profile /= profile.std(0) + 1e-8
-    tokens = len(profile)
+    tokens, neurons = activations_TH.shape
+    random: FloatArray | None = None
     if projection < tokens:
         random = np.random.default_rng(seed).standard_normal((tokens, projection)) / np.sqrt(projection)
-        description = profile.T @ random
-    else:
-        description = profile.T
-    return balanced_kmeans(description, experts, seed)
+    pieces = []
+    for first in range(0, neurons, PROFILES):
+        profile = activations_TH[:, first : first + PROFILES].astype(np.float64)
+        profile -= profile.mean(0)
+        profile /= profile.std(0) + 1e-8
+        pieces.append(profile.T if random is None else profile.T @ random)
+    return balanced_kmeans(np.concatenate(pieces), experts, seed)
 
 
-def weights(activations_TH: FloatArray, weights_HC: FloatArray, experts: int, projection: int, seed: int) -> IntArray:
+def weights(activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int) -> IntArray:
     """Neurons that look alike: k-means on the normalised rows of the first layer."""
-    rows = weights_HC / (np.linalg.norm(weights_HC, axis=1, keepdims=True) + 1e-8)
+    rows = weights_HC.astype(np.float64)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True) + 1e-8
     return balanced_kmeans(rows, experts, seed)
 
 
-def random(activations_TH: FloatArray, weights_HC: FloatArray, experts: int, projection: int, seed: int) -> IntArray:
+def random(activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int) -> IntArray:
     """The baseline: neurons dealt out at random."""
     neurons = len(weights_HC)
     label = np.repeat(np.arange(experts), neurons // experts)
@@ -82,7 +90,8 @@ def balanced_assignment(cost_HE: FloatArray, exact_limit: int = EXACT_LIMIT) -> 
     if neurons <= exact_limit:
         size = neurons // experts
         _, slot = linear_sum_assignment(np.repeat(cost_HE, size, axis=1))
-        return (slot // size).astype(np.int64)
+        label: IntArray = (slot // size).astype(np.int64)
+        return label
     return improve_by_swaps(cost_HE, greedy_assignment(cost_HE))
 
 

@@ -1,4 +1,8 @@
-"""The conversion: a dense VARModel in, a SparseVARModel out that generates at once, no training needed."""
+"""The conversion: a dense VARModel in, a SparseVARModel out that generates at once, no training needed.
+
+Block by block: the result gets memory for a block when that block is converted, and the pages of a mapped source file
+are handed back when it is done, so the peak is about one copy of the weights and the calibration states.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.convert.activations import BlockRecord, record_blocks
+from actvar_convert.checkpoint.skeleton import NoWeights
+from actvar_convert.convert.activations import BlockRecord, Wanted, record_blocks
 from actvar_convert.convert.experts import calibrate_inactive, install_experts, partition_neurons, start_router
-from actvar_convert.convert.gates import start_gate
+from actvar_convert.convert.gates import first_needed_scale, start_gate
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import FFN, Block
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.runtime import release_pages
 
 TOKENS_PER_SCALE = 2048
 """FFN inputs kept per scale and block for clustering, router start and constants."""
@@ -40,49 +46,67 @@ def convert_model(
         tokens_PL, labels_P: calibration pyramids and their classes.
         on_block: called after every block.
     """
-    config = dense.transformer.config
-    with torch.device("meta"):
-        transformer = SparseVARTransformer(config, plans, default)
-    transformer = transformer.to_empty(device=dense.device).to(dense.dtype)
-    _copy_shared(dense.transformer, transformer)
+    with NoWeights():
+        transformer = SparseVARTransformer(dense.transformer.config, plans, default)
+    _fill(transformer, dense.transformer.state_dict(), dense.transformer.pos_start, but=("blocks.",))
     records = record_blocks(
         dense,
         tokens_PL,
         labels_P,
+        wanted=lambda index: wanted_of(transformer.sparse_layers[index]),
         batch=recipe.calibration.batch,
         tokens_per_scale=TOKENS_PER_SCALE,
         seed=recipe.seed,
     )
     for block, record in records:
-        _convert_block(block, transformer.blocks[record.index], record, recipe)
+        _convert_block(block, transformer.sparse_layers[record.index], record, recipe)
+        release_pages(block.state_dict().values())
         on_block()
-    transformer.requires_grad_(False).train(dense.training)
-    return SparseVARModel(transformer, dense.tokenizer, dense.sampling)
+    transformer.requires_grad_(False)
+    return SparseVARModel(transformer, dense.tokenizer, dense.sampling).train(dense.training)
 
 
-def _copy_shared(dense: nn.Module, sparse: nn.Module) -> None:
-    """Copies everything that both have by name, FFNs aside; fresh gates and routers start at zero."""
-    given = dense.state_dict()
-    for name, tensor in sparse.state_dict().items():
-        if ".ffn." not in name and name in given:
-            tensor.copy_(given[name])
-        elif tensor.is_floating_point():
-            tensor.zero_()
+def _fill(module: nn.Module, given: Mapping[str, Tensor], like: Tensor, but: tuple[str, ...]) -> None:
+    """Gives the tensors of a module the values of those that have their name, else zeros.
+
+    Args:
+        module: its weights have no memory yet.
+        given: values by name; copied.
+        like: a tensor of the device and floating-point dtype that the others get.
+        but: beginnings of names that are left as they are.
+    """
+    state = {}
+    for name, empty in module.state_dict().items():
+        if name in given and not name.startswith(but):
+            state[name] = given[name].clone()
+        elif not name.startswith(but):
+            dtype = like.dtype if empty.is_floating_point() else empty.dtype
+            state[name] = torch.zeros(empty.shape, dtype=dtype, device=like.device)
+    module.load_state_dict(state, strict=False, assign=True)
 
 
-def _convert_block(block: Block, sparse: nn.Module, record: BlockRecord, recipe: Recipe) -> None:
-    assert isinstance(sparse, SparseBlock) and isinstance(block.ffn, FFN)
-    ffn, pyramid = sparse.ffn, sparse.config.pyramid
-    plans = list(ffn.plans.values())
-    partial = [
-        s for s in range(pyramid.num_scales) if not all(plan.runs_all(sparse.index, s) for plan in plans)
-    ] or list(range(pyramid.num_scales))
+def _partial_scales(block: SparseBlock) -> list[int]:
+    """Scales at which some plan lets experts rest; all, where none does."""
+    scales, plans = range(len(block.config.sides)), block.ffn.plans.values()
+    return [s for s in scales if not all(plan.runs_all(block.index, s) for plan in plans)] or list(scales)
+
+
+def wanted_of(block: SparseBlock) -> Wanted:
+    """What the conversion of a block needs to see of the dense one."""
+    return Wanted(frozenset(_partial_scales(block)), first_needed_scale(block))
+
+
+def _convert_block(block: Block, sparse: SparseBlock, record: BlockRecord, recipe: Recipe) -> None:
+    assert isinstance(block.ffn, FFN)
+    ffn, plans = sparse.ffn, list(sparse.ffn.plans.values())
+    partial = _partial_scales(sparse)
     routed = [s for s in partial if any(plan.routes(sparse.index, s) for plan in plans)] or partial
     shared = min(plan.blocks[sparse.index].prefix[s] for plan in plans for s in partial)
     partition = partition_neurons(
         block.ffn, torch.cat([record.ffn_input[s] for s in partial]), recipe.experts, shared, recipe.seed
     )
+    _fill(sparse, block.state_dict(), block.ffn.fc1.weight, but=("ffn.fc1.", "ffn.fc2.", "ffn.permutation"))
     install_experts(ffn, block.ffn, partition)
     start_router(ffn, torch.cat([record.ffn_input[s] for s in routed]))
     calibrate_inactive(ffn, record.ffn_input, recipe.experts.inactive)
-    start_gate(sparse, record, pyramid)
+    start_gate(sparse, record, sparse.config.pyramid)

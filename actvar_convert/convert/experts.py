@@ -5,14 +5,17 @@ Shapes: T tokens, C width, H neurons, E experts of N neurons, F experts that the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from actvar_convert.convert.clustering import METHODS
+from actvar_convert.convert.least_squares import CHUNK, Moments
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.var import FFN
 from actvar_convert.recipe.schema import ExpertsRecipe
@@ -27,12 +30,16 @@ class Partition:
 
 def activations(ffn: FFN, x_TC: Tensor) -> Tensor:
     """Hidden activations [T, H] of a dense FFN."""
-    return F.gelu(F.linear(x_TC, ffn.fc1.weight, ffn.fc1.bias), approximate="tanh")
+    hidden = x_TC.new_empty(len(x_TC), ffn.fc1.out_features)
+    for x, out in zip(torch.split(x_TC, CHUNK), torch.split(hidden, CHUNK), strict=True):
+        out.copy_(F.gelu(F.linear(x, ffn.fc1.weight, ffn.fc1.bias), approximate="tanh"))
+    return hidden
 
 
 def neuron_importance(ffn: FFN, hidden_TH: Tensor) -> Tensor:
     """Root mean square [H] of what each neuron adds to the output: rms activation times norm of its output weights."""
-    return hidden_TH.square().mean(0).sqrt() * ffn.fc2.weight.norm(dim=0)
+    size: Tensor = torch.linalg.vector_norm(hidden_TH, dim=0) * torch.linalg.vector_norm(ffn.fc2.weight, dim=0)
+    return size / math.sqrt(len(hidden_TH))
 
 
 def partition_neurons(ffn: FFN, x_TC: Tensor, recipe: ExpertsRecipe, shared: int, seed: int) -> Partition:
@@ -56,27 +63,31 @@ def partition_neurons(ffn: FFN, x_TC: Tensor, recipe: ExpertsRecipe, shared: int
     tail = ranked[len(head) :].sort().values
     groups = [head.view(-1, size)] if len(head) else []
     if len(tail):
-        label = METHODS[recipe.clustering](
-            hidden[:, tail].double().cpu().numpy(),
-            ffn.fc1.weight[tail].double().cpu().numpy(),
-            len(tail) // size,
-            recipe.projection,
-            seed,
-        )
+        measured = _array(hidden[:, tail])
+        del hidden
+        weights = _array(ffn.fc1.weight.detach()[tail])
+        label = METHODS[recipe.clustering](measured, weights, len(tail) // size, recipe.projection, seed)
         members = tail[torch.from_numpy(np.argsort(label, kind="stable")).to(tail.device)].view(-1, size)
         energy = importance.square()[members].sum(1)
         groups.append(members[energy.argsort(descending=True, stable=True)])
     return Partition(torch.cat(groups).flatten())
 
 
+def _array(x: Tensor) -> npt.NDArray[np.float32]:
+    return x.float().cpu().numpy()
+
+
 def install_experts(sparse: ExpertFFN, ffn: FFN, partition: Partition) -> None:
-    """Writes the dense weights into the expert FFN, neurons in expert order."""
+    """Gives an expert FFN its own copy of the dense weights, neurons in expert order; it may have no memory yet."""
     order = partition.permutation
-    sparse.fc1.weight.data = ffn.fc1.weight.data[order].clone()
-    sparse.fc1.bias.data = ffn.fc1.bias.data[order].clone()
-    sparse.fc2.weight.data = ffn.fc2.weight.data[:, order].clone()
-    sparse.fc2.bias.data = ffn.fc2.bias.data.clone()
-    sparse.permutation = order.clone()
+    weights = {
+        "fc1.weight": ffn.fc1.weight.detach().index_select(0, order),
+        "fc1.bias": ffn.fc1.bias.detach().index_select(0, order),
+        "fc2.weight": ffn.fc2.weight.detach().index_select(1, order),
+        "fc2.bias": ffn.fc2.bias.detach().clone(),
+        "permutation": order.clone(),
+    }
+    sparse.load_state_dict(weights, strict=False, assign=True)
 
 
 def expert_sizes(ffn: ExpertFFN, hidden_TH: Tensor, inactive_EC: Tensor | None = None) -> Tensor:
@@ -93,25 +104,16 @@ def expert_sizes(ffn: ExpertFFN, hidden_TH: Tensor, inactive_EC: Tensor | None =
     return squared.clamp_min(0).sqrt()
 
 
-def ridge(x_TC: Tensor, y_TD: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Weight [D, C] and bias [D] of the least-squares map from x to y, with a little ridge, solved in fp64."""
-    x, y = x_TC.double(), y_TD.double()
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    centred = x - mean_x
-    gram = centred.T @ centred
-    gram.diagonal().add_(strength * gram.diagonal().mean() + 1e-9)
-    weight = torch.linalg.solve(gram, centred.T @ (y - mean_y)).T
-    return weight.to(y_TD.dtype), (mean_y - weight @ mean_x).to(y_TD.dtype)
-
-
 @torch.no_grad()
 def start_router(ffn: ExpertFFN, x_TC: Tensor) -> None:
     """Least-squares start of the router: predicts ||f_e(x)|| of the experts that it scores."""
     if ffn.router is None:
         return
-    hidden = F.gelu(ffn.fc1(x_TC), approximate="tanh")
-    target = expert_sizes(ffn, hidden)[:, ffn.experts - ffn.scored :]
-    weight, bias = ridge(x_TC, target)
+    moments = Moments(x_TC.shape[1], ffn.scored, x_TC.device)
+    for x in torch.split(x_TC, CHUNK):
+        target = expert_sizes(ffn, F.gelu(ffn.fc1(x), approximate="tanh"))
+        moments.add(x, target[:, ffn.experts - ffn.scored :])
+    weight, bias = moments.ridge()
     ffn.router.linear.weight.data.copy_(weight)
     ffn.router.linear.bias.data.copy_(bias)
     if ffn.router.width:

@@ -1,6 +1,7 @@
 """Starting values of token gates and of the reconstruction of skipped tokens, by least squares on calibration tokens.
 
-Shapes: P pyramids, L tokens, C width, r rank.
+Everything is added up batch by batch, so that a block's updates never exist for all pyramids at once.
+Shapes: B pyramids of a batch, L tokens of a scale, C width, r rank.
 """
 
 from __future__ import annotations
@@ -8,16 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from actvar_convert.convert.activations import BlockRecord
-from actvar_convert.convert.experts import ridge
+from actvar_convert.convert.activations import BlockRecord, States
+from actvar_convert.convert.least_squares import Moments
 from actvar_convert.models.config import TokenPyramid
-from actvar_convert.models.gate import Reconstruction, TokenGate, upsample_update
+from actvar_convert.models.gate import Reconstruction, upsample_update
 from actvar_convert.models.sparse import SparseBlock
 
 
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
     """||after - before|| / ||before|| of every token; [..., C] to [...]."""
-    return (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-6)
+    size: Tensor = torch.linalg.vector_norm(before, dim=-1)
+    change: Tensor = torch.linalg.vector_norm(after - before, dim=-1)
+    return change / size.clamp_min(1e-6)
+
+
+def gated_scales(block: SparseBlock) -> list[int]:
+    """Scales at which some plan of the block skips tokens."""
+    plans = [plan.blocks[block.index] for plan in block.ffn.plans.values()]
+    return [scale for scale in range(len(block.config.sides)) if any(plan.keep[scale] < 1 for plan in plans)]
+
+
+def first_needed_scale(block: SparseBlock) -> int | None:
+    """The coarsest scale whose states ``start_gate`` looks at: the one before the first gated; None: no gate."""
+    scales = gated_scales(block)
+    return max(0, scales[0] - 1) if scales else None
 
 
 @torch.no_grad()
@@ -25,51 +40,43 @@ def start_gate(block: SparseBlock, record: BlockRecord, pyramid: TokenPyramid) -
     """Fits the gate to the dense block's relative update norms and the reconstruction to its updates."""
     if block.gate is None or block.reconstruction is None:
         return
-    scales = [s for s in range(pyramid.num_scales) if _gated(block, s)]
-    before = torch.cat([record.before[:, pyramid.slice(s)].flatten(0, 1) for s in scales])
-    after = torch.cat([record.after[:, pyramid.slice(s)].flatten(0, 1) for s in scales])
-    _start_score(block.gate, before, after)
-    _start_reconstruction(block.reconstruction, record, pyramid, scales)
-
-
-def _gated(block: SparseBlock, scale: int) -> bool:
-    return any(plan.blocks[block.index].keep[scale] < 1 for plan in block.ffn.plans.values())
-
-
-def _start_score(gate: TokenGate, before_TC: Tensor, after_TC: Tensor) -> None:
-    weight, bias = ridge(before_TC, relative_update(before_TC, after_TC).unsqueeze(1))
-    gate.linear.weight.data.copy_(weight)
-    gate.linear.bias.data.copy_(bias)
-
-
-def _start_reconstruction(
-    reconstruction: Reconstruction, record: BlockRecord, pyramid: TokenPyramid, scales: list[int]
-) -> None:
-    update = record.after - record.before
-    inputs, residuals = [], []
-    for scale in scales:
-        own = update[:, pyramid.slice(scale)]
-        if reconstruction.kind in ("previous", "mixture") and scale:
-            previous = update[:, pyramid.slice(scale - 1)]
-            up = upsample_update(previous, pyramid.sides[scale - 1], pyramid.sides[scale])
-            assert up is not None
-            alpha = (own * up).sum((0, 1)) / up.square().sum((0, 1)).clamp_min(1e-9)
-            reconstruction.alpha.data[scale] = alpha
-            own = own - alpha * up
-        inputs.append(record.before[:, pyramid.slice(scale)].flatten(0, 1))
-        residuals.append(own.flatten(0, 1))
-    if reconstruction.kind in ("low_rank", "mixture"):
-        down, up_weight = reduced_rank(torch.cat(inputs), torch.cat(residuals), reconstruction.down.out_features)
+    reconstruction, width = block.reconstruction, block.width
+    low_rank = reconstruction.kind in ("low_rank", "mixture")
+    if low_rank:
+        reconstruction.up.weight.data.zero_()
+    moments = Moments(width, 1 + width, record.states[0].after.device)
+    for scale in gated_scales(block):
+        _start_alpha(reconstruction, record, pyramid, scale)
+        for states in record.states:
+            before, after = states.at(pyramid.slice(scale))
+            missing = after - reconstruction(before, _previous(states, pyramid, scale), scale)
+            size = relative_update(before, after).unsqueeze(-1)
+            moments.add(before.flatten(0, 1), torch.cat((size, missing), -1).flatten(0, 1))
+    weight, bias = moments.columns(slice(0, 1)).ridge()
+    block.gate.linear.weight.data.copy_(weight)
+    block.gate.linear.bias.data.copy_(bias)
+    if low_rank:
+        down, up = moments.columns(slice(1, None)).reduced_rank(reconstruction.down.out_features)
         reconstruction.down.weight.data.copy_(down)
-        reconstruction.up.weight.data.copy_(up_weight)
+        reconstruction.up.weight.data.copy_(up)
 
 
-def reduced_rank(x_TC: Tensor, y_TC: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, C] and B [C, r] of the best rank-r map y = B A x in the least-squares sense (reduced-rank regression)."""
-    x, y = x_TC.double(), y_TC.double()
-    gram = x.T @ x
-    gram.diagonal().add_(1e-3 * gram.diagonal().mean() + 1e-9)
-    full = torch.linalg.solve(gram, x.T @ y)
-    _, vectors = torch.linalg.eigh(full.T @ gram @ full)
-    basis = vectors[:, -rank:] if rank else vectors[:, :0]
-    return (full @ basis).T.to(x_TC.dtype), basis.to(x_TC.dtype)
+def _start_alpha(reconstruction: Reconstruction, record: BlockRecord, pyramid: TokenPyramid, scale: int) -> None:
+    """Fits, channel by channel, the share of the previous scale's update that a token's own update has."""
+    if reconstruction.kind not in ("previous", "mixture") or scale == 0:
+        return
+    sums: list[Tensor] = []
+    for states in record.states:
+        up = _previous(states, pyramid, scale)
+        assert up is not None
+        own = states.update(pyramid.slice(scale))
+        sums.append(torch.stack([(part * up).sum((0, 1), dtype=torch.float64) for part in (own, up)]))
+    product, square = torch.stack(sums).sum(0)
+    reconstruction.alpha.data[scale] = product / square.clamp_min(1e-9)
+
+
+def _previous(states: States, pyramid: TokenPyramid, scale: int) -> Tensor | None:
+    """The update at the scale before, resized to this one's map, [B, L_s, C]; None at the first scale."""
+    if scale == 0:
+        return None
+    return upsample_update(states.update(pyramid.slice(scale - 1)), pyramid.sides[scale - 1], pyramid.sides[scale])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from actvar_convert.distill.parallel import ALONE, Processes
 from actvar_convert.errors import InputError
 from actvar_convert.models.model import VARModel
 from actvar_convert.progress import Progress
@@ -46,26 +48,43 @@ class TokenStore:
 
 
 def store_from_teacher(
-    teacher: VARModel, count: int, *, path: Path | None, batch: int, seed: int, cfg: float | None, progress: Progress
+    teacher: VARModel,
+    count: int,
+    *,
+    path: Path | None,
+    batch: int,
+    seed: int,
+    cfg: float | None,
+    progress: Progress,
+    processes: Processes = ALONE,
 ) -> TokenStore:
     """Pyramids that the teacher draws itself, labels balanced.
 
     Drawn batch by batch, each from a seed of its own, and appended to ``path``: an interrupted call goes on where it
-    stopped and ends with the same tokens.
+    stopped and ends with the same tokens, as does one whose ``processes`` share the batches.
     """
     pyramid = teacher.transformer.config.pyramid
     labels = balanced_labels(count, teacher.transformer.config.classes)
-    parts = list(labels.split(batch))
+    parts = list(torch.split(labels, batch))
 
     def draw(index: int) -> Tensor:
         return teacher.generate_tokens(parts[index], seed=seed + 7_919 * (index + 1), chunk=batch, cfg=cfg).cpu()
 
-    tokens = _collect(path, [len(part) for part in parts], pyramid.total, draw, progress, "sampling from the teacher")
+    lengths = [len(part) for part in parts]
+    tokens = _collect(path, lengths, pyramid.total, draw, progress, "sampling from the teacher", processes)
     return TokenStore(tokens, labels)
 
 
 def store_from_images(
-    teacher: VARModel, folder: Path, count: int, *, path: Path | None, batch: int, seed: int, progress: Progress
+    teacher: VARModel,
+    folder: Path,
+    count: int,
+    *,
+    path: Path | None,
+    batch: int,
+    seed: int,
+    progress: Progress,
+    processes: Processes = ALONE,
 ) -> TokenStore:
     """Pyramids of the images of a class-per-folder tree (``folder/class/image.png``), classes in sorted order.
 
@@ -83,8 +102,8 @@ def store_from_images(
         with torch.inference_mode():
             return torch.cat(teacher.tokenizer.encode(images * 2 - 1), dim=1).cpu()
 
-    lengths = [len(part) for part in parts]
-    tokens = _collect(path, lengths, teacher.transformer.config.pyramid.total, encode, progress, "tokenising images")
+    lengths, width = [len(part) for part in parts], teacher.transformer.config.pyramid.total
+    tokens = _collect(path, lengths, width, encode, progress, "tokenising images", processes)
     return TokenStore(tokens, labels[order])
 
 
@@ -126,30 +145,44 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def _collect(
-    path: Path | None, lengths: list[int], width: int, make: _Maker, progress: Progress, description: str
+    path: Path | None,
+    lengths: list[int],
+    width: int,
+    make: _Maker,
+    progress: Progress,
+    description: str,
+    processes: Processes,
 ) -> Tensor:
-    """Rows [N, width] of all parts, appended to ``path`` as they are made; parts already there are not made again."""
+    """Rows [N, width] of all parts, appended to ``path`` as they are made; parts already there are not made again.
+
+    Processes make neighbouring parts at the same time; the main one writes them in order.
+    """
     rows = np.zeros((0, width), np.uint16)
-    if path is not None and path.exists():
+    if processes.main and path is not None and path.exists():
         flat = np.fromfile(path, np.uint16)
         rows = flat[: len(flat) // width * width].reshape(-1, width)
+    rows = processes.from_main(rows)
     ends = np.cumsum([0, *lengths])
     done = int(np.searchsorted(ends, len(rows), side="right")) - 1
     pieces = [rows[: ends[done]]]
-    with progress.task(description, int(ends[-1])) as task:
+    written = path if processes.main else None
+    with progress.task(description, int(ends[-1])) as task, _appending(written, pieces[0]) as append:
         task.advance(int(ends[done]))
-        for index, made in _appending(path, pieces[0], range(done, len(lengths)), make):
-            pieces.append(made)
-            task.advance(lengths[index])
+        for first in range(done, len(lengths), processes.count):
+            own = first + processes.rank
+            made = make(own).numpy().astype(np.uint16) if own < len(lengths) else rows[:0]
+            for part in processes.gather(made):
+                append(part)
+                pieces.append(part)
+                task.advance(len(part))
     return torch.from_numpy(np.concatenate(pieces))
 
 
-def _appending(
-    path: Path | None, kept: np.ndarray, indices: range, make: _Maker
-) -> Iterator[tuple[int, np.ndarray]]:
+@contextmanager
+def _appending(path: Path | None, kept: np.ndarray) -> Iterator[Callable[[np.ndarray], None]]:
+    """What appends rows to a file that holds ``kept`` and nothing else before; without a path it does nothing."""
     if path is None:
-        for index in indices:
-            yield index, make(index).numpy().astype(np.uint16)
+        yield lambda rows: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.stat().st_size != kept.nbytes:
@@ -157,8 +190,9 @@ def _appending(
         kept.tofile(partial)
         os.replace(partial, path)
     with path.open("ab") as file:
-        for index in indices:
-            made = make(index).numpy().astype(np.uint16)
-            file.write(made.tobytes())
+
+        def append(rows: np.ndarray) -> None:
+            file.write(rows.tobytes())
             file.flush()
-            yield index, made
+
+        yield append

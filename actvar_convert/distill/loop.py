@@ -1,44 +1,55 @@
 """The one training loop: runs the stages in order, keeps metrics and resumable state.
 
 A step depends on the seed and its own number alone (data order, dropped labels, plan), so a resumed run equals an
-uninterrupted one.
+uninterrupted one. How many processes share a step changes the order of sums and nothing else.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from actvar_convert.checkpoint.run_state import RunState, load_run_state, save_run_state
+from actvar_convert.checkpoint.run_state import RunState, Scalar, load_run_state, save_run_state
 from actvar_convert.distill.data import TokenStore
 from actvar_convert.distill.lora import attach_lora, fold_lora
+from actvar_convert.distill.parallel import Processes, is_split, local
+from actvar_convert.distill.sharding import shard_student, split_like, whole, whole_student
 from actvar_convert.distill.stages import STAGES, Stage, trainable_parameters
-from actvar_convert.errors import Interrupted
+from actvar_convert.errors import InputError, Interrupted
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import MetricsLog, Progress
 from actvar_convert.recipe.schema import Recipe, StageRecipe
 
+ECHO = 5.0
+"""Seconds within which a launcher passes a signal on."""
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StopRequest:
-    """Turns the first Ctrl-C into a request that the loop honours after the step in hand; a second one is immediate."""
+    """Turns the first Ctrl-C into a request that the loop honours after the step in hand; a second one is immediate.
+
+    A launcher repeats to its processes what the terminal has told them already: that is no second one.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._echo_until = 0.0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if not self.asked:
+            self._echo_until = time.monotonic() + (ECHO if "LOCAL_RANK" in os.environ else 0)
+        elif time.monotonic() > self._echo_until:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -70,79 +81,116 @@ def drop_labels(labels_B: Tensor, null_class: int, share: float, seed: int) -> T
 
 
 class StageRun:
-    """One stage in progress: parameters, optimiser, averaged weights and the number of steps done."""
+    """One stage in progress: parameters, optimiser, averaged weights and the number of steps done.
 
-    def __init__(self, model: SparseVARModel, stage: Stage, recipe: StageRecipe, seed: int) -> None:
+    Args:
+        state: what an earlier run of the stage saved; None: the stage begins.
+        processes: those that share the stage.
+    """
+
+    def __init__(
+        self,
+        model: SparseVARModel,
+        stage: Stage,
+        recipe: StageRecipe,
+        seed: int,
+        state: RunState | None = None,
+        processes: Processes | None = None,
+    ) -> None:
         self.model, self.stage, self.recipe, self.seed = model, stage, recipe, seed
+        self.processes = processes or Processes(device=model.device)
+        self.objective: Callable[..., dict[str, Tensor]] = stage.objective
         if recipe.trainable == "lora":
             attach_lora(model.transformer, recipe.lora_rank, seed)
-        self.parameters = trainable_parameters(model, recipe)
+        if state is not None:
+            model.transformer.load_state_dict(_below("model/", state.tensors))
         model.transformer.requires_grad_(False)
-        for parameter in self.parameters.values():
+        for parameter in trainable_parameters(model.transformer, recipe).values():
             parameter.requires_grad_(True)
+        if self.processes.shard:
+            self.objective = shard_student(model.transformer, stage.objective, self.processes)
+        self.parameters = trainable_parameters(model.transformer, recipe)
+        kinds = [[p for p in self.parameters.values() if is_split(p) is split] for split in (False, True)]
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+            [{"params": kind} for kind in kinds if kind] or [{"params": []}],
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=recipe.weight_decay,
         )
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if recipe.ema else {}
         self.step = 0
+        if state is not None:
+            self._restore(state)
 
     def train_step(
         self, teacher: VARModel, tokens_BL: Tensor, labels_B: Tensor, autocast: AbstractContextManager[object]
     ) -> dict[str, float]:
-        """One optimiser step; returns losses, learning rate and gradient norm."""
-        recipe = self.recipe
+        """One optimiser step on this process's rows; returns losses, learning rate and gradient norm of all rows."""
+        recipe, processes = self.recipe, self.processes
         rate = learning_rate(recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with autocast:
-            losses = self.stage.objective(self.model, teacher, recipe, tokens_BL, labels_B)
-        total = torch.stack(list(losses.values())).sum() if losses else None
-        if total is None or not total.requires_grad:
+            losses = self.objective(self.model, teacher, recipe, tokens_BL, labels_B, processes.total)
+        shares = torch.stack(list(losses.values())) if losses else None
+        if shares is None or not shares.requires_grad:
             return {"loss": 0.0}
         self.optimizer.zero_grad()
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), recipe.gradient_clip)
+        torch.autograd.backward(shares.sum())
+        processes.add_gradients(self.parameters.values())
+        norm = processes.clip_gradients(self.parameters.values(), recipe.gradient_clip)
         self.optimizer.step()
         self.step += 1
         if self.average and recipe.ema is not None:
             weight = min(recipe.ema, (self.step + 1) / (self.step + 10))
             for name, parameter in self.parameters.items():
-                self.average[name].lerp_(parameter.detach(), 1 - weight)
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        return {"loss": float(total.detach()), **values, "learning_rate": rate, "gradient_norm": float(norm)}
+                local(self.average[name]).lerp_(local(parameter.detach()), 1 - weight)
+        totals = processes.total(shares)
+        values = dict(zip(losses, totals.tolist(), strict=True))
+        return {"loss": float(totals.sum()), **values, "learning_rate": rate, "gradient_norm": float(norm)}
 
     def finish(self) -> None:
         """Puts the averaged weights in force, folds low-rank updates and freezes the model again."""
-        with torch.no_grad():
-            for name, value in self.average.items():
-                self.parameters[name].copy_(value)
-        fold_lora(self.model.transformer)
-        self.model.transformer.requires_grad_(False)
-        for block in self.model.transformer.blocks:
+        if self.processes.shard:
+            rank = self.recipe.lora_rank if self.recipe.trainable == "lora" else None
+            self.model.transformer = whole_student(self.model.transformer, self.average, rank)
+        else:
+            with torch.no_grad():
+                for name, value in self.average.items():
+                    self.parameters[name].copy_(value)
+            fold_lora(self.model.transformer)
+            self.model.transformer.requires_grad_(False)
+        for block in self.model.transformer.sparse_layers:
             block.straight_through = False
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the rest of the run depends on."""
-        saved = {f"model/{name}": value for name, value in self.model.transformer.state_dict().items()}
-        saved |= {f"average/{name}": value for name, value in self.average.items()}
+        """Everything that the rest of the run depends on, whole; empty in all but the main process."""
+        state = {f"model/{name}": value for name, value in self.model.transformer.state_dict().items()}
+        state |= {f"average/{name}": value for name, value in self.average.items()}
         for name, parameter in self.parameters.items():
-            saved |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+            state |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        saved = {}
+        for name, value in state.items():
+            gathered = whole(value)
+            if self.processes.main:
+                saved[name] = gathered if gathered is value else gathered.cpu()
         return saved
 
-    def restore(self, state: RunState) -> None:
-        """Takes up where ``tensors`` were saved."""
-        model = {name.removeprefix("model/"): t for name, t in state.tensors.items() if name.startswith("model/")}
-        self.model.transformer.load_state_dict(model)
-        for name in self.average:
-            self.average[name] = state.tensors[f"average/{name}"].to(self.model.device)
+    def _restore(self, state: RunState) -> None:
+        """Takes up averages, optimiser and step where ``tensors`` were saved."""
         for name, parameter in self.parameters.items():
-            prefix = f"optimizer/{name}/"
-            own = {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
+            if self.average:
+                self.average[name] = split_like(state.tensors[f"average/{name}"], parameter)
+            own = _below(f"optimizer/{name}/", state.tensors)
             if own:
                 self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
+                    key: value if key == "step" else split_like(value, parameter) for key, value in own.items()
                 }
-        self.step = int(state.scalars["step"])
+        self.step = int(str(state.scalars["step"]))
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def distill_model(
@@ -153,32 +201,54 @@ def distill_model(
     *,
     state_path: Path,
     fingerprint: str,
-    log: MetricsLog,
+    log: MetricsLog | None,
     progress: Progress,
+    processes: Processes | None = None,
 ) -> None:
     """Runs both stages on ``model`` in place; goes on where ``state_path`` stopped.
+
+    Args:
+        log: gets a line per step; None in all but the main process.
+        processes: those that share the work; the state is the same for any number of them.
 
     Raises:
         Interrupted: after Ctrl-C, with everything done so far on disk.
         CheckpointError: the state belongs to another recipe or teacher.
+        InputError: a batch has fewer pyramids than there are processes.
     """
     names = list(STAGES)
-    state = load_run_state(state_path, fingerprint) if state_path.exists() else None
+    processes = processes or Processes(device=model.device)
+    _require_rows(recipe, store, processes)
+    state = load_run_state(state_path, fingerprint) if processes.from_main(state_path.exists()) else None
     begin = names.index(str(state.scalars["stage"])) if state is not None else 0
-    if state is None:
+    if state is None and log is not None:
         log.rewind(-1)
     teacher.transformer.requires_grad_(False)
     with StopRequest().listening() as stop:
         for index, name in enumerate(names[begin:], start=begin):
             stage_recipe: StageRecipe = getattr(recipe.distill, name)
-            run = StageRun(model, STAGES[name], stage_recipe, recipe.seed + index)
-            if state is not None:
-                run.restore(state)
+            run = StageRun(model, STAGES[name], stage_recipe, recipe.seed + index, state, processes)
+            if state is not None and log is not None:
                 log.rewind(run.step, stage=name)
-                state = None
+            state = None
             _run_stage(run, teacher, recipe, store, state_path, fingerprint, log, progress, stop)
             run.finish()
     model.use_plan(model.plan_name)
+
+
+def _require_rows(recipe: Recipe, store: TokenStore, processes: Processes) -> None:
+    """Raises InputError where a batch has fewer pyramids than there are processes."""
+    problems = []
+    for name in STAGES:
+        stage: StageRecipe = getattr(recipe.distill, name)
+        if stage.steps and min(stage.batch, len(store)) < processes.count:
+            problems.append(f"distill.{name}.batch: {min(stage.batch, len(store))} pyramids per step")
+    if problems:
+        raise InputError(
+            f"{processes.count} processes share every batch, and some would get nothing; raise the batch in the recipe "
+            "(--set), or start fewer processes:",
+            problems,
+        )
 
 
 def _run_stage(
@@ -188,16 +258,19 @@ def _run_stage(
     store: TokenStore,
     state_path: Path,
     fingerprint: str,
-    log: MetricsLog,
+    log: MetricsLog | None,
     progress: Progress,
     stop: StopRequest,
 ) -> None:
-    steps, device = run.recipe.steps, run.model.device
+    steps, device, processes = run.recipe.steps, run.model.device, run.processes
     dtype = AUTOCAST[recipe.dtype]
 
     def save() -> None:
-        scalars = {"stage": run.stage.name, "step": run.step}
-        save_run_state(state_path, RunState(tensors=run.tensors(), scalars=scalars, fingerprint=fingerprint))
+        scalars: dict[str, Scalar] = {"stage": run.stage.name, "step": run.step}
+        tensors = run.tensors()
+        if processes.main:
+            save_run_state(state_path, RunState(tensors=tensors, scalars=scalars, fingerprint=fingerprint))
+        processes.wait()
 
     with progress.task(f"distilling, {run.stage.name}", steps) as task:
         task.advance(run.step)
@@ -208,18 +281,21 @@ def _run_stage(
             labels = drop_labels(
                 labels, teacher.transformer.null_class, recipe.data.null_share, run.seed * 1_000_003 + step
             )
-            autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-            values = run.train_step(teacher, tokens.to(device), labels.to(device), autocast)
+            own = processes.part(len(tokens))
+            autocast: AbstractContextManager[object] = nullcontext()
+            if dtype is not None:
+                autocast = torch.autocast(device.type, dtype, cache_enabled=not processes.shard)
+            values = run.train_step(teacher, tokens[own].to(device), labels[own].to(device), autocast)
             if run.step == step:
                 break
-            log.write(stage=run.stage.name, step=run.step, **values)
+            if log is not None:
+                log.write(stage=run.stage.name, step=run.step, **values)
             task.advance(1)
             task.note(f"loss {values['loss']:.4f}")
             due = run.step % run.recipe.checkpoint_every == 0 and time.monotonic() - saved_at > 5
-            if stop.asked or due or run.step == steps:
+            stopping, saving = processes.any(stop.asked, due)
+            if stopping or saving or run.step == steps:
                 save()
                 saved_at = time.monotonic()
-            if stop.asked:
-                raise Interrupted(
-                    f"stopped in {run.stage.name} after step {run.step} of {steps}; the same command goes on from there"
-                )
+            if stopping:
+                raise Interrupted(f"stopped in {run.stage.name} after step {run.step} of {steps}; all of it is kept")

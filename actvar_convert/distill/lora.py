@@ -25,10 +25,11 @@ class LowRankUpdate(nn.Module):
         return weight + self.lora_up @ self.lora_down
 
 
-def _targets(transformer: SparseVARTransformer) -> list[nn.Linear]:
+def lora_targets(transformer: SparseVARTransformer) -> list[nn.Linear]:
+    """The layers that get a low-rank update: attention and FFN matrices of every block."""
     return [
         layer
-        for block in transformer.blocks
+        for block in transformer.sparse_layers
         for layer in (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2)
     ]
 
@@ -36,13 +37,13 @@ def _targets(transformer: SparseVARTransformer) -> list[nn.Linear]:
 def attach_lora(transformer: SparseVARTransformer, rank: int, seed: int) -> None:
     """Adds a low-rank update to the attention and FFN matrices of every block."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in _targets(transformer):
+    for layer in lora_targets(transformer):
         update = LowRankUpdate(layer.out_features, layer.in_features, rank, generator)
         parametrize.register_parametrization(layer, "weight", update.to(layer.weight.device, layer.weight.dtype))
 
 
 def fold_lora(transformer: SparseVARTransformer) -> None:
     """Adds the low-rank updates to the weights they belong to and removes them."""
-    for layer in _targets(transformer):
+    for layer in lora_targets(transformer):
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

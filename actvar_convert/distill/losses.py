@@ -1,24 +1,40 @@
 """Losses of both stages as small pure functions.
 
+Where several processes share a batch, each loss is this process's share: ``total`` adds up over all of them what the
+loss divides by, so the shares add up to the loss of the whole batch.
+
 Shapes: B pyramids, L tokens, C width, V codebook, T tokens, F experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Total = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all processes that share a batch."""
 
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+
+def alone(value: Tensor) -> Tensor:
+    """The sum over one process."""
+    return value
+
+
+def relative_error(student: Tensor, teacher: Tensor, total: Total = alone) -> Tensor:
     """||student - teacher||^2 / ||teacher||^2 over everything: 0 when equal, 1 for a student that says zero."""
     teacher = teacher.float()
-    return (student.float() - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)
+    return (student.float() - teacher).square().sum() / total(teacher.square().sum()).clamp_min(1e-12)
 
 
-def regression(prediction: Tensor, target: Tensor) -> Tensor:
+def regression(prediction: Tensor, target: Tensor, total: Total = alone) -> Tensor:
     """Mean squared error in units of the target's variance: 1 for a constant guess at the mean."""
     target = target.float()
-    return F.mse_loss(prediction.float(), target) / target.var(correction=0).clamp_min(1e-12)
+    sum_, count = total(torch.stack((target.sum(), target.new_tensor(float(target.numel()))))).unbind()
+    spread = total((target - sum_ / count).square().sum())
+    return (prediction.float() - target).square().sum() / spread.clamp_min(1e-12)
 
 
 def kl_per_token(teacher_BLV: Tensor, student_BLV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -28,8 +44,9 @@ def kl_per_token(teacher_BLV: Tensor, student_BLV: Tensor, temperature: float = 
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
-def weighted_mean(value_BL: Tensor, weight_L: Tensor | None) -> Tensor:
+def weighted_mean(value_BL: Tensor, weight_L: Tensor | None, total: Total = alone) -> Tensor:
     """Mean over tokens, each weighted by its position's weight."""
+    rows = total(value_BL.new_tensor(float(len(value_BL))))
     if weight_L is None:
-        return value_BL.mean()
-    return (value_BL * weight_L).sum() / (weight_L.sum() * len(value_BL))
+        return value_BL.sum() / (rows * value_BL.shape[1])
+    return (value_BL * weight_L).sum() / (weight_L.sum() * rows)

@@ -41,12 +41,12 @@ def trace(
             kept.ffn_input.append(args[0])
             kept.ffn_output.append(output)
 
-        handles = [block.ffn.register_forward_hook(keep) for block in transformer.blocks]
+        handles = [block.ffn.register_forward_hook(keep) for block in transformer.layers]
     try:
         x, modulation = transformer.embed(labels_B, inputs_BLz)
         span, mask = Span(0, transformer.config.pyramid.lengths), transformer.attn_bias_for_masking.to(x.dtype)
         kept.hidden.append(x)
-        for block, block_modulation in zip(transformer.blocks, modulation.blocks, strict=True):
+        for block, block_modulation in zip(transformer.layers, modulation.blocks, strict=True):
             x = block(x, block_modulation, span, mask)
             kept.hidden.append(x)
         if logits:

@@ -1,17 +1,28 @@
 """The expert FFN: an always-on prefix of experts plus the experts that each row selected.
 
-Shapes: R rows (tokens), C width, H hidden neurons = E experts of N = H / E, expert e owning neurons e N to (e + 1) N.
+Shapes: R rows (tokens), C width, H hidden neurons = E experts of N = H / E, expert e owning neurons e N to (e + 1) N;
+F = E - n experts after a prefix of n, K of them chosen per row.
 
     y = b2 + sum over active e of f_e(x) + sum over inactive e of m_e,   f_e(x) = W2[:, P_e] gelu(W1[P_e] x + b1[P_e])
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from actvar_convert.kernels.linear import linear, linear_gelu, linear_gelu_reference, watched
+
+Way = Literal["reference", "masked", "loop", "grouped"]
+
+ROUTED_FROM_FLOPS = {torch.float32: 25e6, torch.bfloat16: 60e6}
+"""On a CPU, FLOPs per routed expert that skipping has to save before it beats computing everything and masking.
+
+Measured (docs/experiments.md, 2026-11-23). Below them the arithmetic is not saved, but little is added to it either.
+"""
 
 
 class ExpertWeights(NamedTuple):
@@ -20,6 +31,8 @@ class ExpertWeights(NamedTuple):
     Attributes:
         w1: [H, C]; b1: [H]; w2: [C, H]; b2: [C].
         inactive: constants m [E, C] that experts contribute when they do not run.
+        w2_ECN: W2 by expert, [E, C, N] contiguous, where a copy is at hand (``ExpertSlices``): what an expert owns of
+            W2 itself are columns, and fused operations on a CPU take whole weights only.
     """
 
     w1: Tensor
@@ -27,6 +40,7 @@ class ExpertWeights(NamedTuple):
     w2: Tensor
     b2: Tensor
     inactive: Tensor
+    w2_ECN: Tensor | None = None
 
     @property
     def experts(self) -> int:
@@ -38,6 +52,117 @@ class ExpertWeights(NamedTuple):
         return self.w1.shape[0] // self.inactive.shape[0]
 
 
+class ExpertSlices:
+    """Keeps W2 by expert, [E, C, N] contiguous, for as long as the weight it was copied from stays what it is.
+
+    A change through ``weight.data.op_()`` is the one kind that torch does not count, so it is not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._source: Tensor | None = None
+        self._version = -1
+        self._copy: Tensor | None = None
+
+    def of(self, w2: Tensor, experts: int) -> Tensor | None:
+        """The copy of a weight [C, H]; None where changes to the weight could not be told (inference tensors)."""
+        if w2.is_inference():
+            return None
+        if self._source is None or not self._is_source(w2):
+            # the detached view keeps the old memory from being given to a new weight at the same address
+            self._source, self._version = w2.detach(), w2._version
+            self._copy = self._source.reshape(len(w2), experts, -1).transpose(0, 1).contiguous()
+        return self._copy
+
+    def _is_source(self, w2: Tensor) -> bool:
+        own = self._source
+        return (
+            own is not None
+            and own.data_ptr() == w2.data_ptr()
+            and own.dtype == w2.dtype
+            and own.shape == w2.shape
+            and self._version == w2._version
+        )
+
+
+def choose_way(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed: int | None) -> Way:
+    """How to compute an expert FFN, by gradients, device, number format and shape.
+
+    Args:
+        x_RC: rows.
+        weights: of the FFN.
+        prefix: experts n that every row runs.
+        routed: experts K that every row runs beyond them; None where that differs from row to row.
+    """
+    if torch.is_grad_enabled():
+        return "reference"
+    free, item = weights.experts - prefix, x_RC.element_size()
+    if x_RC.device.type == "cpu":
+        if watched() or x_RC.dtype not in ROUTED_FROM_FLOPS:
+            return "loop"
+        skipped = (free - routed) / free if routed is not None and free else 0.5
+        saved = 4 * len(x_RC) * x_RC.shape[1] * weights.neurons * skipped
+        return "loop" if saved >= ROUTED_FROM_FLOPS[x_RC.dtype] else "masked"
+    aligned = weights.neurons * item % 16 == 0 and x_RC.shape[1] * item % 16 == 0
+    static = routed is not None and aligned and not watched()
+    return "grouped" if static and x_RC.dtype == torch.bfloat16 else "loop"
+
+
+def expert_ffn(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Tensor) -> Tensor:
+    """The expert FFN of rows that each run K experts beyond the prefix, the way that is fastest here.
+
+    Args:
+        x_RC: rows.
+        weights: of the FFN.
+        prefix: experts n that every row runs.
+        chosen_RK: int64, which of the F experts after the prefix each row runs, no expert twice.
+
+    Returns:
+        [R, C].
+    """
+    if _autocasts(x_RC):
+        with torch.autocast(x_RC.device.type, enabled=False):
+            return expert_ffn(*_lowered(x_RC, weights), prefix, chosen_RK)
+    way = choose_way(x_RC, weights, prefix, chosen_RK.shape[1])
+    if way == "grouped":
+        return expert_ffn_grouped(x_RC, weights, prefix, chosen_RK)
+    if way != "reference" and chosen_RK.shape[1] == 0:
+        return _prefix(x_RC, weights, prefix, weights.inactive[prefix:].to(x_RC.dtype))
+    return _by_mask(way, x_RC, weights, prefix, selection_mask(chosen_RK, weights.experts - prefix))
+
+
+def expert_ffn_selected(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
+    """The same for a boolean choice [R, F], whose rows may run different numbers of experts."""
+    if _autocasts(x_RC):
+        with torch.autocast(x_RC.device.type, enabled=False):
+            return expert_ffn_selected(*_lowered(x_RC, weights), prefix, routed_RF)
+    return _by_mask(choose_way(x_RC, weights, prefix, None), x_RC, weights, prefix, routed_RF)
+
+
+def _autocasts(x_RC: Tensor) -> bool:
+    """Whether autocast would change number formats between the operations of the paths that work in place."""
+    return torch.is_autocast_enabled(x_RC.device.type) and not torch.is_grad_enabled()
+
+
+def _lowered(x_RC: Tensor, weights: ExpertWeights) -> tuple[Tensor, ExpertWeights]:
+    dtype = torch.get_autocast_dtype(x_RC.device.type)
+    return x_RC.to(dtype), ExpertWeights(*(None if tensor is None else tensor.to(dtype) for tensor in weights))  # type: ignore[arg-type]
+
+
+def selection_mask(chosen_RK: Tensor, free: int) -> Tensor:
+    """Boolean [R, F] of chosen experts [R, K]."""
+    mask = torch.zeros(len(chosen_RK), free, dtype=torch.bool, device=chosen_RK.device)
+    return mask.scatter_(1, chosen_RK, True)
+
+
+def _by_mask(way: Way, x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
+    if way == "reference":
+        always = routed_RF.new_ones(len(x_RC), prefix)
+        return expert_ffn_reference(x_RC, weights, torch.cat((always, routed_RF), dim=1))
+    if way == "masked":
+        return expert_ffn_masked(x_RC, weights, prefix, routed_RF)
+    return expert_ffn_loop(x_RC, weights, prefix, routed_RF)
+
+
 def expert_ffn_reference(x_RC: Tensor, weights: ExpertWeights, active_RE: Tensor) -> Tensor:
     """The obvious form: every neuron is computed, and those of inactive experts are multiplied by zero.
 
@@ -45,40 +170,69 @@ def expert_ffn_reference(x_RC: Tensor, weights: ExpertWeights, active_RE: Tensor
     Returns [R, C].
     """
     mask = active_RE.to(x_RC.dtype)
-    hidden = F.gelu(F.linear(x_RC, weights.w1, weights.b1), approximate="tanh")
+    hidden = linear_gelu_reference(x_RC, weights.w1, weights.b1)
     hidden = (hidden.view(len(x_RC), weights.experts, weights.neurons) * mask.unsqueeze(-1)).flatten(1)
     return F.linear(hidden, weights.w2, weights.b2) + (1 - mask) @ weights.inactive.to(x_RC.dtype)
+
+
+def expert_ffn_masked(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
+    """The reference without gradients, in whole products and in place: for few rows, where products are cheap."""
+    mask = routed_RF.to(x_RC.dtype)
+    hidden = linear_gelu(x_RC, weights.w1, weights.b1)
+    hidden.view(len(x_RC), weights.experts, weights.neurons)[:, prefix:].mul_(mask.unsqueeze(-1))
+    constants = weights.inactive[prefix:].to(x_RC.dtype)
+    y = linear(hidden, weights.w2, weights.b2 + constants.sum(0))
+    return y.addmm_(mask, constants, alpha=-1)
 
 
 def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
     """Computes active experts only: the prefix as one product over a view, then one gathered product per routed expert.
 
-    Args:
-        x_RC: rows.
-        weights: of the FFN.
-        prefix: experts n that every row runs.
-        routed_RF: boolean [R, E - n]: which of the remaining experts each row runs.
-
-    Returns:
-        [R, C], equal to the reference up to summation order.
+    Takes any number of experts per row, and any number format. One expert at a time, so that its rows stay in the
+    cache of the processor between the gather and the sum. Returns [R, C].
     """
-    N, shared = weights.neurons, prefix * weights.neurons
-    bias = weights.b2 + weights.inactive[prefix:].sum(0).to(weights.b2.dtype)
-    if shared:
-        hidden = F.gelu(F.linear(x_RC, weights.w1[:shared], weights.b1[:shared]), approximate="tanh")
-        y = F.linear(hidden, weights.w2[:, :shared], bias)
-    else:
-        y = bias.to(x_RC.dtype).expand(len(x_RC), -1).clone()
-    rows, experts = routed_RF.T.nonzero(as_tuple=True)[::-1]
+    N = weights.neurons
+    constants = weights.inactive[prefix:].to(x_RC.dtype)
+    y = _prefix(x_RC, weights, prefix, constants).addmm_(routed_RF.to(x_RC.dtype), constants, alpha=-1)
+    experts, rows = routed_RF.T.nonzero(as_tuple=True)
     counts = torch.bincount(experts, minlength=routed_RF.shape[1]).tolist()
-    begin = 0
-    for offset, count in enumerate(counts):
-        if count:
-            chosen = rows[begin : begin + count]
-            expert = prefix + offset
-            own = slice(expert * N, (expert + 1) * N)
-            hidden = F.gelu(F.linear(x_RC[chosen], weights.w1[own], weights.b1[own]), approximate="tanh")
-            minus = -weights.inactive[expert].to(weights.b2.dtype)
-            y.index_add_(0, chosen, F.linear(hidden, weights.w2[:, own], minus))
-        begin += count
+    for offset, own_rows in enumerate(torch.split(rows, counts)):
+        if len(own_rows):
+            own = slice((prefix + offset) * N, (prefix + offset + 1) * N)
+            hidden = linear_gelu(x_RC.index_select(0, own_rows), weights.w1[own], weights.b1[own])
+            w2_CN = weights.w2[:, own] if weights.w2_ECN is None else weights.w2_ECN[prefix + offset]
+            y.index_add_(0, own_rows, linear(hidden, w2_CN, None))
     return y
+
+
+def expert_ffn_grouped(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Tensor) -> Tensor:
+    """The same with one sort of all (row, expert) pairs, one gather, and two grouped products; static shapes.
+
+    The number of rows of an expert stays on the device, nothing waits for it. Every output row is the sum of its own K
+    partial rows in a fixed order. Returns [R, C].
+    """
+    N, K, free = weights.neurons, chosen_RK.shape[1], weights.experts - prefix
+    constants = weights.inactive[prefix:].to(x_RC.dtype)
+    y = _prefix(x_RC, weights, prefix, constants)
+    if chosen_RK.numel() == 0:
+        return y
+    expert, order = chosen_RK.flatten().sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(free, device=expert.device), right=True, out_int32=True)
+    w1_FCN = weights.w1.reshape(weights.experts, N, -1)[prefix:].transpose(1, 2)
+    w2_FNC = weights.w2.reshape(-1, weights.experts, N)[:, prefix:].permute(1, 2, 0)
+    hidden = F.grouped_mm(x_RC.index_select(0, order // K), w1_FCN, offs=ends)
+    hidden = hidden.add_(weights.b1.reshape(weights.experts, N)[prefix:].index_select(0, expert))
+    partial = F.grouped_mm(F.gelu(hidden, approximate="tanh"), w2_FNC, offs=ends)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(chosen_RK)
+    y = y.add_(F.embedding_bag(place, partial, mode="sum"))
+    return y.sub_(F.embedding_bag(chosen_RK, constants, mode="sum"))
+
+
+def _prefix(x_RC: Tensor, weights: ExpertWeights, prefix: int, constants_FC: Tensor) -> Tensor:
+    """What the prefix computes, the bias, and the constants of all experts after it: a new tensor [R, C]."""
+    shared = prefix * weights.neurons
+    bias = weights.b2 + constants_FC.sum(0)
+    if not shared:
+        return bias.expand(len(x_RC), -1).clone()
+    hidden = linear_gelu(x_RC, weights.w1[:shared], weights.b1[:shared])
+    return linear(hidden, weights.w2[:, :shared], bias)

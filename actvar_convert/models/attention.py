@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actvar_convert.kernels.linear import linear
 from actvar_convert.models.config import TransformerConfig
 
 MAX_LOG_SCALE = math.log(100)
@@ -77,24 +78,35 @@ class SelfAttention(nn.Module):
     def query(self, x_BLC: Tensor) -> Tensor:
         """Queries [B, H, L, d] of hidden states [B, L, C]."""
         C = x_BLC.shape[-1]
-        return self._normalise_query(self._heads(F.linear(x_BLC, self.mat_qkv.weight[:C], self.q_bias)))
+        return self._normalise_query(self._heads(linear(x_BLC, self.mat_qkv.weight[:C], self.q_bias)))
 
     def key_value(self, x_BLC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, L, d] of hidden states [B, L, C]."""
         C = x_BLC.shape[-1]
         bias = torch.cat((self.zero_k_bias, self.v_bias))
-        k, v = F.linear(x_BLC, self.mat_qkv.weight[C:], bias).chunk(2, dim=-1)
+        k, v = linear(x_BLC, self.mat_qkv.weight[C:], bias).chunk(2, dim=-1)
         return self._normalise_key(self._heads(k)), self._heads(v)
 
     def query_key_value(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, L, d] of hidden states [B, L, C] in one product."""
+        B, L, _ = x_BLC.shape
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        q, k, v = F.linear(x_BLC, self.mat_qkv.weight, bias).chunk(3, dim=-1)
-        return self._normalise_query(self._heads(q)), self._normalise_key(self._heads(k)), self._heads(v)
+        qkv = linear(x_BLC, self.mat_qkv.weight, bias).view(B, L, 3 * self.heads, self.head_dim)
+        qk, v = torch.split(qkv, [2 * self.heads, self.heads], dim=2)
+        if self.l2_norm:
+            factor = self._query_key_scale() / torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min(1e-12)
+            qk = qk * factor.to(qk.dtype) if torch.is_grad_enabled() else qk.mul_(factor.to(qk.dtype))
+        q, k = qk.chunk(2, dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _query_key_scale(self) -> Tensor:
+        """Length [2 H, 1] that normalised queries (learnt) and keys (1) get."""
+        scale = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().view(self.heads, 1)
+        return torch.cat((scale, torch.ones_like(scale)))
 
     def attend(self, q_BHLd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, mask_LT: Tensor | None) -> Tensor:
-        """Attention output [B, L, C]; ``mask_LT`` is boolean (True: attends) or an additive bias, None attends to all."""
+        """Attention output [B, L, C]; ``mask_LT`` is boolean (True: attends) or an additive bias, None: all attend."""
         out = F.scaled_dot_product_attention(q_BHLd, k_BHTd, v_BHTd, attn_mask=mask_LT, scale=self.scale)
         B, _, L, _ = out.shape
-        projected: Tensor = self.proj(out.transpose(1, 2).reshape(B, L, self.heads * self.head_dim))
-        return projected
+        joined = out.transpose(1, 2).reshape(B, L, self.heads * self.head_dim)
+        return linear(joined, self.proj.weight, self.proj.bias)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actvar_convert.kernels.expert_ffn import ExpertWeights, expert_ffn_loop, expert_ffn_reference
+from actvar_convert.kernels.expert_ffn import ExpertSlices, ExpertWeights, expert_ffn, expert_ffn_selected
+from actvar_convert.kernels.linear import linear, linear_gelu
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.var import Span
@@ -86,7 +87,8 @@ class ExpertFFN(nn.Module):
         permutation: [H] int64, the dense model's index of every neuron.
         inactive: [S, E, C], the constants m.
 
-    With gradients enabled inactive experts are multiplied by zero (static shapes); without, they are not computed.
+    With gradients enabled inactive experts are multiplied by zero (static shapes); without, they are not computed
+    wherever that is faster (``kernels.expert_ffn.choose_way``).
     """
 
     permutation: Tensor
@@ -104,42 +106,53 @@ class ExpertFFN(nn.Module):
         width = max(each.router_width for each in plans.values() if each.router_experts(block) == self.scored)
         self.router = Router(config.width, self.scored, width) if self.scored else None
         self.plan = chosen
+        self._slices = ExpertSlices()
 
     def weights(self, scale: int) -> ExpertWeights:
         """Weights of the FFN with the constants of one scale."""
-        return ExpertWeights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.inactive[scale])
+        w2 = self.fc2.weight
+        slices = None
+        if w2.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            slices = self._slices.of(w2, self.experts)
+        return ExpertWeights(self.fc1.weight, self.fc1.bias, w2, self.fc2.bias, self.inactive[scale], slices)
+
+    def scores(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None) -> Tensor:
+        """The router's scores [B, L, E - n] of the experts after the prefix, for tokens of one scale."""
+        assert self.router is not None
+        free, known = self.experts - self.plan.blocks[self.block].prefix[scale], self.plan.router_experts(self.block)
+        score: Tensor = self.router(x_BLC, known)[..., known - free :]
+        if self.plan.neighbourhood > 1:
+            score = share_scores(score, self.config.sides[scale], self.plan.neighbourhood, position_BL)
+        return score
 
     def route(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None) -> Tensor:
         """Boolean choice [B, L, E - n] among the experts after the prefix, for tokens of one scale."""
         plan = self.plan.blocks[self.block]
-        free, routed = self.experts - plan.prefix[scale], plan.routed[scale]
         if not self.plan.routes(self.block, scale):
-            return x_BLC.new_full((*x_BLC.shape[:2], free), routed > 0, dtype=torch.bool)
-        assert self.router is not None
-        known = self.plan.router_experts(self.block)
-        score = self.router(x_BLC, known)[..., known - free :]
-        if self.plan.neighbourhood > 1:
-            score = share_scores(score, self.config.sides[scale], self.plan.neighbourhood, position_BL)
-        return select_experts(score, routed, plan.threshold[scale] if plan.threshold else None)
+            free = self.experts - plan.prefix[scale]
+            return x_BLC.new_full((*x_BLC.shape[:2], free), plan.routed[scale] > 0, dtype=torch.bool)
+        score = self.scores(x_BLC, scale, position_BL)
+        return select_experts(score, plan.routed[scale], plan.threshold[scale] if plan.threshold else None)
 
     def forward(self, x_BLC: Tensor, span: Span, positions: Sequence[Tensor | None] | None = None) -> Tensor:
         """FFN output [B, L, C]; ``positions`` tells, per scale, which tokens of the map are in hand (None: all)."""
         pieces = []
-        for i, x in enumerate(x_BLC.split(list(span.counts), dim=1)):
+        for i, x in enumerate(torch.split(x_BLC, list(span.counts), dim=1)):
             if x.shape[1]:
                 pieces.append(self._one_scale(x, span.first + i, positions[i] if positions else None))
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] if pieces else x_BLC
 
     def _one_scale(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None) -> Tensor:
-        prefix = self.plan.blocks[self.block].prefix[scale]
+        plan = self.plan.blocks[self.block]
         if self.plan.runs_all(self.block, scale):
-            out: Tensor = self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
-            return out
-        routed = self.route(x_BLC, scale, position_BL).flatten(0, 1)
-        rows = x_BLC.flatten(0, 1)
-        if torch.is_grad_enabled():
-            always = routed.new_ones(len(rows), prefix)
-            out = expert_ffn_reference(rows, self.weights(scale), torch.cat((always, routed), dim=1))
+            return linear(linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias), self.fc2.weight, self.fc2.bias)
+        weights = self.weights(scale)
+        rows, prefix, routed = x_BLC.flatten(0, 1), plan.prefix[scale], plan.routed[scale]
+        if plan.threshold is not None and plan.threshold[scale] is not None:
+            selected = self.route(x_BLC, scale, position_BL).flatten(0, 1)
+            return expert_ffn_selected(rows, weights, prefix, selected).view_as(x_BLC)
+        if routed:
+            chosen = self.scores(x_BLC, scale, position_BL).topk(routed, dim=-1, sorted=False).indices.flatten(0, 1)
         else:
-            out = expert_ffn_loop(rows, self.weights(scale), prefix, routed)
-        return out.view_as(x_BLC)
+            chosen = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+        return expert_ffn(rows, weights, prefix, chosen).view_as(x_BLC)

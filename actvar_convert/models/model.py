@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,12 +51,55 @@ def chunk_seed(seed: int, chunk_index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class Noise:
+    """The random numbers of one chunk of images: from one generator on the CPU, scale by scale for the whole chunk.
+
+    So the numbers of an image do not depend on which images are under way together.
+
+    Args:
+        seed: of the chunk.
+        images: in the chunk.
+        keep: whether the numbers are wanted again, for other rows of the chunk: 4 L V bytes per image.
+    """
+
+    def __init__(self, seed: int, images: int, *, keep: bool = False) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._images, self._keep = images, keep
+        self._kept: list[Tensor] = []
+
+    def exponential(self, scale: int, length: int, vocab: int) -> Tensor:
+        """Standard exponential numbers [images, length, vocab] fp32 of one scale, on the CPU; scales in order."""
+        if scale < len(self._kept):
+            return self._kept[scale]
+        drawn = torch.empty(self._images, length, vocab).exponential_(1, generator=self._generator)
+        if self._keep:
+            self._kept.append(drawn)
+        return drawn
+
+
+def draw(logits_BLV: Tensor, noise_BLV: Tensor) -> Tensor:
+    """Tokens [B, L] drawn from the softmax of the logits by exponential noise.
+
+    The largest quotient of probability and noise; ``torch.multinomial`` draws one sample in the same way and from the
+    same numbers, but checks its input on the host first.
+    """
+    return F.softmax(logits_BLV, dim=-1).div_(noise_BLV.to(logits_BLV.device)).argmax(-1)
+
+
+GENERATION_BYTES = {"cpu": 2 * 2**30, "cuda": 32 * 2**30}
+"""Memory that the images under way at once may take, by kind of device; larger chunks are cut into pieces.
+
+Beside it there are the weights and, for a chunk in pieces, its noise: 4 L V bytes per image of the chunk.
+"""
+
+
 class VARModel(nn.Module):
     """A tokenizer and a transformer that fit each other.
 
     Attributes:
         sampling: the sampling that the model was measured with; what ``generate`` uses unless told otherwise.
-        origin: where the weights come from (name, path, vae, revision), as far as known; empty for a model made in memory.
+        origin: where the weights come from (name, path, vae, revision), as far as known; empty for a model that was
+            made in memory.
     """
 
     transformer: VARTransformer
@@ -91,6 +134,7 @@ class VARModel(nn.Module):
         top_p: float | None = None,
         seed: int = 0,
         chunk: int = 64,
+        at_once: int | None = None,
     ) -> Tensor:
         """Images of the given classes.
 
@@ -98,21 +142,25 @@ class VARModel(nn.Module):
             labels: class indices [B]; ``classes`` (or -1) for no class.
             cfg, top_k, top_p: see Sampling; the model's own values by default.
             seed: every chunk draws from a generator of its own derived from it, on the CPU.
-            chunk: images generated at once. Part of the contract: equal (labels, seed, chunk, dtype, machine) give
+            chunk: images that draw together. Part of the contract: equal (labels, seed, chunk, dtype, machine) give
                 equal images.
+            at_once: images of a chunk that are under way at the same time, for memory; by default as many as
+                ``images_at_once`` says. Draws do not depend on it.
 
         Returns:
             images [B, 3, H, W] in [0, 1], fp32, on the model's device.
 
         Raises:
-            InputError: a label outside the classes, or a sampling value that makes no sense.
+            InputError: a label outside the classes, or a value that makes no sense.
         """
-        pieces = [
-            self.decode(tokens)
-            for tokens in self._token_chunks(labels, self._sampling(cfg, top_k, top_p), seed, chunk)
-        ]
         side = self.tokenizer.config.image_size
-        return torch.cat(pieces) if pieces else torch.zeros(0, 3, side, side, device=self.device)
+        given = self._labels(labels)
+        images = torch.empty(len(given), 3, side, side, device=self.device)
+        done = 0
+        for tokens in self._token_pieces(given, self._sampling(cfg, top_k, top_p), seed, chunk, at_once):
+            images[done : done + len(tokens[0])] = self.decode(tokens)
+            done += len(tokens[0])
+        return images
 
     @torch.inference_mode()
     def generate_tokens(
@@ -124,21 +172,41 @@ class VARModel(nn.Module):
         top_p: float | None = None,
         seed: int = 0,
         chunk: int = 64,
+        at_once: int | None = None,
     ) -> Tensor:
         """Token pyramids [B, L] int64 of the given classes, all scales in one row; arguments as in ``generate``."""
-        pieces = [
-            torch.cat(tokens, dim=1)
-            for tokens in self._token_chunks(labels, self._sampling(cfg, top_k, top_p), seed, chunk)
-        ]
+        given = self._labels(labels)
+        pieces = self._token_pieces(given, self._sampling(cfg, top_k, top_p), seed, chunk, at_once)
+        rows = [torch.cat(tokens, dim=1) for tokens in pieces]
         total = self.transformer.config.pyramid.total
-        return torch.cat(pieces) if pieces else torch.zeros(0, total, dtype=torch.int64, device=self.device)
+        return torch.cat(rows) if rows else torch.zeros(0, total, dtype=torch.int64, device=self.device)
+
+    def images_at_once(self) -> int:
+        """Images that generation and decoding keep under way at once: those that ``GENERATION_BYTES`` holds.
+
+        An image costs its keys and values with guidance, the logits of the largest scale with their noise, the hidden
+        states of that scale, and afterwards the widest maps of the decoder.
+        """
+        config, tokenizer, size = self.transformer.config, self.tokenizer.config, self.dtype.itemsize
+        largest = max(config.pyramid.lengths)
+        cache = 4 * config.depth * config.pyramid.total * config.width * size
+        states = 2 * largest * (2 * config.hidden + 8 * config.width) * size + 6 * largest * config.vocab * 4
+        maps = 6 * tokenizer.image_size**2 * tokenizer.ch * max(tokenizer.ch_mult[:2]) * 4
+        return max(1, GENERATION_BYTES.get(self.device.type, 2 * 2**30) // max(cache + states, maps))
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor | Sequence[Tensor]) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, of pyramids [B, L], or of the tokens [B, L_s] of every scale."""
-        if isinstance(tokens, Tensor):
-            tokens = tokens.split(list(self.transformer.config.pyramid.lengths), dim=1)
-        return self.tokenizer.decode(tokens).float().add(1).mul(0.5)
+        pieces = self.split(tokens) if isinstance(tokens, Tensor) else tokens
+        return self.tokenizer.decode(pieces).float().add_(1).mul_(0.5)
+
+    def split(self, tokens_BL: Tensor) -> list[Tensor]:
+        """The tokens [B, L_s] of every scale of pyramids [B, L]."""
+        return list(torch.split(tokens_BL, list(self.transformer.config.pyramid.lengths), dim=1))
+
+    def teacher_forcing_input(self, tokens_BL: Tensor) -> Tensor:
+        """Transformer inputs [B, L - L_0, z] of pyramids [B, L]."""
+        return self.tokenizer.quantize.teacher_forcing_input(self.split(tokens_BL))
 
     def _sampling(self, cfg: float | None, top_k: int | None, top_p: float | None) -> Sampling:
         chosen = Sampling(
@@ -158,20 +226,21 @@ class VARModel(nn.Module):
             raise InputError(f"labels must be within 0 to {null - 1}, or -1 for no class")
         return given
 
-    def _token_chunks(
-        self, labels: Tensor | Sequence[int], sampling: Sampling, seed: int, chunk: int
-    ) -> list[list[Tensor]]:
-        if chunk < 1:
-            raise InputError(f"chunk must be at least 1, got {chunk}")
-        given = self._labels(labels)
-        return [
-            self._sample_chunk(part, sampling, torch.Generator().manual_seed(chunk_seed(seed, index)))
-            for index, part in enumerate(given.split(chunk))
-            if len(part)
-        ]
+    def _token_pieces(
+        self, labels_B: Tensor, sampling: Sampling, seed: int, chunk: int, at_once: int | None
+    ) -> Iterator[list[Tensor]]:
+        """Tokens [b, L_s] of every scale, for as many images b at a time as memory is meant for."""
+        limit = self.images_at_once() if at_once is None else at_once
+        if chunk < 1 or limit < 1:
+            raise InputError(f"chunk and at_once must be at least 1, got {chunk} and {limit}")
+        for index, chunk_labels in enumerate(torch.split(labels_B, chunk)):
+            noise = Noise(chunk_seed(seed, index), len(chunk_labels), keep=len(chunk_labels) > limit)
+            for begin in range(0, len(chunk_labels), limit):
+                rows = slice(begin, begin + limit)
+                yield self._sample(chunk_labels[rows], sampling, noise, rows)
 
-    def _sample_chunk(self, labels_B: Tensor, sampling: Sampling, generator: torch.Generator) -> list[Tensor]:
-        """Tokens [B, L_s] of every scale for one batch."""
+    def _sample(self, labels_B: Tensor, sampling: Sampling, noise: Noise, rows: slice) -> list[Tensor]:
+        """Tokens [B, L_s] of every scale for some rows of a chunk."""
         transformer, quantizer = self.transformer, self.tokenizer.quantize
         pyramid, B = transformer.config.pyramid, len(labels_B)
         condition = transformer.class_emb(torch.cat((labels_B, torch.full_like(labels_B, transformer.null_class))))
@@ -187,7 +256,8 @@ class VARModel(nn.Module):
             logits = transformer.logits(x, modulation.head)
             strength = sampling.cfg * scale / max(1, pyramid.num_scales - 1)
             logits = (1 + strength) * logits[:B] - strength * logits[B:]
-            index = self._draw(filter_logits(logits, sampling.top_k, sampling.top_p), generator)
+            exponential = noise.exponential(scale, *logits.shape[1:])[rows]
+            index = draw(filter_logits(logits, sampling.top_k, sampling.top_p), exponential)
             tokens.append(index)
             if scale + 1 < pyramid.num_scales:
                 added = quantizer.contribution(scale, index)
@@ -195,10 +265,3 @@ class VARModel(nn.Module):
                 x = transformer.next_tokens(quantizer.next_input(f_hat, scale + 1).to(self.dtype), scale + 1)
                 x = x.repeat(2, 1, 1)
         return tokens
-
-    @staticmethod
-    def _draw(logits_BLV: Tensor, generator: torch.Generator) -> Tensor:
-        """Tokens [B, L] drawn from the softmax of the logits, by one multinomial draw on the CPU's generator."""
-        probability = F.softmax(logits_BLV.flatten(0, 1), dim=-1)
-        index = torch.multinomial(probability.cpu(), 1, replacement=True, generator=generator)
-        return index.view(logits_BLV.shape[:2]).to(logits_BLV.device)

@@ -83,7 +83,7 @@ class SparsityPlan(BaseModel):
         return any(keep < 1 for keep in self.blocks[block].keep)
 
     def router_experts(self, block: int) -> int:
-        """Experts that the router of a block scores: those after the smallest prefix of a scale that routes; 0: none."""
+        """Experts that a block's router scores: those after the smallest prefix of a scale that routes; 0: none."""
         plan = self.blocks[block]
         prefixes = [n for scale, n in enumerate(plan.prefix) if self.routes(block, scale)]
         return self.experts - min(prefixes) if prefixes else 0
@@ -130,7 +130,7 @@ class SparsityPlan(BaseModel):
                 columns["mean_routed"] = block.mean_routed
             wrong = {name: len(values) for name, values in columns.items() if len(values) != scales}
             if wrong:
-                found += [f"{where}.{name}: {n} values given, the model has {scales} scales" for name, n in wrong.items()]
+                found += [f"{where}.{name}: {n} given, the model has {scales} scales" for name, n in wrong.items()]
                 continue
             for s in range(scales):
                 n, k = block.prefix[s], block.routed[s]

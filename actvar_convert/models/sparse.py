@@ -6,6 +6,7 @@ Shapes: B rows, L tokens in hand, K kept tokens, C width, S scales.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ class SparseBlock(Block):
         plan = self.plan.blocks[self.index]
         return tuple(plan.kept(span.first + i, length) for i, length in enumerate(span.counts))
 
+    def _reconstructs(self, scale: int) -> bool:
+        """Whether tokens are skipped at a scale, so that the update of the one before is needed."""
+        keep = self.plan.blocks[self.index].keep
+        return scale < len(keep) and keep[scale] < 1
+
     def forward(
         self,
         x_BLC: Tensor,
@@ -68,7 +74,7 @@ class SparseBlock(Block):
             y = super().forward(x_BLC, modulation_B6C, span, mask_LL, cache)
         else:
             y = self._gated(x_BLC, modulation_B6C, span, kept, mask_LL, cache)
-        if cache is not None and self.reconstruction is not None:
+        if cache is not None and self._reconstructs(span.first + 1):
             cache.updates[self.index] = y - x_BLC
         return y
 
@@ -82,14 +88,14 @@ class SparseBlock(Block):
         cache: GenerationCache | None,
     ) -> Tensor:
         assert self.gate is not None and self.reconstruction is not None
-        pieces = list(x_BLC.split(list(span.counts), dim=1))
+        pieces = torch.split(x_BLC, list(span.counts), dim=1)
         choices = [self._choose(x, count) for x, count in zip(pieces, kept, strict=True)]
         begins = [sum(span.counts[:i]) for i in range(len(pieces))]
         rows = torch.cat([choice.kept + begin for choice, begin in zip(choices, begins, strict=True)], dim=1)
         computed = self._compute(x_BLC, rows, modulation_B6C, span, kept, choices, mask_LL, cache)
         update = cache.updates[self.index] if cache is not None else None
         outputs = []
-        for i, (x, y, choice) in enumerate(zip(pieces, computed.split(list(kept), dim=1), choices, strict=True)):
+        for i, (x, y, choice) in enumerate(zip(pieces, torch.split(computed, list(kept), dim=1), choices, strict=True)):
             scale = span.first + i
             if kept[i] < span.counts[i]:
                 sides = self.config.sides
@@ -156,7 +162,7 @@ class SparseBlock(Block):
         """Boolean [K, T]: every query attends to its own scale and the coarser ones."""
 
         def level(counts: tuple[int, ...]) -> Tensor:
-            return torch.repeat_interleave(torch.arange(len(counts), device=device), torch.tensor(counts, device=device))
+            return torch.cat([torch.full((count,), scale, device=device) for scale, count in enumerate(counts)])
 
         return level(queries).unsqueeze(1) >= level(context).unsqueeze(0)
 
@@ -199,6 +205,11 @@ class SparseVARTransformer(VARTransformer):
     def plan(self) -> SparsityPlan:
         return self.plans[self.plan_name]
 
+    @property
+    def sparse_layers(self) -> list[SparseBlock]:
+        """The blocks, first to last."""
+        return [cast(SparseBlock, block) for block in self.blocks]
+
     def make_block(self, index: int) -> Block:
         return SparseBlock(self.config, self.plans, self.plan_name, index)
 
@@ -207,7 +218,7 @@ class SparseVARTransformer(VARTransformer):
         if name not in self.plans:
             raise InputError(f"no plan {name!r} in this model; it has {', '.join(sorted(self.plans))}")
         self.plan_name = name
-        for block in self.blocks:
+        for block in self.sparse_layers:
             block.plan = block.ffn.plan = self.plans[name]
 
 

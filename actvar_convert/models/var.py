@@ -6,12 +6,13 @@ Shapes: B rows (images, doubled under guidance), L tokens in hand, C width, D co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actvar_convert.kernels.linear import linear, linear_gelu
 from actvar_convert.models.attention import GenerationCache, SelfAttention
 from actvar_convert.models.config import TransformerConfig
 
@@ -46,8 +47,8 @@ class FFN(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x_BLC: Tensor, span: Span) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
-        return out
+        hidden = linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias)
+        return linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
 class SharedAdaLin(nn.Linear):
@@ -97,7 +98,10 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         x_BLC = torch.addcmul(x_BLC, self.attn.attend(q, k, v, mask_LL), gate1.unsqueeze(1))
-        return torch.addcmul(x_BLC, self.ffn(self.norm(x_BLC, scale2, shift2), span), gate2.unsqueeze(1))
+        out = self.ffn(self.norm(x_BLC, scale2, shift2), span)
+        if torch.is_grad_enabled() or out.dtype != x_BLC.dtype:
+            return torch.addcmul(x_BLC, out, gate2.unsqueeze(1))
+        return x_BLC.addcmul_(out, gate2.unsqueeze(1))
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -147,16 +151,30 @@ class VARTransformer(nn.Module):
         return Block(self.config, index)
 
     @property
+    def layers(self) -> list[Block]:
+        """The blocks, first to last."""
+        return [cast(Block, block) for block in self.blocks]
+
+    @property
     def null_class(self) -> int:
         """Label that stands for no class (the unguided half of classifier-free guidance)."""
         return self.config.classes
 
+    def condition(self, labels_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the blocks' modulations are made from: class embeddings [B, D], and the shared projection [B, 6, C]."""
+        condition = self.class_emb(labels_B)
+        return condition, self._shared_modulation(condition)
+
+    def _shared_modulation(self, condition_BD: Tensor) -> Tensor | None:
+        if not self.config.shared_adaln:
+            return None
+        out: Tensor = self.shared_ada_lin(condition_BD).view(-1, 6, self.config.width)
+        return out
+
     def modulation(self, condition_BD: Tensor) -> Modulation:
         """Everything that adaptive layer norms need, from class embeddings [B, D]."""
-        shared = None
-        if self.config.shared_adaln:
-            shared = self.shared_ada_lin(condition_BD).view(-1, 6, self.config.width)
-        blocks = [block.modulation(condition_BD, shared) for block in self.blocks]
+        shared = self._shared_modulation(condition_BD)
+        blocks = [block.modulation(condition_BD, shared) for block in self.layers]
         return Modulation(blocks, self.head_nm.ada_lin(condition_BD).view(-1, 2, self.config.width))
 
     def positions(self, begin: int, end: int) -> Tensor:
@@ -177,7 +195,7 @@ class VARTransformer(nn.Module):
     def logits(self, x_BLC: Tensor, head_B2C: Tensor) -> Tensor:
         """Logits [B, L, V] in fp32 of hidden states [B, L, C]."""
         h = self.head_nm(x_BLC, head_B2C)
-        return F.linear(h.to(self.head.weight.dtype), self.head.weight, self.head.bias).float()
+        return linear(h.to(self.head.weight.dtype), self.head.weight, self.head.bias).float()
 
     def embed(self, labels_B: Tensor, inputs_BLz: Tensor) -> tuple[Tensor, Modulation]:
         """Teacher-forcing hidden states [B, L, C] before the first block, and the modulation."""
@@ -214,11 +232,13 @@ class VARTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         for parameter in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(parameter, std=std, generator=generator)
-        for block in self.blocks:
-            for projection in (block.attn.proj, block.ffn.fc2):
+        for block in self.layers:
+            ffn = cast(FFN, block.ffn)
+            for projection in (block.attn.proj, ffn.fc2):
                 projection.weight.data.mul_((2 * config.depth) ** -0.5)
-            if hasattr(block, "ada_lin"):
-                block.ada_lin[1].weight.data[2 * config.width :].mul_(0.5)
-                block.ada_lin[1].weight.data[: 2 * config.width].mul_(1e-3)
-                block.ada_lin[1].bias.data[: 2 * config.width].fill_(0.5)
+            if not config.shared_adaln:
+                modulation = cast(nn.Linear, block.ada_lin[1])
+                modulation.weight.data[2 * config.width :].mul_(0.5)
+                modulation.weight.data[: 2 * config.width].mul_(1e-3)
+                modulation.bias.data[: 2 * config.width].fill_(0.5)
         self.head.weight.data.mul_(0.02)

@@ -9,6 +9,8 @@ Shapes: B images, c channels of the code (z), h and w token map, V codebook size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -86,9 +88,12 @@ class _Level(nn.Module):
 
     def __init__(self, channels: Sequence[int], attention: bool) -> None:
         super().__init__()
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = list(pairwise(channels))
         self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairs)
         self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs) if attention else nn.ModuleList()
+
+    downsample: Downsample
+    upsample: Upsample
 
     def forward(self, h: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -134,7 +139,7 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h)
             if hasattr(level, "downsample"):
-                h = level.downsample(h)
+                h = cast(_Level, level).downsample(h)
         out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
         return out
 
@@ -164,7 +169,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             h = level(h)
             if hasattr(level, "upsample"):
-                h = level.upsample(h)
+                h = cast(_Level, level).upsample(h)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out
 

@@ -172,6 +172,10 @@ class EvaluateRecipe(Section):
     seeds: tuple[Index, ...] = Field((0,), min_length=1, description="seed of every set of images")
     held_out: int = Field(512, ge=1, description="teacher pyramids, apart from the training data, for KL and agreement")
     batch: int = Field(64, ge=1, description="images generated at once")
+    dtype: DtypeName = Field("fp32", description="number format in which both models generate")
+    reference: str | None = Field(
+        None, description="real images for Inception features, a folder or an .npz; null: the bundled classifier judges"
+    )
     neighbours: int = Field(3, ge=1, description="nearest neighbours that span the manifold of precision and recall")
 
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from actvar_convert.checkpoint import zoo
-from actvar_convert.checkpoint.official import TOKENIZER_FILE, fetch_official
+from actvar_convert.checkpoint.official import (
+    TOKENIZER_FILE,
+    fetch_official,
+    official_config,
+    official_names,
+    published_sampling,
+)
 from actvar_convert.checkpoint.source import load_any
 from actvar_convert.checkpoint.sparse import save_sparse
 from actvar_convert.errors import InputError
@@ -97,3 +103,11 @@ def test_bundled_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_any(f"./{name}")
     with pytest.raises(InputError, match="Leave vae out"):
         load_any(name, vae=tmp_path)
+
+
+def test_models_of_a_published_shape_have_the_published_sampling(dense: VARModel) -> None:
+    for name in official_names():
+        config, _ = official_config(name)
+        assert published_sampling(config) == (1.5, 900, 0.96)
+        assert published_sampling(config.model_copy(update={"depth": config.depth - 1})) is None
+    assert published_sampling(dense.transformer.config) is None

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import actvar_convert
 from actvar_convert_cli.main import app
 
-COMMANDS = ["convert", "distill", "run", "report-flops", "evaluate", "benchmark", "inspect", "sample"]
+COMMANDS = ["convert", "distill", "run", "report-flops", "evaluate", "benchmark", "inspect", "sample", "export"]
 RECIPES = ["list", "show", "copy", "validate"]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from actvar_convert.recipe import load_recipe
+from actvar_convert.recipe import Recipe, load_recipe
+from actvar_convert_cli.making import recipe_for
 
 from .conftest import Actvar
 
@@ -96,3 +97,21 @@ def test_a_damaged_folder_is_named(actvar: Actvar, converted: Path, name: str) -
     for result in (cut, gone):
         assert result.exit_code == 2 and name in result.stderr, result.output
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("fashion", "fashion"),
+        ("var-d30", "var_d30"),
+        ("some/where/var_d16.pth", "var_d16"),
+        ("var-d36.safetensors", "var_d36"),
+    ],
+)
+def test_a_model_brings_the_shipped_recipe_of_its_name(model: str, recipe: str) -> None:
+    assert recipe_for(model) == recipe
+
+
+def test_any_other_model_gets_the_defaults() -> None:
+    chosen = recipe_for("runs/my model.pth")
+    assert isinstance(chosen, Recipe) and (chosen.name, chosen.model) == ("my-model", "runs/my model.pth")

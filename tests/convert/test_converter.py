@@ -63,6 +63,43 @@ def test_conversion_is_repeatable(
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+def test_the_result_has_memory_of_its_own(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    chosen = recipe()
+    plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+    sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in tiny_model.transformer.state_dict().values()}
+    for name, tensor in sparse.transformer.state_dict().items():
+        assert not tensor.is_meta and tensor.untyped_storage().data_ptr() not in theirs, name
+    assert sparse.tokenizer is tiny_model.tokenizer and not sparse.training
+    assert not any(parameter.requires_grad for parameter in sparse.transformer.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mixture", "previous", "low_rank"])
+def test_the_size_of_calibration_batches_changes_nothing(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], kind: str
+) -> None:
+    states = []
+    for batch in (24, 7):
+        chosen = recipe(
+            calibration=CalibrationRecipe(pyramids=24, batch=batch),
+            budget=BudgetRecipe(reduction=0.25, gate_keep=0.6, gate_scales=2, gate_blocks=(0, 1)),
+            gate=GateRecipe(rank=4, reconstruction=kind),
+        )
+        plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+        states.append(convert_model(tiny_model, plans, "plan", chosen, *calibration).transformer)
+    whole, parts = (model.state_dict() for model in states)
+    for name, tensor in whole.items():
+        if ".reconstruction.up." in name or ".reconstruction.down." in name:
+            continue  # determined up to the signs of their pairs; their product is compared below
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    if kind != "previous":
+        for one, other in zip(*(model.sparse_layers for model in states), strict=True):
+            products = [block.reconstruction.up.weight @ block.reconstruction.down.weight for block in (one, other)]
+            torch.testing.assert_close(products[1], products[0], rtol=1e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize("target", [0.05, 0.2, 0.35])
 def test_budget_is_met_and_not_overspent(tiny_model: VARModel, target: float) -> None:
     config = tiny_model.transformer.config

@@ -10,10 +10,9 @@ from actvar_convert.convert.experts import (
     install_experts,
     neuron_importance,
     partition_neurons,
-    ridge,
     start_router,
 )
-from actvar_convert.convert.gates import reduced_rank
+from actvar_convert.convert.least_squares import reduced_rank, ridge
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import BlockPlan, SparsityPlan

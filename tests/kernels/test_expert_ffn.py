@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from actvar_convert.kernels.expert_ffn import ExpertWeights, expert_ffn_loop, expert_ffn_reference
+from actvar_convert.kernels.expert_ffn import (
+    ExpertSlices,
+    ExpertWeights,
+    choose_way,
+    expert_ffn,
+    expert_ffn_grouped,
+    expert_ffn_loop,
+    expert_ffn_masked,
+    expert_ffn_reference,
+    expert_ffn_selected,
+    selection_mask,
+)
 
 
 def make_weights(width: int, experts: int, neurons: int) -> ExpertWeights:
@@ -58,7 +69,101 @@ def test_reference_is_the_sum_over_experts() -> None:
 
 
 def test_gradients_of_the_reference() -> None:
-    weights = ExpertWeights(*(tensor.requires_grad_() for tensor in make_weights(3, 2, 2)))
+    weights = ExpertWeights(*(tensor.requires_grad_() for tensor in make_weights(3, 2, 2)[:5]))
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64).requires_grad_()
     active = torch.tensor([[True, False], [False, False], [True, True], [False, True]])
-    assert torch.autograd.gradcheck(lambda x, *w: expert_ffn_reference(x, ExpertWeights(*w), active), (x, *weights))
+    assert torch.autograd.gradcheck(lambda x, *w: expert_ffn_reference(x, ExpertWeights(*w), active), (x, *weights[:5]))
+
+
+SHAPES = [
+    # rows, width, experts, neurons, prefix, routed
+    (1, 8, 4, 8, 0, 1),
+    (7, 24, 5, 16, 2, 2),
+    (13, 16, 6, 8, 1, 5),
+    (33, 16, 4, 24, 3, 1),
+    (6, 16, 4, 8, 0, 0),
+    (0, 16, 4, 8, 1, 2),
+    (2, 16, 16, 8, 4, 1),
+]
+
+
+def made(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ExpertWeights, torch.Tensor]:
+    """Rows that are not contiguous, weights of moderate size, and a choice with experts that nobody takes."""
+    rows, width, experts, neurons, prefix, routed = shape
+    weights = ExpertWeights(*(tensor.mul(0.2).to(dtype) for tensor in make_weights(width, experts, neurons)[:5]))
+    generator = torch.Generator().manual_seed(rows + routed)
+    x = torch.randn(width, rows, generator=generator, dtype=torch.float64).T.to(dtype)
+    score = torch.randn(rows, experts - prefix, generator=generator)
+    score[:, 0] -= 100.0
+    return x, weights, score.topk(routed, dim=-1, sorted=False).indices
+
+
+def expected(x: torch.Tensor, weights: ExpertWeights, prefix: int, chosen: torch.Tensor) -> torch.Tensor:
+    routed = selection_mask(chosen, weights.experts - prefix)
+    active = torch.cat((routed.new_ones(len(x), prefix), routed), dim=1)
+    return expert_ffn_reference(x.double(), ExpertWeights(*(w.double() for w in weights[:5])), active)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sliced", [False, True])
+def test_every_way_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, sliced: bool) -> None:
+    x, weights, chosen = made(shape, dtype)
+    prefix = shape[4]
+    want = expected(x, weights, prefix, chosen)
+    routed = selection_mask(chosen, weights.experts - prefix)
+    if sliced:
+        weights = weights._replace(w2_ECN=ExpertSlices().of(weights.w2, weights.experts))
+    tolerance = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad():
+        results = {
+            "masked": expert_ffn_masked(x, weights, prefix, routed),
+            "loop": expert_ffn_loop(x, weights, prefix, routed),
+            "grouped": expert_ffn_grouped(x, weights, prefix, chosen),
+            "chosen by shape": expert_ffn(x, weights, prefix, chosen),
+            "selected": expert_ffn_selected(x, weights, prefix, routed),
+        }
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = expert_ffn(x, weights, prefix, chosen)
+    for got in results.values():
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, **tolerance)
+    torch.testing.assert_close(mixed.double(), want, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_gradients_of_the_grouped_way(shape: tuple[int, ...]) -> None:
+    x, weights, chosen = made(shape, torch.float32)
+    gradients = []
+    for way in (expert_ffn_grouped, expert_ffn):
+        inputs = [t.detach().clone().requires_grad_() for t in (x, *weights[:5])]
+        way(inputs[0], ExpertWeights(*inputs[1:]), shape[4], chosen).square().sum().backward()
+        gradients.append([t.grad for t in inputs])
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_the_choice_of_the_way() -> None:
+    weights = ExpertWeights(*(tensor.float() for tensor in make_weights(256, 16, 64)[:5]))
+    few, many = torch.zeros(2, 256), torch.zeros(4096, 256)
+    assert choose_way(many, weights, 4, 5) == "reference", "gradients are wanted"
+    with torch.no_grad():
+        assert choose_way(few, weights, 4, 5) == "masked"
+        assert choose_way(many, weights, 4, 5) == "loop"
+        assert choose_way(many, weights, 4, None) == "loop"
+        assert choose_way(few.double(), weights, 4, 5) == "loop"
+
+
+def test_slices_follow_their_weight() -> None:
+    slices, weight = ExpertSlices(), torch.nn.Parameter(torch.arange(24.0).view(4, 6))
+    first = slices.of(weight, 3)
+    assert first is slices.of(weight, 3) and torch.equal(first[1], weight[:, 2:4])
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(slices.of(weight, 3)[2], weight[:, 4:])
+    weight.data = weight.data + 1
+    assert torch.equal(slices.of(weight, 3)[0], weight[:, :2])
+    weight.data = weight.data.to(torch.bfloat16).float() + 1
+    assert torch.equal(slices.of(weight, 3)[0], weight[:, :2])
+    with torch.inference_mode():
+        assert slices.of(torch.zeros(4, 6), 3) is None

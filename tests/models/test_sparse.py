@@ -212,5 +212,5 @@ def test_plans_that_do_not_fit_are_named_together(tiny_model: VARModel) -> None:
     text = str(caught.value)
     assert "7 does not divide the 128 hidden neurons" in text
     assert "3 blocks given, the model has 2" in text
-    assert "blocks[0].keep: 3 values given, the model has 4 scales" in text
+    assert "blocks[0].keep: 3 given, the model has 4 scales" in text
     assert "prefix 8 + routed 0 at scale 0" in text

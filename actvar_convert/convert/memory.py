@@ -1,0 +1,171 @@
+"""What a conversion needs in memory, by arithmetic on shapes and recipe alone, and the check before any work.
+
+An estimate is the sum of what exists together in the fullest phase, in bytes. It leaves out what the allocator wastes
+and what a library keeps for itself beyond PROGRAM, and it counts on the system to take back pages of mapped files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from actvar_convert.checkpoint.skeleton import NoWeights
+from actvar_convert.convert.activations import Wanted
+from actvar_convert.convert.budget import recipe_plans
+from actvar_convert.convert.clustering import PROFILES
+from actvar_convert.convert.converter import TOKENS_PER_SCALE, wanted_of
+from actvar_convert.convert.least_squares import CHUNK
+from actvar_convert.errors import InputError
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.recipe.schema import Recipe
+from actvar_convert.runtime import free_memory_bytes, memory_text
+
+PROGRAM = 450_000_000
+"""Interpreter and libraries: torch, scikit-learn and SciPy, once they are imported."""
+
+
+class MemoryEstimate(NamedTuple):
+    """The fullest phase of some work.
+
+    Attributes:
+        work: what is done.
+        phase: the phase that needs most.
+        parts: bytes by what holds them in that phase.
+        lower: settings of the recipe that lower the need of that phase, the strongest first.
+    """
+
+    work: str
+    phase: str
+    parts: Mapping[str, int]
+    lower: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+
+def fullest(*phases: MemoryEstimate) -> MemoryEstimate:
+    """The phase that needs most."""
+    return max(phases, key=lambda phase: phase.total)
+
+
+def sampling_memory(config: TransformerConfig, batch: int, itemsize: int) -> dict[str, int]:
+    """Bytes that ``generate_tokens`` needs beside the weights.
+
+    Keys and values of all blocks: 2 D (2 B) L C itemsize, guidance doubling the B images of a batch. At the last scale
+    of L_S tokens the larger of: FFN and the rest of a block, 2 B L_S (2 H + 8 C) itemsize; logits of V codes with what
+    guidance, filtering and drawing make of them, 40 B L_S V (three fp32 rows of both halves, values and order of a
+    sort, probabilities).
+    """
+    last = config.pyramid.lengths[-1]
+    block = 2 * batch * last * (2 * config.hidden + 8 * config.width) * itemsize
+    return {
+        "keys and values": 4 * config.depth * batch * config.pyramid.total * config.width * itemsize,
+        "tokens of the last scale": max(block, 40 * batch * last * config.vocab),
+    }
+
+
+def estimate_convert(
+    config: TransformerConfig, tokenizer: TokenizerConfig, recipe: Recipe, *, held: int = 0, itemsize: int = 4
+) -> MemoryEstimate:
+    """Peak memory of ``convert``: the larger of two phases.
+
+    P calibration pyramids in batches of B; L tokens each, L_g of them from the scale before the first gated one on; C
+    width, H hidden neurons, E experts, T tokens sampled at the scales that become sparse.
+
+    - sampling: weights that are read, and ``sampling_memory``; from images instead the tokenizer's widest feature maps,
+      six of ch S^2 for each image of S pixels a side.
+    - converting: the sparse copy of all weights; one dense block that is read; the states, P L C; those before a gated
+      block, P L_g C; sampled FFN inputs, 2 T C; and the largest of
+      a batch in one block, B L (2 H + 8 C);
+      clustering: hidden activations, a copy of them and one fp64 slice, T (2 H + PROFILES * 8 bytes);
+      the router's start: CHUNK tokens with four arrays of H, products of experts' weights, H^2 / E + C H, three fp64
+      arrays of C^2;
+      the least squares of a gate: twelve fp64 arrays of C^2 and three of CHUNK tokens.
+
+    Args:
+        config, tokenizer: shape of the dense model.
+        recipe: pyramids, batch, experts and plan.
+        held: bytes of the dense weights that are in memory already or will be (0: all are pages of a mapped file).
+        itemsize: bytes of a number of the model.
+
+    Raises:
+        RecipeError: the recipe's budget is out of reach.
+    """
+    plans, default = recipe_plans(config, recipe)
+    with NoWeights():
+        transformer = SparseVARTransformer(config, plans, default)
+    sparse = itemsize * sum(tensor.numel() for tensor in transformer.state_dict().values())
+    block_weights = itemsize * sum(tensor.numel() for tensor in transformer.layers[0].state_dict().values())
+    wanted = [wanted_of(block) for block in transformer.sparse_layers]
+    calibration = recipe.calibration
+    common = {"program": PROGRAM, "dense weights in memory": held}
+
+    def phase(name: str, parts: Mapping[str, int]) -> MemoryEstimate:
+        lower = ("calibration.batch", "calibration.pyramids") if name == "sampling" else ("calibration.pyramids",)
+        return MemoryEstimate("convert", name, {**common, **parts}, lower)
+
+    read = 0 if held else sparse
+    if calibration.source == "images":
+        maps = 6 * 4 * calibration.batch * tokenizer.ch * tokenizer.image_size**2
+        sampling = {"feature maps of the tokenizer": maps}
+    else:
+        sampling = {"dense weights that are read": read, **sampling_memory(config, calibration.batch, itemsize)}
+    converting = {
+        "sparse weights": sparse,
+        "dense weights that are read": min(read, block_weights),
+        **_records(config, wanted, calibration.pyramids, itemsize),
+        "one block at work": max(_steps(config, recipe, wanted, itemsize).values()),
+    }
+    return fullest(phase("sampling", sampling), phase("converting", converting))
+
+
+def _sampled(config: TransformerConfig, wanted: Wanted, pyramids: int) -> int:
+    """FFN inputs that are sampled of one block."""
+    return sum(min(TOKENS_PER_SCALE, pyramids * config.pyramid.lengths[scale]) for scale in wanted.ffn)
+
+
+def _records(config: TransformerConfig, wanted: list[Wanted], pyramids: int, itemsize: int) -> dict[str, int]:
+    pyramid = config.pyramid
+    around = [0 if w.states_from is None else pyramid.total - pyramid.begins[w.states_from] for w in wanted]
+    sampled = max(_sampled(config, each, pyramids) for each in wanted)
+    return {
+        "states of the calibration pyramids": pyramids * pyramid.total * config.width * itemsize,
+        "states before a gated block": pyramids * max(around) * config.width * itemsize,
+        "sampled FFN inputs": 2 * sampled * config.width * itemsize,
+    }
+
+
+def _steps(config: TransformerConfig, recipe: Recipe, wanted: list[Wanted], itemsize: int) -> dict[str, int]:
+    width, hidden, batch = config.width, config.hidden, min(recipe.calibration.batch, recipe.calibration.pyramids)
+    sampled = max(_sampled(config, each, recipe.calibration.pyramids) for each in wanted)
+    router = CHUNK * 4 * hidden + hidden * hidden // recipe.experts.count + width * hidden
+    return {
+        "batch": batch * config.pyramid.total * (2 * hidden + 8 * width) * itemsize,
+        "clustering": sampled * (2 * hidden * itemsize + min(PROFILES, hidden) * 8),
+        "router": router * itemsize + 3 * 8 * width * width,
+        "gate": 12 * 8 * width * width + 3 * 8 * CHUNK * width,
+    }
+
+
+def require_memory(estimate: MemoryEstimate, device: torch.device | None = None) -> None:
+    """Checks that an estimate fits what is free.
+
+    Raises:
+        InputError: it does not, with both figures, the largest parts, and what to lower.
+    """
+    free = free_memory_bytes(device)
+    if estimate.total <= free:
+        return
+    where = f"of the memory of {device}" if device is not None and device.type == "cuda" else "of memory"
+    parts = sorted(estimate.parts.items(), key=lambda part: -part[1])
+    raise InputError(
+        f"{estimate.work} needs about {memory_text(estimate.total)} {where} ({estimate.phase}), and "
+        f"{memory_text(free)} are free. Lower {' or '.join(estimate.lower)} in the recipe (--set), or use a larger "
+        "machine. The largest parts:",
+        [f"{name}: {memory_text(size)}" for name, size in parts[:4] if size],
+    )

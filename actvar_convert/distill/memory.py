@@ -1,0 +1,126 @@
+"""What distillation needs in memory, by arithmetic on shapes and recipe alone.
+
+Activations are priced by constants that were counted on small models as bytes alive at the peak of a step, per pyramid
+token, and rounded up: the number format decides, not the size of the model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from actvar_convert.checkpoint.skeleton import NoWeights
+from actvar_convert.convert.budget import recipe_plans
+from actvar_convert.convert.memory import PROGRAM, MemoryEstimate, fullest, sampling_memory
+from actvar_convert.distill.lora import lora_targets
+from actvar_convert.distill.stages import trainable_parameters
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.recipe.schema import Recipe, StageRecipe
+
+FP32 = 4
+
+
+class _Activations(NamedTuple):
+    """Bytes per token: of a block and of what does not grow with depth, per channel; of the head, per code."""
+
+    block: int
+    head: int
+    rest: int
+
+
+_JOINT = {"fp32": _Activations(110, 30, 8), "bf16": _Activations(71, 30, 8), "fp16": _Activations(71, 30, 8)}
+_LOCAL = {"fp32": _Activations(50, 0, 32), "bf16": _Activations(33, 0, 32), "fp16": _Activations(33, 0, 32)}
+
+
+def estimate_distill(
+    config: TransformerConfig,
+    tokenizer: TokenizerConfig,
+    recipe: Recipe,
+    *,
+    processes: int = 1,
+    sharded: bool = False,
+) -> MemoryEstimate:
+    """Peak memory of ``distill`` on one device, teacher and student in fp32.
+
+    With W_t and W_s the numbers of teacher and student, T those that a stage trains, B its batch, L tokens, D blocks, C
+    width, V codes:
+
+    - sampling (where data come from the teacher): 4 (W_t + W_s), and ``sampling_memory``.
+    - a stage: weights 4 (W_t + W_s), in half precision 2 W_s more for the copies that autocast keeps, with low-rank
+      updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps;
+      averaged weights 4 T where the recipe has ``ema``; activations B L (a D C + h V + r C), with a, h, r bytes as in
+      this file: in stage 2 every block keeps about 28 C numbers per token for its backward pass.
+
+    Args:
+        config, tokenizer: shape of the dense model; images are tokenised before anything is trained.
+        recipe: batches, what trains, number format.
+        processes: those that share a batch, each on a device of its own.
+        sharded: the student is split over them while it trains.
+
+    Raises:
+        RecipeError: the recipe's budget is out of reach.
+    """
+    plans, default = recipe_plans(config, recipe)
+    with NoWeights():
+        student = SparseVARTransformer(config, plans, default)
+    numbers = sum(tensor.numel() for tensor in student.state_dict().values())
+    weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
+    phases = []
+    if recipe.data.source == "teacher":
+        sampling = {**weights, **sampling_memory(config, recipe.data.batch, FP32)}
+        phases.append(MemoryEstimate("distill", "sampling from the teacher", sampling, ("data.batch",)))
+    else:
+        maps = {"feature maps": 6 * FP32 * recipe.data.batch * tokenizer.ch * tokenizer.image_size**2}
+        phases.append(MemoryEstimate("distill", "tokenising images", {**weights, **maps}, ("data.batch",)))
+    for name, stage, table in (("stage1", recipe.distill.stage1, _LOCAL), ("stage2", recipe.distill.stage2, _JOINT)):
+        if stage.steps:
+            own = stage.model_copy(update={"batch": -(-stage.batch // processes)})
+            step = _forward(config, own, table[recipe.dtype])
+            parts = {**weights, **_training(student, stage, recipe.dtype), **step}
+            if sharded:
+                parts |= _split(student, parts, processes)
+            lower = (f"distill.{name}.batch", f"distill.{name}.trainable (experts or lora)")
+            phases.append(MemoryEstimate("distill", name, parts, lower))
+    return fullest(*phases)
+
+
+def _split(student: SparseVARTransformer, parts: dict[str, int], processes: int) -> dict[str, int]:
+    """The parts that get smaller when a student is split.
+
+    Beside its share a process holds all weights of two blocks with their gradients, and all outside of the blocks.
+    """
+    numbers = sum(tensor.numel() for tensor in student.state_dict().values())
+    block = max(sum(tensor.numel() for tensor in each.state_dict().values()) for each in student.layers)
+    gathered = 4 * block + 2 * (numbers - block * len(student.layers))
+    split = {name: parts[name] // processes for name in ("gradients", "optimiser", "averaged weights")}
+    return {
+        **split,
+        "weights of teacher and student": FP32 * (numbers + numbers // processes),
+        "gathered weights and gradients": FP32 * gathered,
+        "weights in half precision": min(parts["weights in half precision"], 2 * block),
+    }
+
+
+def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> dict[str, int]:
+    numbers = sum(parameter.numel() for parameter in student.parameters())
+    trained = sum(parameter.numel() for parameter in trainable_parameters(student, stage).values())
+    updated = 0
+    if stage.trainable == "lora":
+        shapes = [layer.weight.shape for layer in lora_targets(student)]
+        trained += sum(stage.lora_rank * sum(shape) for shape in shapes)
+        updated = sum(shape.numel() for shape in shapes)
+    return {
+        "gradients": FP32 * trained,
+        "optimiser": 3 * FP32 * trained,
+        "averaged weights": FP32 * trained if stage.ema else 0,
+        "weights in half precision": 0 if dtype == "fp32" else 2 * numbers,
+        "weights with low-rank updates": FP32 * updated,
+    }
+
+
+def _forward(config: TransformerConfig, stage: StageRecipe, per_token: _Activations) -> dict[str, int]:
+    tokens = stage.batch * config.pyramid.total
+    return {
+        "activations": tokens * config.width * (per_token.block * config.depth + per_token.rest),
+        "logits": tokens * config.vocab * per_token.head,
+    }

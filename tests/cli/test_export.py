@@ -1,0 +1,52 @@
+"""export on a model that convert made: the way out, and the line on what a dense model has no place for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import actvar_convert as av
+from actvar_convert.errors import InputError
+from actvar_convert.models.model import VARModel
+
+from .conftest import Actvar
+
+SETTINGS = ("experts.count=8", "gate.rank=4", "calibration.pyramids=8", "budget={reduction: 0.25, gate_keep: 0.9}")
+
+
+def test_convert_and_export_come_back_to_the_source(actvar: Actvar, dense_file: Path) -> None:
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    made = actvar("convert", dense_file, "--out", "sparse", "--quiet", *settings)
+    assert (made.exit_code, made.stderr) == (0, ""), made.output
+    result = actvar("export", "sparse", "--format", "reference", "--out", "back.pth", "--vae-out", "vae.safetensors")
+    assert result.exit_code == 0 and result.stdout == "back.pth\nvae.safetensors\n", result.output
+    warning, memory = result.stderr.splitlines()
+    assert warning.startswith("left out, since a dense VAR has no place for it: ")
+    assert "routers of 2 blocks" in warning and "constants of inactive experts of 2 blocks" in warning
+    assert memory.startswith("peak memory ")
+    source, back = load_file(dense_file), torch.load("back.pth", weights_only=True)
+    assert source.keys() == back.keys() and all(torch.equal(back[name], source[name]) for name in source)
+    again = actvar("export", "sparse", "--out", "back.pth")
+    assert again.exit_code == 2 and "exists already" in again.stderr and "peak memory" not in again.stderr
+
+
+def test_from_python(tiny_model: VARModel, tmp_path: Path) -> None:
+    exported = av.export(tiny_model, out=tmp_path / "var.safetensors")
+    assert exported.files == (tmp_path / "var.safetensors",) and exported.left_out == ()
+    with pytest.raises(InputError, match="give reference"):
+        av.export(tiny_model, out=tmp_path / "x.pth", format="onnx")  # type: ignore[arg-type]
+
+
+def test_a_conversion_that_cannot_fit_is_refused_before_any_work(
+    actvar: Actvar, dense_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actvar_convert.convert import memory
+
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 10**8)
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    result = actvar("convert", dense_file, "--out", "sparse", *settings)
+    assert result.exit_code == 2 and "100 MB are free" in result.stderr and "calibration.pyramids" in result.stderr
+    assert "sampling from the teacher" not in result.stderr and not (tmp_path / "sparse").exists()

@@ -1,0 +1,110 @@
+"""The estimate of a conversion against what it takes, and the refusal before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from actvar_convert.checkpoint.official import official_config
+from actvar_convert.convert import memory
+from actvar_convert.convert.budget import recipe_plans
+from actvar_convert.convert.converter import convert_model
+from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, require_memory
+from actvar_convert.errors import InputError
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.recipe.load import load_recipe
+from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, Recipe
+
+SIDES = (1, 2, 3, 4, 6, 8)
+
+
+def model(width: int, depth: int, vocab: int = 256) -> VARModel:
+    config = TransformerConfig(
+        depth=depth, width=width, heads=4, hidden=4 * width, sides=SIDES, vocab=vocab, z_channels=8, classes=10
+    )
+    tokenizer = TokenizerConfig(ch=32, ch_mult=(1,), res_blocks=1, vocab=vocab, z_channels=8, sides=SIDES)
+    return VARModel(VARTransformer(config), VQVAE(tokenizer)).eval().requires_grad_(False)
+
+
+def recipe(pyramids: int, batch: int, **calibration: Any) -> Recipe:
+    return Recipe(
+        name="x",
+        model="x",
+        calibration=CalibrationRecipe(pyramids=pyramids, batch=batch, **calibration),
+        experts=ExpertsRecipe(count=8),
+        budget=BudgetRecipe(reduction=0.2, gate_keep=0.8),
+    )
+
+
+@pytest.mark.parametrize(("width", "depth", "pyramids", "batch"), [(64, 3, 32, 4), (128, 2, 64, 16)])
+def test_converting_takes_what_was_estimated(
+    memory_watch: Any, width: int, depth: int, pyramids: int, batch: int
+) -> None:
+    dense, chosen = model(width, depth), recipe(pyramids, batch)
+    config = dense.transformer.config
+    estimate = estimate_convert(config, dense.tokenizer.config, chosen)
+    assert estimate.phase == "converting"
+    tokens = torch.randint(0, config.vocab, (pyramids, config.pyramid.total))
+    with memory_watch:
+        convert_model(dense, *recipe_plans(config, chosen), chosen, tokens, torch.arange(pyramids) % 10)
+    expected = estimate.total - memory.PROGRAM
+    assert 0.5 * expected < memory_watch.peak < expected
+
+
+def test_sampling_takes_what_was_estimated(memory_watch: Any) -> None:
+    dense, chosen = model(64, 2, vocab=1024), recipe(8, 8)
+    parts = memory.sampling_memory(dense.transformer.config, chosen.calibration.batch, 4)
+    with memory_watch:
+        dense.generate_tokens(range(8), chunk=8, top_k=900, top_p=0.96)
+    assert 0.5 * sum(parts.values()) < memory_watch.peak < sum(parts.values())
+
+
+def test_published_sizes_with_their_own_recipes() -> None:
+    """d16 with 64 pyramids stays under twice its fp32 file, d30 under 14 GiB; large batches of samples cost most."""
+    totals = {}
+    for depth in (16, 30):
+        chosen = load_recipe(f"var_d{depth}", ["calibration.pyramids=64"])
+        config, tokenizer = official_config(f"var-d{depth}")
+        totals[depth] = estimate_convert(config, tokenizer, chosen).total
+        with torch.device("meta"):
+            file = 4 * sum(tensor.numel() for tensor in VARTransformer(config).state_dict().values())
+        assert file < totals[depth]
+        if depth == 16:
+            assert totals[depth] < 2 * file
+    assert totals[30] < 14 * 2**30
+    config, tokenizer = official_config("var-d16")
+    large = estimate_convert(config, tokenizer, load_recipe("var_d16", ["calibration.batch=64"]))
+    assert large.phase == "sampling" and large.lower[0] == "calibration.batch"
+    assert large.parts["keys and values"] == 2 * 16 * 128 * 680 * 1024 * 4
+
+
+def test_weights_that_are_not_mapped_count_beside() -> None:
+    config, tokenizer = official_config("var-d16")
+    chosen = load_recipe("var_d16")
+    mapped, held = (estimate_convert(config, tokenizer, chosen, held=size) for size in (0, 10**9))
+    assert held.total - mapped.total == 10**9 - mapped.parts["dense weights that are read"]
+
+
+def test_images_need_feature_maps_instead_of_samples() -> None:
+    config, tokenizer = official_config("var-d16")
+    chosen = load_recipe("var_d16", ["calibration={source: images, images: x, pyramids: 64, batch: 64}"])
+    estimate = estimate_convert(config, tokenizer, chosen)
+    assert estimate.parts["feature maps of the tokenizer"] == 6 * 4 * 64 * 160 * 256**2
+
+
+def test_too_little_memory_is_said_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = MemoryEstimate("convert", "sampling", {"a": 3 * 10**9, "b": 10**9, "c": 0}, ("x.batch", "x.pyramids"))
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 4 * 10**9)
+    require_memory(estimate)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 4 * 10**9 - 1)
+    with pytest.raises(InputError) as raised:
+        require_memory(estimate)
+    for said in ("needs about 4.0 GB", "4.0 GB are free", "Lower x.batch or x.pyramids", "a: 3.0 GB", "b: 1.0 GB"):
+        assert said in str(raised.value)
+    assert "c:" not in str(raised.value)
+

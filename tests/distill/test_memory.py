@@ -1,0 +1,99 @@
+"""The estimate of a distillation against what a step takes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from actvar_convert.checkpoint.official import official_config
+from actvar_convert.convert.budget import recipe_plans
+from actvar_convert.distill.loop import AUTOCAST, StageRun
+from actvar_convert.distill.memory import estimate_distill
+from actvar_convert.distill.stages import STAGES
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
+from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.recipe.load import load_recipe
+from actvar_convert.recipe.schema import Recipe
+
+SIDES = (1, 2, 3, 4, 6, 8)
+CONFIG = TransformerConfig(
+    depth=4, width=64, heads=4, hidden=256, sides=SIDES, vocab=256, z_channels=8, classes=10
+)
+TOKENIZER = TokenizerConfig(ch=32, ch_mult=(1,), res_blocks=1, vocab=256, z_channels=8, sides=SIDES)
+
+
+def recipe(stage: str, dtype: str, trainable: str) -> Recipe:
+    stages = {name: {"steps": 0, "batch": 8} for name in STAGES}
+    stages[stage] = {"steps": 9, "batch": 8, "trainable": trainable}  # type: ignore[dict-item]
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": "x",
+            "dtype": dtype,
+            "experts": {"count": 8},
+            "budget": {"reduction": 0.2, "gate_keep": 0.8},
+            "data": {"batch": 1},
+            "distill": stages,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "trainable"),
+    [
+        ("stage1", "fp32", "experts"),
+        ("stage1", "bf16", "experts"),
+        ("stage2", "fp32", "all"),
+        ("stage2", "bf16", "all"),
+        ("stage2", "bf16", "lora"),
+    ],
+)
+def test_a_step_takes_what_was_estimated(memory_watch: Any, stage: str, dtype: str, trainable: str) -> None:
+    chosen = recipe(stage, dtype, trainable)
+    torch.manual_seed(0)
+    dense = VARTransformer(CONFIG)
+    dense.initialise(torch.Generator().manual_seed(0))
+    teacher = VARModel(dense, VQVAE(TOKENIZER)).eval().requires_grad_(False)
+    transformer = SparseVARTransformer(CONFIG, *recipe_plans(CONFIG, chosen))
+    transformer.load_state_dict(dense.state_dict(), strict=False)
+    run = StageRun(
+        SparseVARModel(transformer, teacher.tokenizer).eval(), STAGES[stage], getattr(chosen.distill, stage), 0
+    )
+    tokens, labels = torch.randint(0, 256, (8, CONFIG.pyramid.total)), torch.arange(8)
+
+    def step() -> None:
+        wanted = AUTOCAST[dtype]
+        run.train_step(teacher, tokens, labels, torch.autocast("cpu", wanted) if wanted else nullcontext())
+
+    step()
+    with memory_watch:
+        step()
+    estimate = estimate_distill(CONFIG, TOKENIZER, chosen)
+    assert estimate.phase == stage
+    # Weights, and the two averages of AdamW, were there before the step that is watched.
+    before = estimate.parts["program"] + estimate.parts["weights of teacher and student"]
+    expected = estimate.total - before - 2 * estimate.parts["gradients"]
+    assert 0.6 * expected < memory_watch.peak < expected
+
+
+@pytest.mark.parametrize("depth", [16, 20, 24, 30, 36])
+def test_the_shipped_recipes_fit_one_gpu_of_80_gb(depth: int) -> None:
+    config, tokenizer = official_config(f"var-d{depth}")
+    chosen = load_recipe(f"var_d{depth}")
+    estimate = estimate_distill(config, tokenizer, chosen)
+    assert estimate.phase in ("stage1", "stage2") and 0.5 * 80e9 < estimate.total < 0.85 * 80e9
+    whole = load_recipe(f"var_d{depth}", ["distill.stage2.trainable=all"])
+    assert estimate_distill(config, tokenizer, whole).total >= estimate.total
+
+
+def test_large_batches_of_samples_cost_keys_and_values() -> None:
+    config, tokenizer = official_config("var-d36")
+    estimate = estimate_distill(config, tokenizer, load_recipe("var_d36", ["data.batch=64"]))
+    assert estimate.phase == "sampling from the teacher" and estimate.lower == ("data.batch",)
+    assert estimate.parts["keys and values"] == 2 * 36 * 128 * 2240 * 2304 * 4
