@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import psutil
@@ -93,6 +94,21 @@ def _available_cores() -> int:
         return affinity if quota == "max" else max(1, min(affinity, round(int(quota) / int(period))))
     except (OSError, ValueError):
         return affinity
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the program with an exit code.
+
+    One of several processes of a run ends at once, without the interpreter's clean-up: threads of the connection to the
+    others outlive it now and then and abort the process, work long done, with a code that a launcher takes for failure.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def synchronize(device: torch.device) -> None:

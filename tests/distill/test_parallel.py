@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ from actvar_convert.recipe.schema import (
     Recipe,
     RouterStage,
 )
+from actvar_convert.runtime import end_process
 
 STEPS = 5
 STOPS = (3, 8)
@@ -203,6 +204,15 @@ def main(folder: Path) -> None:
         train(given._replace(store=one), folder / "few", both)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the two processes have one each; sums in another order would differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of everything that one process and two processes did."""
@@ -355,3 +365,4 @@ def test_each_process_needs_less_memory() -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)
