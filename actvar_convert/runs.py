@@ -10,6 +10,9 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from actvar_convert import pipeline
 from actvar_convert.checkpoint.sparse import load_sparse, read_provenance, save_sparse, update_file
@@ -30,6 +33,11 @@ from actvar_convert.report.html import report_html
 from actvar_convert.report.latency import BenchmarkReport
 from actvar_convert.report.pictures import samples_picture
 from actvar_convert.report.quality_report import QualityReport, load_quality
+
+REPORTS = ("flops.json", "eval.json", "benchmark.json", "samples.png", "report.html", "README.md")
+"""What a run writes beside the model; those of an earlier model in the same folder go when a new one comes."""
+
+Report = TypeVar("Report", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def _make(
         sparse = pipeline.convert(teacher, recipe=recipe, progress=progress)
         if processes.main:
             save_sparse(sparse, converted, provenance=origin, recipe_text=dump_recipe(recipe))
-    return pipeline.distill(
+    made = pipeline.distill(
         sparse,
         teacher=teacher,
         recipe=recipe,
@@ -146,6 +154,18 @@ def _make(
         origin=origin,
         shard=processes.shard,
     )
+    if processes.main:
+        for name in REPORTS:
+            (folder / name).unlink(missing_ok=True)
+    return made
+
+
+def _stored(path: Path, kind: type[Report]) -> Report | None:
+    """A report of this run that an earlier call left; None where it is missing or was edited into something else."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _measure(
@@ -161,31 +181,35 @@ def _measure(
     flops = pipeline.report_flops(model)
     update_file(folder, "flops.json", flops.to_json().encode())
     settings = recipe.evaluate
-    quality = pipeline.evaluate(
-        model,
-        teacher=teacher,
-        images=settings.images,
-        seeds=settings.seeds,
-        batch=settings.batch,
-        held_out=settings.held_out,
-        neighbours=settings.neighbours,
-        plans=[name for name in model.plans if name != model.plan_name],
-        reference=settings.reference,
-        autocast=settings.dtype,
-        cache=work / "evaluation",
-        progress=progress,
-    )
-    update_file(folder, "eval.json", quality.to_json().encode())
+    quality = _stored(folder / "eval.json", QualityReport)
+    if quality is None or (quality.images, quality.seeds) != (settings.images, settings.seeds):
+        quality = pipeline.evaluate(
+            model,
+            teacher=teacher,
+            images=settings.images,
+            seeds=settings.seeds,
+            batch=settings.batch,
+            held_out=settings.held_out,
+            neighbours=settings.neighbours,
+            plans=[name for name in model.plans if name != model.plan_name],
+            reference=settings.reference,
+            autocast=settings.dtype,
+            cache=work / "evaluation",
+            progress=progress,
+        )
+        update_file(folder, "eval.json", quality.to_json().encode())
     timing = recipe.benchmark
-    benchmark = pipeline.benchmark(
-        model,
-        against=teacher,
-        batches=timing.batches,
-        dtypes=timing.dtypes,
-        repeats=timing.repeats,
-        progress=progress,
-    )
-    update_file(folder, "benchmark.json", benchmark.to_json().encode())
+    benchmark = _stored(folder / "benchmark.json", BenchmarkReport)
+    if benchmark is None:
+        benchmark = pipeline.benchmark(
+            model,
+            against=teacher,
+            batches=timing.batches,
+            dtypes=timing.dtypes,
+            repeats=timing.repeats,
+            progress=progress,
+        )
+        update_file(folder, "benchmark.json", benchmark.to_json().encode())
     names = pipeline.class_names(teacher)
     shown = list(range(min(len(names) - 1, 10)))
     pictures = [

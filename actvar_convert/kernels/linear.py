@@ -33,7 +33,7 @@ def linear_gelu(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor) -> Tensor:
 def linear(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
     """x W^T + b; [..., O]. On a CPU in fp32 through oneDNN too: its threads are those of every other operation.
 
-    MKL, which ``F.linear`` takes there, is as fast alone, but two to four times slower between other operations.
+    What ``F.linear`` takes there is as fast alone, but was seen two to four times slower between other operations.
     """
     if x_RC.dtype == torch.float32 and fuses(x_RC, weight_OC):
         return _pointwise(x_RC, weight_OC, bias_O, "none", "")

@@ -33,6 +33,9 @@ def test_fashion_leaves_a_complete_folder_and_ends_with_one_table(actvar: Actvar
     flops = json.loads(Path("made/flops.json").read_text())
     assert flops["reduction"]["transformer"] >= 0.2
     assert json.loads(Path("made/eval.json").read_text())["images"] == 20
+    again = actvar("run", "fashion", "--out", "made", *shrunk())
+    assert again.exit_code == 0 and again.stdout == result.stdout
+    assert "distilling" not in again.stderr and "images of the" not in again.stderr
 
 
 def test_ci_fails_with_3_and_a_table_when_a_limit_is_broken(actvar: Actvar) -> None:
