@@ -5,7 +5,6 @@ Shapes: N pyramids, L tokens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from actvar_convert.distill.parallel import ALONE, Processes
 from actvar_convert.errors import InputError
+from actvar_convert.files import write_whole
 from actvar_convert.models.model import VARModel
 from actvar_convert.progress import Progress
 from actvar_convert.report.generation import balanced_labels
@@ -184,11 +184,8 @@ def _appending(path: Path | None, kept: np.ndarray) -> Iterator[Callable[[np.nda
     if path is None:
         yield lambda rows: None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.stat().st_size != kept.nbytes:
-        partial = path.with_suffix(".tmp")
-        kept.tofile(partial)
-        os.replace(partial, path)
+        write_whole(path, kept.tobytes())
     with path.open("ab") as file:
 
         def append(rows: np.ndarray) -> None:

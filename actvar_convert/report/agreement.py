@@ -50,9 +50,8 @@ def compare_logits(
     rows = max(1, min(64, LOGITS_AT_ONCE // (config.pyramid.total * config.vocab)))
     kl, top1 = [], []
     for tokens_BL, labels_B in zip(torch.split(tokens_NL, rows), torch.split(labels_N, rows), strict=True):
-        pieces = torch.split(tokens_BL.to(teacher.device), list(lengths), dim=1)
         labels_B = labels_B.to(teacher.device)
-        inputs = teacher.tokenizer.quantize.teacher_forcing_input(pieces)
+        inputs = teacher.teacher_forcing_input(tokens_BL.to(teacher.device))
         expected = teacher.transformer(labels_B, inputs).double().log_softmax(-1)
         found = student.transformer(labels_B.to(student.device), inputs.to(student.device))
         found = found.to(expected.device).double().log_softmax(-1)
