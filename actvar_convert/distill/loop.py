@@ -22,7 +22,8 @@ from torch import Tensor
 from actvar_convert.checkpoint.run_state import RunState, Scalar, load_run_state, save_run_state
 from actvar_convert.distill.data import TokenStore
 from actvar_convert.distill.lora import attach_lora, fold_lora
-from actvar_convert.distill.parallel import Processes, is_split, local
+from actvar_convert.distill.optimizers import Optimizers
+from actvar_convert.distill.parallel import Processes, local
 from actvar_convert.distill.schedule import (
     drop_labels,
     learning_rate,
@@ -105,13 +106,7 @@ class StageRun:
         if self.processes.shard:
             self.objective = shard_student(model.transformer, stage.objective, self.processes)
         self.parameters = trainable_parameters(model.transformer, recipe)
-        kinds = [[p for p in self.parameters.values() if is_split(p) is split] for split in (False, True)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": kind} for kind in kinds if kind] or [{"params": []}],
-            lr=recipe.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=recipe.weight_decay,
-        )
+        self.optimizers = Optimizers(self.parameters, recipe)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if recipe.ema else {}
         self.step = 0
         if state is not None:
@@ -128,8 +123,6 @@ class StageRun:
         rate = learning_rate(recipe, self.step)
         for block in self.model.transformer.sparse_layers:
             block.straight_through = straight_through(recipe, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         with autocast:
             losses = self.objective(self.model, teacher, recipe, tokens_BL, labels_B, processes.total)
         shares = torch.stack(list(losses.values())) if losses else None
@@ -137,11 +130,11 @@ class StageRun:
             if len(self.plans) > 1 or recipe.on_policy:
                 self.step += 1
             return {"loss": 0.0}
-        self.optimizer.zero_grad()
+        self.optimizers.zero_grad()
         torch.autograd.backward(shares.sum())
         processes.add_gradients(self.parameters.values())
         norm = processes.clip_gradients(self.parameters.values(), recipe.gradient_clip)
-        self.optimizer.step()
+        self.optimizers.step(rate)
         self.step += 1
         if self.average and recipe.ema is not None:
             weight = min(recipe.ema, (self.step + 1) / (self.step + 10))
@@ -186,7 +179,7 @@ class StageRun:
         state = {f"model/{name}": value for name, value in self.model.transformer.state_dict().items()}
         state |= {f"average/{name}": value for name, value in self.average.items()}
         for name, parameter in self.parameters.items():
-            state |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+            state |= {f"optimizer/{name}/{key}": value for key, value in self.optimizers.state(parameter).items()}
         saved = {}
         for name, value in state.items():
             gathered = whole(value)
@@ -201,9 +194,10 @@ class StageRun:
                 self.average[name] = split_like(state.tensors[f"average/{name}"], parameter)
             own = _below(f"optimizer/{name}/", state.tensors)
             if own:
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else split_like(value, parameter) for key, value in own.items()
-                }
+                self.optimizers.restore(
+                    parameter,
+                    {key: value if key == "step" else split_like(value, parameter) for key, value in own.items()},
+                )
         self.step = int(str(state.scalars["step"]))
 
 
@@ -276,17 +270,23 @@ def _require_rows(recipe: Recipe, store: TokenStore, processes: Processes) -> No
 
 
 def _require_whole_student(recipe: Recipe, processes: Processes) -> None:
-    """Raises InputError where a student that is split over the processes would have to draw pyramids."""
+    """Raises InputError where a student that is split over the processes would have to draw pyramids, or its matrices
+    be whole for Muon."""
     stages: dict[str, StageRecipe] = {name: getattr(recipe.distill, name) for name in STAGES}
     problems = [
         f"distill.{name}.on_policy: given {stage.on_policy}, allowed: 0"
         for name, stage in stages.items()
         if stage.steps and stage.on_policy
     ]
+    problems += [
+        f"distill.{name}.optimizer: given muon, allowed: adamw"
+        for name, stage in stages.items()
+        if stage.steps and stage.optimizer == "muon"
+    ]
     if processes.shard and problems:
         raise InputError(
-            "a student that is split over the processes draws no pyramids; start without --shard, or change the recipe "
-            "(--set):",
+            "a student that is split over the processes draws no pyramids and has no whole matrices; start without "
+            "--shard, or change the recipe (--set):",
             problems,
         )
 

@@ -48,9 +48,10 @@ def estimate_distill(
 
     - sampling (where data come from the teacher): 4 (W_t + W_s), and ``sampling_memory``.
     - a stage: weights 4 (W_t + W_s), in half precision 2 W_s more for the copies that autocast keeps, with low-rank
-      updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps;
-      averaged weights 4 T where the recipe has ``ema``; activations B L (a D C + h V + r C), with a, h, r bytes as in
-      this file: in stage 2 every block keeps about 28 C numbers per token for its backward pass.
+      updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps
+      (counted for Muon too, whose matrices need half of it); averaged weights 4 T where the recipe has ``ema``;
+      activations B L (a D C + h V + r C), with a, h, r bytes as in this file: in stage 2 every block keeps about 28 C
+      numbers per token for its backward pass.
     - sampling from the student in a stage (``on_policy``): the same, ``sampling_memory`` in place of activations. On a
       CPU, in fp32, the copies that sampling makes of the FFNs' second layers stay: 4 D H C, with H hidden neurons.
 

@@ -150,6 +150,10 @@ class StageRecipe(Section):
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 1e-3
     warmup: int = Field(20, ge=0, description="steps over which the learning rate rises")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="what takes the steps: AdamW, or Muon for the blocks' weight matrices and AdamW for the rest",
+    )
     trainable: Trained = "experts"
     router: RouterMode = "frozen"
     gate: GateMode = "frozen"

@@ -103,9 +103,7 @@ def test_both_stages_lower_their_losses(tiny_model: VARModel, store: TokenStore,
 
 
 @pytest.mark.parametrize("trainable", ["none", "lora", "experts", "all"])
-def test_only_the_chosen_weights_move(
-    tiny_model: VARModel, store: TokenStore, tmp_path: Path, trainable: str
-) -> None:
+def test_only_the_chosen_weights_move(tiny_model: VARModel, store: TokenStore, tmp_path: Path, trainable: str) -> None:
     chosen = recipe({"steps": 0}, {"trainable": trainable, "steps": 3, "router": "regress", "router_loss": 1.0})
     before = converted(tiny_model, chosen, store).transformer.state_dict()
     model, _ = train(tiny_model, chosen, store, tmp_path)
@@ -160,7 +158,7 @@ def test_training_where_the_student_goes(tiny_model: VARModel, store: TokenStore
 ELASTIC = {"plans": "random", "on_policy": 0.6, "straight_through_end": 0.0}
 
 
-@pytest.mark.parametrize("stage2", [{"ema": 0.9}, {"trainable": "lora"}, ELASTIC])
+@pytest.mark.parametrize("stage2", [{"ema": 0.9}, {"trainable": "lora"}, {"optimizer": "muon"}, ELASTIC])
 @pytest.mark.parametrize("stop_at", [4, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_model: VARModel,

@@ -214,6 +214,10 @@ def main(folder: Path) -> None:
         train(given._replace(store=one), folder / "few", both)
     with pytest.raises(InputError, match=r"draws no pyramids.*\n.*distill\.stage2\.on_policy: given 0\.5"):
         train(setting("on-policy"), folder / "few", split)
+    whole = given.recipe.distill.stage2.model_copy(update={"optimizer": "muon"})
+    chosen = given.recipe.model_copy(update={"distill": given.recipe.distill.model_copy(update={"stage2": whole})})
+    with pytest.raises(InputError, match=r"no whole matrices.*\n.*distill\.stage2\.optimizer: given muon"):
+        train(given._replace(recipe=chosen), folder / "few", split)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -294,9 +298,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if not scenario.stop_after])
-def test_two_processes_give_the_losses_of_one(
-    runs: Path, alone: Callable[[str, bool], Path], name: str
-) -> None:
+def test_two_processes_give_the_losses_of_one(runs: Path, alone: Callable[[str, bool], Path], name: str) -> None:
     scenario = SCENARIOS[name]
     reference = alone(scenario.recipe, scenario.shared_adaln)
     assert_same_run(runs / name, reference)
