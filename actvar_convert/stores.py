@@ -7,9 +7,11 @@ from pathlib import Path
 from actvar_convert.distill.data import TokenStore, store_from_images, store_from_teacher
 from actvar_convert.distill.parallel import ALONE, Processes
 from actvar_convert.errors import InputError
+from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
 from actvar_convert.progress import Progress
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.runtime import DTYPES, pick_dtype
 
 
 def calibration_store(
@@ -25,6 +27,7 @@ def calibration_store(
         batch=calibration.batch,
         seed=recipe.seed + 1,
         cfg=recipe.data.cfg,
+        dtype=calibration.dtype,
         path=path,
         progress=progress,
         processes=processes,
@@ -44,6 +47,7 @@ def distillation_store(
         batch=data.batch,
         seed=recipe.seed + 2,
         cfg=data.cfg,
+        dtype=data.dtype,
         path=path,
         progress=progress,
         processes=processes,
@@ -59,6 +63,7 @@ def _store(
     batch: int,
     seed: int,
     cfg: float | None,
+    dtype: str,
     path: Path | None,
     progress: Progress,
     processes: Processes,
@@ -69,6 +74,7 @@ def _store(
         return store_from_images(
             model, Path(images), count, path=path, batch=batch, seed=seed, progress=progress, processes=processes
         )
+    drawing = cast(model, pick_dtype(dtype, model.device)) if DTYPES[dtype].itemsize < model.dtype.itemsize else model
     return store_from_teacher(
-        model, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress, processes=processes
+        drawing, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress, processes=processes
     )

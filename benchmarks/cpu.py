@@ -17,9 +17,10 @@ from plain import PlainGeneration
 from sides import Row, measure, random_dense, random_sparse, recipe_plan, table, write_json
 
 import actvar_convert as av
+from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.report.latency import cast, hardware_name
+from actvar_convert.report.latency import hardware_name
 from actvar_convert.runtime import DTYPES, limit_threads
 
 D16_PLAN = ("budget.reduction=0.4", "budget.gate_keep=0.6", "budget.gate_scales=2")

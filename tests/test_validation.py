@@ -70,8 +70,8 @@ def test_the_figures_in_a_shipped_recipe_are_those_of_its_settings(name: str) ->
     assert f"{recipe.evaluate.images:,} images, dense and sparse, with decoder = {images / 1e15:,.0f} PFLOP" in comment
     samples = recipe.data.pyramids * 2 * forward
     assert f"{recipe.data.pyramids:,} pyramids x 2 F = {samples / 1e15:,.0f} PFLOP" in comment
-    assert "150 TFLOP/s in bf16 and 30 TFLOP/s in fp32" in comment
-    hours = ((sum(stages) + images) / 150e12 + samples / 30e12) / 3600
+    assert recipe.data.dtype == recipe.evaluate.dtype == "bf16" and "an assumed 150 TFLOP/s in bf16" in comment
+    hours = (sum(stages) + images + samples) / 150e12 / 3600
     assert f"about {hours:.1f} GPU hours" in comment and "Estimated time, not measured" in comment
 
 

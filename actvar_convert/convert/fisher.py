@@ -57,7 +57,8 @@ class _Moments:
 
     def add(self, gradient_BLC: Tensor) -> None:
         flat = gradient_BLC.flatten(0, 1).float()
-        self.moment.addmm_(flat.T, flat)
+        with torch.autocast(flat.device.type, enabled=False):
+            self.moment.addmm_(flat.T, flat)
         per_token = gradient_BLC.double().square().sum((0, 2))
         self.size += torch.stack([part.sum() for part in torch.split(per_token, list(self.pyramid.lengths))])
 
@@ -77,6 +78,7 @@ def output_metrics(
     *,
     batch: int,
     seed: int,
+    autocast: torch.dtype | None = None,
     on_batch: Callable[[int], None] = lambda pyramids: None,
 ) -> list[BlockMetrics]:
     """The metrics of every block, measured on calibration pyramids.
@@ -89,6 +91,7 @@ def output_metrics(
         tokens_PL: pyramids, int64; labels_P: their classes, every fourth of which is replaced by the null class.
         batch: pyramids at once.
         seed: of the drawn codes.
+        autocast: half-precision format to compute in; moments are summed in fp32 all the same.
         on_batch: told the number of pyramids done.
     """
     transformer = model.transformer
@@ -98,17 +101,18 @@ def output_metrics(
     generator = torch.Generator().manual_seed(seed)
     span, mask = Span(0, pyramid.lengths), transformer.attn_bias_for_masking.to(model.dtype)
     for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
-        with torch.no_grad():
-            x, modulation = transformer.embed(label, model.teacher_forcing_input(tokens.to(model.device)))
-            inputs = []
-            for block, own in zip(transformer.layers, modulation.blocks, strict=True):
-                inputs.append(x)
-                x = block(x, own, span, mask)
-        gradient = _gradient_at_end(model, x, modulation.head, generator)
-        for block, own in reversed(list(zip(transformer.layers, modulation.blocks, strict=True))):
-            moments[block.index][1].add(gradient)
-            gradient, at_ffn = _through(block, inputs.pop(), own, span, mask, gradient)
-            moments[block.index][0].add(at_ffn)
+        with torch.autocast(model.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+            with torch.no_grad():
+                x, modulation = transformer.embed(label, model.teacher_forcing_input(tokens.to(model.device)))
+                inputs = []
+                for block, own in zip(transformer.layers, modulation.blocks, strict=True):
+                    inputs.append(x)
+                    x = block(x, own, span, mask)
+            gradient = _gradient_at_end(model, x, modulation.head, generator)
+            for block, own in reversed(list(zip(transformer.layers, modulation.blocks, strict=True))):
+                moments[block.index][1].add(gradient)
+                gradient, at_ffn = _through(block, inputs.pop(), own, span, mask, gradient)
+                moments[block.index][0].add(at_ffn)
         on_batch(len(tokens))
     count = len(tokens_PL)
     return [BlockMetrics(*(each.metric(count) for each in pair)) for pair in moments]
@@ -118,7 +122,7 @@ def _gradient_at_end(model: VARModel, x_BLC: Tensor, head_B2C: Tensor, generator
     """Gradient [B, L, C] of -log p(y), summed over tokens, at the last block's output; y drawn from p."""
     with torch.enable_grad():
         x_BLC = x_BLC.detach().requires_grad_()
-        logits = model.transformer.logits(x_BLC, head_B2C).flatten(0, 1)
+        logits = model.transformer.logits(x_BLC, head_B2C).flatten(0, 1).float()
         noise = torch.empty(logits.shape).exponential_(1, generator=generator)
         drawn = draw(logits.detach(), noise)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), x_BLC)

@@ -25,7 +25,7 @@ from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import images_at_once
 from actvar_convert.models.sparse import SparseVARTransformer
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.runtime import free_memory_bytes, memory_text
+from actvar_convert.runtime import DTYPES, free_memory_bytes, memory_text
 
 PROGRAM = 450_000_000
 """Interpreter and libraries: torch, scikit-learn and SciPy, once they are imported."""
@@ -92,8 +92,9 @@ def estimate_convert(
     P calibration pyramids in batches of B; L tokens each, L_g of them from the scale before the first gated one on; C
     width, H hidden neurons, E experts, T tokens sampled at the scales that become sparse.
 
-    - sampling: weights that are read, and ``sampling_memory``; from images instead the tokenizer's widest feature maps,
-      six of ch S^2 for each image of S pixels a side.
+    - sampling: weights that are read, or one block of them and a copy where the recipe draws in half precision, and
+      ``sampling_memory``; from images instead the tokenizer's widest feature maps, six of ch S^2 for each image of S
+      pixels a side.
     - searching (P here at most ``budget.pyramids``): 2 C^2 moments of every block, and the larger of a batch
       backwards, (D + 12) B L C for the states and one block, 8 B L H for its FFN, 4 B L V for the logits, all fp32; and
       of measuring: states and FFN inputs as below, one block at work, and the outputs of E experts for the tokens on
@@ -140,8 +141,12 @@ def estimate_convert(
         sampling = {"feature maps of the tokenizer": maps}
     else:
         batch = min(calibration.batch, calibration.pyramids)
-        generating = sampling_memory(config, tokenizer, batch, itemsize, device)
-        sampling = {"dense weights that are read": read, **generating}
+        drawing = min(itemsize, DTYPES[calibration.dtype].itemsize)
+        sampling = {
+            "dense weights that are read": read if drawing == itemsize else min(read, block_weights),
+            "weights in half precision": 0 if drawing == itemsize else sparse * drawing // itemsize,
+            **sampling_memory(config, tokenizer, batch, drawing, device),
+        }
     converting = {
         "sparse weights": sparse,
         "dense weights that are read": min(read, block_weights),

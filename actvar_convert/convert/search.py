@@ -38,7 +38,7 @@ from actvar_convert.models.var import FFN
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report import costs
 from actvar_convert.report.costs import block_macs
-from actvar_convert.runtime import DTYPES, release_pages
+from actvar_convert.runtime import DTYPES, autocast_dtype, release_pages
 
 TOKENS_PER_SCALE = 512
 """FFN inputs per scale and block on which experts are formed and choices are measured; all scales take part."""
@@ -129,7 +129,15 @@ def measure_sensitivity(
     config = model.transformer.config
     tokens_PL, labels_P = tokens_PL[: recipe.budget.pyramids], labels_P[: recipe.budget.pyramids]
     batch = recipe.calibration.batch
-    metrics = output_metrics(model, tokens_PL, labels_P, batch=batch, seed=recipe.seed, on_batch=on_step)
+    metrics = output_metrics(
+        model,
+        tokens_PL,
+        labels_P,
+        batch=batch,
+        seed=recipe.seed,
+        autocast=autocast_dtype(recipe.calibration.dtype),
+        on_batch=on_step,
+    )
     pyramid, levels = config.pyramid, keep_levels(recipe)
     scales = range(first_sparse_scale(config, recipe), pyramid.num_scales)
 

@@ -16,6 +16,7 @@ from actvar_convert.distill.stages import trainable_parameters
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.sparse import SparseVARTransformer
 from actvar_convert.recipe.schema import Recipe, StageRecipe
+from actvar_convert.runtime import DTYPES
 
 FP32 = 4
 
@@ -46,7 +47,8 @@ def estimate_distill(
     With W_t and W_s the numbers of teacher and student, T those that a stage trains, B its batch, L tokens, D blocks, C
     width, V codes:
 
-    - sampling (where data come from the teacher): 4 (W_t + W_s), and ``sampling_memory``.
+    - sampling (where data come from the teacher): 4 (W_t + W_s), 2 W_t more where the recipe draws in half precision,
+      and ``sampling_memory``.
     - a stage: weights 4 (W_t + W_s), in half precision 2 W_s more for the copies that autocast keeps, with low-rank
       updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps
       (counted for Muon too, whose matrices need half of it); averaged weights 4 T where the recipe has ``ema``;
@@ -73,7 +75,12 @@ def estimate_distill(
     phases = []
     if recipe.data.source == "teacher":
         batch = min(recipe.data.batch, recipe.data.pyramids)
-        sampling = {**weights, **sampling_memory(config, tokenizer, batch, FP32, device)}
+        itemsize = DTYPES[recipe.data.dtype].itemsize
+        sampling = {
+            **weights,
+            "weights in half precision": 0 if itemsize == FP32 else itemsize * numbers,
+            **sampling_memory(config, tokenizer, batch, itemsize, device),
+        }
         phases.append(MemoryEstimate("distill", "sampling from the teacher", sampling, ("data.batch",)))
     else:
         maps = {"feature maps": 6 * FP32 * recipe.data.batch * tokenizer.ch * tokenizer.image_size**2}

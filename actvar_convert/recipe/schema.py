@@ -34,6 +34,9 @@ class CalibrationRecipe(Section):
     images: str | None = Field(None, description="folder with one sub-folder per class; needed by source images")
     pyramids: int = Field(512, ge=1, description="token pyramids (images) that are measured")
     batch: int = Field(64, ge=1, description="pyramids in memory at once")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="number format in which the teacher draws and gradients are measured; activations are not"
+    )
 
 
 class ExpertsRecipe(Section):
@@ -123,6 +126,7 @@ class DataRecipe(Section):
     null_share: float = Field(0.1, ge=0, le=1, description="share of the labels that is the null class")
     cfg: float | None = Field(None, ge=0, description="guidance of the teacher's samples; null: the model's own")
     batch: int = Field(64, ge=1, description="pyramids generated or tokenised at once")
+    dtype: DtypeName = Field("fp32", description="number format in which the teacher draws")
 
 
 Trainable = Literal["none", "lora", "experts", "all"]

@@ -6,7 +6,6 @@ reported with their spread. The JSON contract is ``actvar.benchmark/1``.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from actvar_convert.errors import InputError
+from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import Progress, SilentProgress, Task
@@ -130,18 +130,6 @@ def benchmark_models(
         rows=tuple(rows),
         components=tuple(components) or None,
     )
-
-
-def cast(model: VARModel, dtype: torch.dtype) -> VARModel:
-    """The model as ``load`` gives it in another precision, tokenizer in fp32: a copy, or itself if nothing changes."""
-    wanted = {model.transformer: dtype, model.tokenizer: torch.float32}
-    floating = ((t, of) for part, of in wanted.items() for t in part.state_dict().values() if t.is_floating_point())
-    if all(tensor.dtype == of for tensor, of in floating):
-        return model
-    copied = copy.deepcopy(model)
-    copied.transformer.to(dtype)
-    copied.tokenizer.float()
-    return copied
 
 
 def hardware_name(device: torch.device) -> str:

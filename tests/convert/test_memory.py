@@ -105,6 +105,19 @@ def test_published_sizes_with_their_own_recipes() -> None:
     assert large.parts["one block at work"] == 64 * 680 * (2 * 4096 + 8 * 1024) * 4
 
 
+def test_drawing_in_half_precision_takes_a_copy_and_halves_the_rest() -> None:
+    config, tokenizer = official_config("var-d16")
+    settings = ["calibration.batch=48", "budget.search=uniform"]
+    full, half = (
+        estimate_convert(config, tokenizer, load_recipe("var_d16", [*settings, f"calibration.dtype={dtype}"]))
+        for dtype in ("fp32", "bf16")
+    )
+    assert full.phase == half.phase == "sampling"
+    assert half.parts["keys and values"] < full.parts["keys and values"]
+    assert half.parts["weights in half precision"] == full.parts["dense weights that are read"] // 2
+    assert half.parts["dense weights that are read"] < 0.1 * full.parts["dense weights that are read"]
+
+
 def test_a_large_batch_is_sampled_in_pieces() -> None:
     config, tokenizer = official_config("var-d16")
     cpu, gpu = (memory.sampling_memory(config, tokenizer, 64, 4, device) for device in ("cpu", "cuda"))

@@ -93,6 +93,19 @@ def test_the_metric_does_not_depend_on_the_batch(
         torch.testing.assert_close(other.scales, one.scales, rtol=1e-4, atol=1e-5)
 
 
+def test_half_precision_finds_nearly_the_same_metric(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Gradients are rounded, and a few codes are drawn otherwise; moments over all tokens hardly move."""
+    whole = output_metrics(tiny_model, *calibration, batch=24, seed=0)
+    half = output_metrics(tiny_model, *calibration, batch=24, seed=0, autocast=torch.bfloat16)
+    for one, other in zip(itertools.chain(*whole), itertools.chain(*half), strict=True):
+        assert other.root.dtype == torch.float32
+        expected, found = one.root @ one.root.T, other.root @ other.root.T
+        assert 0 < float((found - expected).norm() / expected.norm()) < 0.1
+        torch.testing.assert_close(other.scales, one.scales, rtol=0.1, atol=0.01)
+
+
 def test_choices_keep_the_least_share_always_on() -> None:
     tried = list(choices(8, 0.5))
     assert Choice(8, 0) in tried and Choice(0, 0) in tried and Choice(2, 2) in tried

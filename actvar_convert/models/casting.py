@@ -1,0 +1,35 @@
+"""A model in another number format."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from actvar_convert.models.model import VARModel
+from actvar_convert.runtime import release_pages
+
+_LARGE = 1 << 22
+"""Bytes from which on the pages of a tensor that was read from a mapped file are worth handing back at once."""
+
+
+def cast(model: VARModel, dtype: torch.dtype) -> VARModel:
+    """The model as ``load`` gives it in another precision, tokenizer in fp32: a copy, or itself if nothing changes.
+
+    What stays in its format is shared with the model, not copied. One tensor after another is converted, so the copy
+    takes no more memory than it holds in the end.
+    """
+    made: dict[int, Tensor] = {}
+    changed = False
+    for part, of in ((model.transformer, dtype), (model.tokenizer, torch.float32)):
+        for tensor in chain(part.parameters(), part.buffers()):
+            converted = tensor.detach().to(of) if tensor.is_floating_point() else tensor
+            changed = changed or converted.dtype != tensor.dtype
+            if isinstance(tensor, nn.Parameter):
+                converted = nn.Parameter(converted, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = converted
+            if tensor.nbytes >= _LARGE:
+                release_pages([tensor])
+    return copy.deepcopy(model, made) if changed else model

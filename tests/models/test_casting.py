@@ -1,0 +1,40 @@
+"""Another number format: what changes, what is shared, and what it takes."""
+
+import copy
+from typing import Any
+
+import torch
+
+from actvar_convert.models.casting import cast
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+
+
+def test_the_transformer_changes_its_format_and_nothing_else(tiny_sparse: SparseVARModel) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_sparse.state_dict().items()}
+    assert cast(tiny_sparse, torch.float32) is tiny_sparse
+    narrow = cast(tiny_sparse, torch.bfloat16)
+    assert isinstance(narrow, SparseVARModel) and narrow.dtype == torch.bfloat16
+    assert narrow.plan == tiny_sparse.plan and narrow.plans == tiny_sparse.plans
+    for name, tensor in narrow.state_dict().items():
+        wanted = before[name]
+        if name.startswith("transformer.") and wanted.is_floating_point():
+            wanted = wanted.to(torch.bfloat16)
+        assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+    assert cast(narrow, torch.bfloat16) is narrow
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_sparse.state_dict().items())
+
+
+def test_it_draws_what_a_converted_model_draws(tiny_model: VARModel) -> None:
+    wanted = copy.deepcopy(tiny_model)
+    wanted.transformer.to(torch.bfloat16)
+    drawn = cast(tiny_model, torch.bfloat16).generate_tokens([0, 1, 2], seed=4, cfg=2.0)
+    assert torch.equal(drawn, wanted.generate_tokens([0, 1, 2], seed=4, cfg=2.0))
+
+
+def test_there_is_no_second_copy_in_the_old_format(tiny_model: VARModel, memory_watch: Any) -> None:
+    with memory_watch as watch:
+        cast(tiny_model, torch.bfloat16)
+    tensors = list(tiny_model.transformer.state_dict().values())
+    weights, largest = sum(tensor.nbytes for tensor in tensors), max(tensor.nbytes for tensor in tensors)
+    assert watch.peak <= weights // 2 + largest

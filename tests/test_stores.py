@@ -1,0 +1,38 @@
+"""The pyramids that recipes ask for: who draws them, in which number format."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from actvar_convert import stores
+from actvar_convert.models.casting import cast
+from actvar_convert.models.model import VARModel
+from actvar_convert.progress import SilentProgress
+from actvar_convert.recipe.schema import CalibrationRecipe, DataRecipe, Recipe
+
+
+def recipe(dtype: str) -> Recipe:
+    calibration = CalibrationRecipe.model_validate({"pyramids": 6, "batch": 3, "dtype": dtype})
+    data = DataRecipe.model_validate({"pyramids": 7, "batch": 3, "dtype": dtype, "cfg": 2.0})
+    return Recipe(name="tiny", model="tiny", calibration=calibration, data=data)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_teacher_draws_in_the_format_of_the_recipe(tiny_model: VARModel, tmp_path: Path, dtype: str) -> None:
+    drawing = cast(tiny_model, torch.bfloat16) if dtype == "bf16" else tiny_model
+    found = (
+        stores.calibration_store(tiny_model, recipe(dtype), progress=SilentProgress()),
+        stores.distillation_store(tiny_model, recipe(dtype), path=tmp_path / "tokens", progress=SilentProgress()),
+    )
+    for store, seed, count in zip(found, (1, 2), (6, 7), strict=True):
+        assert len(store) == count
+        first = drawing.generate_tokens(store.labels[:3], seed=seed + 7_919, chunk=3, cfg=2.0)
+        assert torch.equal(store.tokens[:3].long(), first)
+    assert tiny_model.dtype == torch.float32
+
+
+def test_a_narrow_model_is_not_widened(tiny_model: VARModel) -> None:
+    narrow = cast(tiny_model, torch.bfloat16)
+    wide = stores.calibration_store(narrow, recipe("fp32"), progress=SilentProgress())
+    assert torch.equal(wide.tokens, stores.calibration_store(narrow, recipe("bf16"), progress=SilentProgress()).tokens)
