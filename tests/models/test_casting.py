@@ -35,6 +35,7 @@ def test_it_draws_what_a_converted_model_draws(tiny_model: VARModel) -> None:
 def test_there_is_no_second_copy_in_the_old_format(tiny_model: VARModel, memory_watch: Any) -> None:
     with memory_watch as watch:
         cast(tiny_model, torch.bfloat16)
+    there = sum(tensor.nbytes for tensor in tiny_model.state_dict().values())  # looked at, so counted
     tensors = list(tiny_model.transformer.state_dict().values())
     weights, largest = sum(tensor.nbytes for tensor in tensors), max(tensor.nbytes for tensor in tensors)
-    assert watch.peak <= weights // 2 + largest
+    assert 0.45 * weights < watch.peak - there <= weights // 2 + largest
