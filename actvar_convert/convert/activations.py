@@ -16,8 +16,11 @@ from torch import Tensor
 
 from actvar_convert.models.config import TokenPyramid
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.var import Block, Span
+from actvar_convert.models.var import Block, Span, VARTransformer
+from actvar_convert.runtime import release_pages
 
+TRIM_EVERY = 8
+"""Batches after which free memory between the kept states goes back to the system."""
 NULL_SHARE = 0.25
 """Share of calibration pyramids that carry the null class: guidance runs every image with and without its class."""
 
@@ -105,7 +108,6 @@ def _chosen(pyramids: int, length: int, count: int, whole_maps: bool, generator:
     return (maps.unsqueeze(1) * length + torch.arange(length)).flatten()
 
 
-@torch.no_grad()
 def record_blocks(
     model: VARModel,
     tokens_PL: Tensor,
@@ -118,6 +120,8 @@ def record_blocks(
     whole_maps: bool = False,
 ) -> Iterator[tuple[Block, BlockRecord]]:
     """Runs the pyramids through the dense transformer block by block and yields what each block did.
+
+    A record is as large as the states of all pyramids; drop it before asking for the next, and only one is there.
 
     Args:
         model: dense model, any device; records stay on its device.
@@ -133,32 +137,51 @@ def record_blocks(
     transformer, pyramid = model.transformer, model.transformer.config.pyramid
     labels = calibration_labels(labels_P.to(model.device), transformer.null_class)
     states, conditions = [], []
-    for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
-        inputs = model.teacher_forcing_input(tokens.to(model.device))
-        states.append(transformer.embed(label, inputs)[0])
-        conditions.append(transformer.condition(label))
+    with torch.no_grad():
+        for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
+            inputs = model.teacher_forcing_input(tokens.to(model.device))
+            states.append(transformer.embed(label, inputs)[0])
+            conditions.append(transformer.condition(label))
     generator = torch.Generator().manual_seed(seed)
     choice = [
         _chosen(len(tokens_PL), length, tokens_per_scale, whole_maps, generator).to(model.device)
         for length in pyramid.lengths
     ]
-    span, mask = Span(0, pyramid.lengths), transformer.attn_bias_for_masking.to(states[0].dtype)
     for index, block in enumerate(transformer.layers):
-        asked = wanted(index)
-        samples = _Samples(choice, asked.ffn, states[0])
-        record = BlockRecord(index, [], samples.kept)
-        seen: list[Tensor] = []
-        handle = block.ffn.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        first = 0
-        try:
-            for number, condition in enumerate(conditions):
-                x = states[number]
-                states[number] = block(x, block.modulation(*condition), span, mask)
-                if asked.states_from is not None:
-                    begin = pyramid.begins[asked.states_from]
-                    record.states.append(States(begin, x[:, begin:].clone() if begin else x, states[number]))
-                samples.add(seen.pop(), first, pyramid)
-                first += len(x)
-        finally:
-            handle.remove()
+        # Not a decorator of the generator, which would hold on to what it yielded last: see the last line.
+        with torch.no_grad():
+            record = _record_block(transformer, index, wanted(index), choice, states, conditions)
         yield block, record
+        del record
+
+
+def _record_block(
+    transformer: VARTransformer,
+    index: int,
+    wanted: Wanted,
+    choice: list[Tensor],
+    states: list[Tensor],
+    conditions: list[tuple[Tensor, Tensor | None]],
+) -> BlockRecord:
+    """Runs one block on the states of all batches, which it replaces by the block's outputs."""
+    pyramid, block = transformer.config.pyramid, transformer.layers[index]
+    span, mask = Span(0, pyramid.lengths), transformer.attn_bias_for_masking.to(states[0].dtype)
+    samples = _Samples(choice, wanted.ffn, states[0])
+    record = BlockRecord(index, [], samples.kept)
+    seen: list[Tensor] = []
+    handle = block.ffn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    first = 0
+    try:
+        for number, condition in enumerate(conditions):
+            x = states[number]
+            states[number] = block(x, block.modulation(*condition), span, mask)
+            if wanted.states_from is not None:
+                begin = pyramid.begins[wanted.states_from]
+                record.states.append(States(begin, x[:, begin:].clone() if begin else x, states[number]))
+            samples.add(seen.pop(), first, pyramid)
+            first += len(x)
+            if number % TRIM_EVERY == TRIM_EVERY - 1:
+                release_pages(())
+    finally:
+        handle.remove()
+    return record

@@ -70,6 +70,7 @@ def convert_model(
     for block, record in records:
         partition = partitions[record.index] if partitions is not None else None
         _convert_block(block, transformer.sparse_layers[record.index], record, recipe, partition)
+        del record
         release_pages(block.state_dict().values())
         on_block()
     transformer.requires_grad_(False)

@@ -138,6 +138,7 @@ def measure_sensitivity(
         autocast=autocast_dtype(recipe.calibration.dtype),
         on_batch=on_step,
     )
+    release_pages(model.transformer.state_dict().values())
     pyramid, levels = config.pyramid, keep_levels(recipe)
     scales = range(first_sparse_scale(config, recipe), pyramid.num_scales)
 
@@ -173,6 +174,7 @@ def measure_sensitivity(
         )
         skipping = gate_damage(record, own.block, recipe.gate, keeps=gates(record.index), pyramid=pyramid)
         found.append(BlockSensitivity(partition, damage, skipping))
+        del record
         release_pages(block.state_dict().values())
         on_step(1)
     return found
