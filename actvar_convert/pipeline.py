@@ -140,6 +140,7 @@ def convert(
 
     sparse = made_by_main(make, model, plans, default, processes)
     sparse.origin = {}
+    release_pages(model.transformer.state_dict().values())
     if out is not None and processes.main:
         save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
     return sparse
