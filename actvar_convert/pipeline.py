@@ -96,7 +96,12 @@ def load(
 
 
 def convert(
-    model: VARModel, *, recipe: RecipeLike, out: str | Path | None = None, progress: Progress | None = None
+    model: VARModel,
+    *,
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    work: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> SparseVARModel:
     """A sparse model from a dense one: calibrated, usable at once without training.
 
@@ -104,6 +109,8 @@ def convert(
         model: the dense model, left as it is.
         recipe: name, file or Recipe.
         out: folder to write the result to, whole or not at all.
+        work: folder in which pyramids and sums are kept as they are made, so an interrupted call goes on; the caller
+            removes it.
         progress: told about every long step.
 
     Raises:
@@ -121,14 +128,22 @@ def convert(
     require_memory(conversion_memory(model, chosen), model.device)
     origin = provenance(model, chosen) if out is not None else None
     release_pages(model.tokenizer.state_dict().values())
-    store = calibration_store(model, chosen, progress=progress, processes=processes)
+    kept = {}
+    if work is not None:
+        name = run_fingerprint(model, chosen)[:12]
+        kept = {what: Path(work) / f"{what}-{name}" for what in ("calibration", "search")}
+    store = calibration_store(
+        model, chosen, path=kept.get("calibration"), progress=progress, processes=processes
+    )
 
     tokens, labels = store.tokens.long(), store.labels
     planned = None
     if processes.main:
         reporter = progress if searches(chosen) else SilentProgress()
         with reporter.task("searching for a plan", search_steps(config, chosen)) as task:
-            planned = plan_model(model, chosen, tokens, labels, on_step=task.advance)
+            planned = plan_model(
+                model, chosen, tokens, labels, state=kept.get("search"), on_step=task.advance
+            )
     plans, default = processes.from_main((planned.plans, planned.default) if planned is not None else ({}, ""))
 
     def make() -> SparseVARModel:

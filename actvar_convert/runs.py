@@ -169,7 +169,7 @@ def _make(
     require_memory(pipeline.distillation_memory(teacher, recipe, processes), teacher.device)
     origin = provenance(teacher, recipe, run=fingerprint)
     if sparse is None:
-        sparse = pipeline.convert(teacher, recipe=recipe, progress=progress)
+        sparse = pipeline.convert(teacher, recipe=recipe, work=work, progress=progress)
         if processes.main:
             save_sparse(sparse, converted, provenance=origin, recipe_text=dump_recipe(recipe))
     return pipeline.distill(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 import actvar_convert as av
@@ -39,7 +40,7 @@ class Listener(SilentProgress):
         steps: list[int] = []
         self.heard.append((description, total, steps))
         with super().task(description, total) as task:
-            task.advance = steps.append  # type: ignore[method-assign]
+            task.advance = lambda count=1: steps.append(count)  # type: ignore[method-assign]
             yield task
 
     def say(self, text: str) -> None:
@@ -92,3 +93,30 @@ def test_a_finished_distillation_is_found_and_leaves_nothing_beside_it(tiny_mode
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
     _, progress = distilled(recipe.model_copy(update={"seed": 1}))
     assert progress.heard and not progress.said
+
+
+def test_an_interrupted_conversion_goes_on_from_what_is_kept(tiny_model: VARModel, tmp_path: Path) -> None:
+    budget = {"search": "sensitivity", "reduction": 0.1, "pyramids": 4}
+    recipe = Recipe.model_validate(TINY | {"budget": budget, "calibration": {"pyramids": 6, "batch": 2}})
+    whole, stopped = av.convert(tiny_model, recipe=recipe), Listener()
+    searching = stopped.task
+
+    @contextmanager
+    def breaking(description: str, total: int | None = None) -> Iterator[Task]:
+        with searching(description, total) as task:
+            if description == "converting blocks":
+                raise KeyboardInterrupt
+            yield task
+
+    stopped.task = breaking  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        av.convert(tiny_model, recipe=recipe, work=tmp_path / "work", progress=stopped)
+    assert len(list((tmp_path / "work").iterdir())) == 2
+    progress = Listener()
+    resumed = av.convert(tiny_model, recipe=recipe, work=tmp_path / "work", progress=progress)
+    advances = {description: steps for description, _, steps in progress.heard}
+    assert advances["sampling from the teacher"] == [6]
+    assert advances["searching for a plan"][0] == 4
+    expected = whole.transformer.state_dict()
+    assert resumed.plans == whole.plans
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.transformer.state_dict().items())

@@ -11,13 +11,17 @@ between scales is kept as one factor per scale. Shapes: P pyramids, B of a batch
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from actvar_convert.convert.activations import calibration_labels
+from actvar_convert.files import write_whole
 from actvar_convert.models.config import TokenPyramid
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sampling import draw
@@ -79,6 +83,7 @@ def output_metrics(
     batch: int,
     seed: int,
     autocast: torch.dtype | None = None,
+    state: Path | None = None,
     on_batch: Callable[[int], None] = lambda pyramids: None,
 ) -> list[BlockMetrics]:
     """The metrics of every block, measured on calibration pyramids.
@@ -92,6 +97,8 @@ def output_metrics(
         batch: pyramids at once.
         seed: of the drawn codes.
         autocast: half-precision format to compute in; moments are summed in fp32 all the same.
+        state: file in which sums are kept as batches are done; a call that finds it goes on from there, to the same
+            result. It has to belong to the same model, pyramids and settings.
         on_batch: told the number of pyramids done.
     """
     transformer = model.transformer
@@ -100,7 +107,11 @@ def output_metrics(
     labels = calibration_labels(labels_P.to(model.device), transformer.null_class)
     generator = torch.Generator().manual_seed(seed)
     span, mask = Span(0, pyramid.lengths), transformer.attn_bias_for_masking.to(model.dtype)
-    for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
+    done = _restore(state, moments, generator)
+    parts = list(zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True))
+    if done:
+        on_batch(sum(len(tokens) for tokens, _ in parts[:done]))
+    for number, (tokens, label) in enumerate(parts[done:], start=done + 1):
         with torch.autocast(model.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
             with torch.no_grad():
                 x, modulation = transformer.embed(label, model.teacher_forcing_input(tokens.to(model.device)))
@@ -113,9 +124,36 @@ def output_metrics(
                 moments[block.index][1].add(gradient)
                 gradient, at_ffn = _through(block, inputs.pop(), own, span, mask, gradient)
                 moments[block.index][0].add(at_ffn)
+        if state is not None:
+            write_whole(state, safetensors.torch.save(_tensors(moments, generator, number)))
         on_batch(len(tokens))
     count = len(tokens_PL)
     return [BlockMetrics(*(each.metric(count) for each in pair)) for pair in moments]
+
+
+def _tensors(moments: list[tuple[_Moments, _Moments]], generator: torch.Generator, batches: int) -> dict[str, Tensor]:
+    """All sums, and what the next batch needs besides."""
+    kept = {"batches": torch.tensor(batches), "generator": generator.get_state()}
+    for block, pair in enumerate(moments):
+        for name, own in zip(("ffn", "block"), pair, strict=True):
+            kept |= {f"{block}.{name}.moment": own.moment.cpu(), f"{block}.{name}.size": own.size.cpu()}
+    return kept
+
+
+def _restore(state: Path | None, moments: list[tuple[_Moments, _Moments]], generator: torch.Generator) -> int:
+    """Takes up what ``_tensors`` gave, where there is such a file; returns the number of batches done."""
+    try:
+        kept = safetensors.torch.load(state.read_bytes()) if state is not None else {}
+    except (FileNotFoundError, SafetensorError):
+        return 0
+    if not kept:
+        return 0
+    for block, pair in enumerate(moments):
+        for name, own in zip(("ffn", "block"), pair, strict=True):
+            own.moment.copy_(kept[f"{block}.{name}.moment"])
+            own.size.copy_(kept[f"{block}.{name}.size"])
+    generator.set_state(kept["generator"])
+    return int(kept["batches"])
 
 
 def _gradient_at_end(model: VARModel, x_BLC: Tensor, head_B2C: Tensor, generator: torch.Generator) -> Tensor:

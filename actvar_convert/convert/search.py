@@ -10,6 +10,7 @@ whose evolutionary part the additive damages make unnecessary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +78,7 @@ def plan_model(
     tokens_PL: Tensor,
     labels_P: Tensor,
     *,
+    state: Path | None = None,
     on_step: Callable[[int], None] = lambda steps: None,
 ) -> Planned:
     """The plans of a recipe for a dense model: those it states, uniform ones, or the result of a search.
@@ -86,6 +88,7 @@ def plan_model(
         recipe: with its budget.
         tokens_PL, labels_P: calibration pyramids [P, L] int64 and their classes; the search looks at the first
             ``budget.pyramids``.
+        state: file in which the unfinished search is kept, see ``output_metrics``.
         on_step: told of steps done, ``search_steps`` in all.
 
     Raises:
@@ -95,7 +98,7 @@ def plan_model(
     if not searches(recipe):
         plans, default = recipe_plans(config, recipe)
         return Planned(plans, default, None, {})
-    sensitivities = measure_sensitivity(model, recipe, tokens_PL, labels_P, on_step=on_step)
+    sensitivities = measure_sensitivity(model, recipe, tokens_PL, labels_P, state=state, on_step=on_step)
     wanted, default = targets(recipe)
     device = model.device.type
     found = {name: search_plan(config, recipe, sensitivities, share, device) for name, share in wanted.items()}
@@ -123,6 +126,7 @@ def measure_sensitivity(
     tokens_PL: Tensor,
     labels_P: Tensor,
     *,
+    state: Path | None = None,
     on_step: Callable[[int], None] = lambda steps: None,
 ) -> list[BlockSensitivity]:
     """Experts of every block, and the damage of every setting that a plan of the recipe may have."""
@@ -136,6 +140,7 @@ def measure_sensitivity(
         batch=batch,
         seed=recipe.seed,
         autocast=autocast_dtype(recipe.calibration.dtype),
+        state=state,
         on_batch=on_step,
     )
     release_pages(model.transformer.state_dict().values())

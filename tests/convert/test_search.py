@@ -1,6 +1,7 @@
 """The search for a plan: the metric against finite differences, the damage table, the budget."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +92,29 @@ def test_the_metric_does_not_depend_on_the_batch(
     for one, other in zip(itertools.chain(*whole), itertools.chain(*parts), strict=True):
         torch.testing.assert_close(other.root @ other.root.T, one.root @ one.root.T, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(other.scales, one.scales, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_measurement_goes_on_to_the_same_metric(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    state, reported = tmp_path / "work" / "search", []
+
+    def stop(pyramids: int) -> None:
+        if sum(reported) + pyramids > 14:
+            raise KeyboardInterrupt
+        reported.append(pyramids)
+
+    with pytest.raises(KeyboardInterrupt):
+        output_metrics(tiny_model, *calibration, batch=7, seed=0, state=state, on_batch=stop)
+    rest: list[int] = []
+    resumed = output_metrics(tiny_model, *calibration, batch=7, seed=0, state=state, on_batch=rest.append)
+    assert rest == [21, 3]
+    whole = output_metrics(tiny_model, *calibration, batch=7, seed=0)
+    for one, other in zip(itertools.chain(*whole), itertools.chain(*resumed), strict=True):
+        assert torch.equal(one.root, other.root) and torch.equal(one.scales, other.scales)
+    state.write_bytes(state.read_bytes()[:100])
+    again = output_metrics(tiny_model, *calibration, batch=7, seed=0, state=state)
+    assert torch.equal(again[0].ffn.root, whole[0].ffn.root)
 
 
 def test_half_precision_finds_nearly_the_same_metric(
