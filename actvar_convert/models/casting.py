@@ -26,10 +26,11 @@ def cast(model: VARModel, dtype: torch.dtype) -> VARModel:
     for part, of in ((model.transformer, dtype), (model.tokenizer, torch.float32)):
         for tensor in chain(part.parameters(), part.buffers()):
             converted = tensor.detach().to(of) if tensor.is_floating_point() else tensor
-            changed = changed or converted.dtype != tensor.dtype
+            if converted.dtype != tensor.dtype:
+                changed = True
+                if tensor.nbytes >= _LARGE:
+                    release_pages([tensor])
             if isinstance(tensor, nn.Parameter):
                 converted = nn.Parameter(converted, requires_grad=tensor.requires_grad)
             made[id(tensor)] = converted
-            if tensor.nbytes >= _LARGE:
-                release_pages([tensor])
     return copy.deepcopy(model, made) if changed else model

@@ -122,14 +122,17 @@ def test_d36_on_one_gpu_as_its_recipe_says() -> None:
     assert f"{estimate.total / 1e9:.1f} GB on one" in text and estimate.total < 0.85 * 80e9
 
 
-def test_large_batches_of_samples_cost_what_is_under_way_at_once() -> None:
+@pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
+def test_large_batches_of_samples_cost_what_is_under_way_at_once(dtype: str, itemsize: int) -> None:
     config, tokenizer = official_config("var-d36")
-    chosen = load_recipe("var_d36", ["data.batch=64", "distill.stage1.steps=0", "distill.stage2.steps=0"])
-    estimate = estimate_distill(config, tokenizer, chosen, device="cuda")
+    settings = ["data.batch=64", f"data.dtype={dtype}", "distill.stage1.steps=0", "distill.stage2.steps=0"]
+    estimate = estimate_distill(config, tokenizer, load_recipe("var_d36", settings), device="cuda")
     assert estimate.phase == "sampling from the teacher" and estimate.lower == ("data.batch",)
-    under_way = images_at_once(config, tokenizer, 4, "cuda")
+    under_way = images_at_once(config, tokenizer, itemsize, "cuda")
     assert under_way < 64
-    assert estimate.parts["keys and values"] == 2 * 36 * 2 * under_way * 2240 * 2304 * 4
+    assert estimate.parts["keys and values"] == 2 * 36 * 2 * under_way * 2240 * 2304 * itemsize
+    copied = estimate.parts["weights in half precision"]
+    assert copied == (0 if itemsize == 4 else (estimate.parts["weights of teacher and student"] // 4))
 
 
 def test_a_student_that_draws_pyramids_is_priced() -> None:
