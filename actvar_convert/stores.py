@@ -10,24 +10,19 @@ from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
 from actvar_convert.progress import Progress
-from actvar_convert.recipe.schema import Recipe
-from actvar_convert.runtime import DTYPES, pick_dtype
+from actvar_convert.recipe.schema import CalibrationRecipe, DataRecipe, Recipe
+from actvar_convert.runtime import pick_dtype
 
 
 def calibration_store(
     model: VARModel, recipe: Recipe, *, path: Path | None = None, progress: Progress, processes: Processes = ALONE
 ) -> TokenStore:
     """The pyramids that a dense model's activations are measured on; kept in ``path`` as they come, where given."""
-    calibration = recipe.calibration
     return _store(
         model,
-        source=calibration.source,
-        images=calibration.images,
-        count=calibration.pyramids,
-        batch=calibration.batch,
+        recipe.calibration,
         seed=recipe.seed + 1,
         cfg=recipe.data.cfg,
-        dtype=calibration.dtype,
         path=path,
         progress=progress,
         processes=processes,
@@ -38,16 +33,11 @@ def distillation_store(
     teacher: VARModel, recipe: Recipe, *, path: Path, progress: Progress, processes: Processes = ALONE
 ) -> TokenStore:
     """The pyramids that a distillation replays; kept in ``path`` as they come."""
-    data = recipe.data
     return _store(
         teacher,
-        source=data.source,
-        images=data.images,
-        count=data.pyramids,
-        batch=data.batch,
+        recipe.data,
         seed=recipe.seed + 2,
-        cfg=data.cfg,
-        dtype=data.dtype,
+        cfg=recipe.data.cfg,
         path=path,
         progress=progress,
         processes=processes,
@@ -56,25 +46,23 @@ def distillation_store(
 
 def _store(
     model: VARModel,
+    wanted: CalibrationRecipe | DataRecipe,
     *,
-    source: str,
-    images: str | None,
-    count: int,
-    batch: int,
     seed: int,
     cfg: float | None,
-    dtype: str,
     path: Path | None,
     progress: Progress,
     processes: Processes,
 ) -> TokenStore:
-    if source == "images":
-        if images is None:
+    count, batch = wanted.pyramids, wanted.batch
+    if wanted.source == "images":
+        if wanted.images is None:
             raise InputError("source: images needs the folder, as images: PATH")
         return store_from_images(
-            model, Path(images), count, path=path, batch=batch, seed=seed, progress=progress, processes=processes
+            model, Path(wanted.images), count, path=path, batch=batch, seed=seed, progress=progress, processes=processes
         )
-    drawing = cast(model, pick_dtype(dtype, model.device)) if DTYPES[dtype].itemsize < model.dtype.itemsize else model
+    dtype = pick_dtype(wanted.dtype, model.device)
+    drawing = cast(model, dtype) if dtype.itemsize < model.dtype.itemsize else model
     return store_from_teacher(
         drawing, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress, processes=processes
     )

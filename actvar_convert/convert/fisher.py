@@ -142,11 +142,11 @@ def _tensors(moments: list[tuple[_Moments, _Moments]], generator: torch.Generato
 
 def _restore(state: Path | None, moments: list[tuple[_Moments, _Moments]], generator: torch.Generator) -> int:
     """Takes up what ``_tensors`` gave, where there is such a file; returns the number of batches done."""
-    try:
-        kept = safetensors.torch.load(state.read_bytes()) if state is not None else {}
-    except (FileNotFoundError, SafetensorError):
+    if state is None:
         return 0
-    if not kept:
+    try:
+        kept = safetensors.torch.load(state.read_bytes())
+    except (FileNotFoundError, SafetensorError):
         return 0
     for block, pair in enumerate(moments):
         for name, own in zip(("ffn", "block"), pair, strict=True):
