@@ -10,8 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
 
 FloatArray = npt.NDArray[np.float64]
 Measured = npt.NDArray[np.floating[Any]]
@@ -71,6 +69,8 @@ def balanced_kmeans(points_HD: FloatArray, experts: int, seed: int, rounds: int 
     """k-means, then rounds of balanced assignment and new centres until the assignment stands still."""
     if experts == 1:
         return np.zeros(len(points_HD), np.int64)
+    from sklearn.cluster import KMeans  # takes a second to import, and most commands cluster nothing
+
     centres = KMeans(experts, n_init=2, random_state=seed).fit(points_HD).cluster_centers_
     label: IntArray | None = None
     for _ in range(rounds):
@@ -88,6 +88,8 @@ def balanced_assignment(cost_HE: FloatArray, exact_limit: int = EXACT_LIMIT) -> 
     """Expert [H] of every neuron with equal sizes and a small total cost: exact when small, greedy with swaps else."""
     neurons, experts = cost_HE.shape
     if neurons <= exact_limit:
+        from scipy.optimize import linear_sum_assignment  # see balanced_kmeans
+
         size = neurons // experts
         _, slot = linear_sum_assignment(np.repeat(cost_HE, size, axis=1))
         label: IntArray = (slot // size).astype(np.int64)
