@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actvar_convert.models.attention import GenerationCache
-from actvar_convert.models.sampling import Sampling, draw, filter_logits
+from actvar_convert.models.sampling import Sampling, draw, filter_logits, guided
 from actvar_convert.models.var import Span, VARTransformer
 from actvar_convert.models.vqvae import MultiScaleQuantizer
 
@@ -57,9 +57,8 @@ class Generation:
         span = Span(scale, (pyramid.lengths[scale],))
         for block, modulation in zip(transformer.blocks, self._modulation.blocks, strict=True):
             x = block(x, modulation, span, cache=self._cache)
-        conditional, unconditional = transformer.logits(x, self._modulation.head).chunk(2)
         strength = self._sampling.strength(scale, pyramid.num_scales)
-        logits = (1 + strength) * conditional - strength * unconditional
+        logits = guided(transformer.logits(x, self._modulation.head), strength)
         index = draw(filter_logits(logits, self._sampling.top_k, self._sampling.top_p), noise_BLV)
         if scale + 1 < pyramid.num_scales:
             self._x = self._input(scale, index)

@@ -31,6 +31,17 @@ class Sampling(NamedTuple):
         return self.cfg * scale / max(1, num_scales - 1)
 
 
+def guided(logits_2BLV: Tensor, strength: float | Tensor) -> Tensor:
+    """Guided predictions [B, L, V]: (1 + t) conditional - t unconditional (Ho and Salimans, arXiv 2207.12598).
+
+    Args:
+        logits_2BLV: B conditional rows, then the same without a class.
+        strength: t, of all tokens or [L, 1].
+    """
+    conditional, unconditional = logits_2BLV.chunk(2)
+    return (1 + strength) * conditional - strength * unconditional
+
+
 def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits with everything outside top-k and top-p at minus infinity (top-p after top-k, as the reference does).
 

@@ -83,8 +83,8 @@ def _idle(name: str, stage: StageRecipe) -> Iterator[str]:
         return
     if stage.trainable == "none" and stage.router == "frozen" and stage.gate == "frozen":
         yield f"{name}: trains nothing; set trainable, router or gate, or steps to 0"
-    if not any((stage.kl, stage.hidden, stage.output, stage.router_loss, stage.gate_loss)):
-        yield f"{name}: all losses have weight 0; give kl, hidden, output, router_loss or gate_loss a weight"
+    if not any((stage.kl, stage.guided_kl, stage.hidden, stage.output, stage.router_loss, stage.gate_loss)):
+        yield f"{name}: all losses have weight 0; give kl, guided_kl, hidden, output, router_loss or gate_loss a weight"
     if stage.router == "regress" and not stage.router_loss:
         yield f"{name}.router_loss: given 0, allowed: more than 0 where {name}.router is regress"
 
@@ -94,7 +94,7 @@ def _unused(name: str, stage: StageRecipe) -> Iterator[str]:
     if stage.steps == 0:
         return
     local = isinstance(stage, RouterStage)
-    for loss in ("kl", "hidden", "gate_loss") if local else ("output",):
+    for loss in ("kl", "guided_kl", "hidden", "gate_loss") if local else ("output",):
         if getattr(stage, loss):
             what = "a loss of stage 2, end to end" if local else "a loss of stage 1, every FFN apart"
             yield f"{name}.{loss}: given {getattr(stage, loss):g}, allowed: 0; it weighs {what}"

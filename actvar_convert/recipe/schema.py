@@ -141,6 +141,14 @@ RouterMode = Annotated[
 ]
 GateMode = Annotated[Literal["frozen", "train"], Field(description="gates and reconstruction stay still, or train")]
 KlWeight = Annotated[float, Field(ge=0, description="weight of KL(teacher to student) on the logits, nats per token")]
+GuidedKlWeight = Annotated[
+    float,
+    Field(
+        ge=0,
+        description="weight of KL(teacher to student) on guided predictions, as the model's own sampling guides them. "
+        "Each pyramid is then measured with its class and without, at twice the cost; data.null_share plays no part",
+    ),
+]
 HiddenWeight = Annotated[float, Field(ge=0, description="weight of the relative error of the hidden state")]
 OutputWeight = Annotated[float, Field(ge=0, description="weight of the relative error of every FFN's output")]
 RouterWeight = Annotated[float, Field(ge=0, description="weight of the routers' regression")]
@@ -174,6 +182,7 @@ class StageRecipe(Section):
         "the student's forward pass",
     )
     kl: KlWeight = 0.0
+    guided_kl: GuidedKlWeight = 0.0
     hidden: HiddenWeight = 0.0
     output: OutputWeight = 0.0
     router_loss: RouterWeight = 0.0
