@@ -48,7 +48,7 @@ REPORT, TABLE, PICTURE = "sweep.json", "sweep.csv", "sweep.png"
 _UNUSED: dict[str, Any] = {
     **dict.fromkeys(("name", "description", "model", "vae", "device", "dtype"), True),
     **dict.fromkeys(("plans", "default_plan", "distill", "benchmark", "samples", "checks"), True),
-    "budget": {"reduction", "plans"},
+    "budget": {"reduction", "plans", "guidance"},
     "data": {"source", "images", "pyramids", "null_share", "batch"},
     "evaluate": {"images", "held_out", "neighbours"},
 }
@@ -147,12 +147,12 @@ def sweep(
 
 
 def _recipe(source: pipeline.RecipeLike, model: VARModel) -> Recipe:
-    """The recipe without stated plans and without what follows the conversion, checked against the model."""
+    """The recipe without stated plans and without what belongs to training, checked against the model."""
     given = load_recipe(source, config=model.transformer.config)
     chosen = given.model_copy(
         update={
             **{"plans": None, "default_plan": None, "distill": DistillRecipe(), "checks": None},
-            "budget": given.budget.model_copy(update={"plans": {}}),
+            "budget": given.budget.model_copy(update={"plans": {}, "guidance": "paired"}),
         }
     )
     check_recipe(chosen, model.transformer.config)

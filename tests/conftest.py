@@ -56,6 +56,16 @@ def tiny_sparse(tiny_model: VARModel) -> SparseVARModel:
     return SparseVARModel(transformer, tiny_model.tokenizer, tiny_model.sampling)
 
 
+@pytest.fixture
+def tiny_folded(tiny_sparse: SparseVARModel) -> SparseVARModel:
+    """The tiny sparse model with guidance folded into its predictions, which nothing has trained."""
+    plan = tiny_sparse.plan.model_copy(update={"guidance": "folded"})
+    transformer = SparseVARTransformer(tiny_sparse.transformer.config, {"default": plan}, "default")
+    transformer.load_state_dict(tiny_sparse.transformer.state_dict())
+    transformer.eval().requires_grad_(False)
+    return SparseVARModel(transformer, tiny_sparse.tokenizer, tiny_sparse.sampling)
+
+
 class MemoryWatch(TorchDispatchMode):
     """While in force, adds up the bytes of CPU tensors that are made and still alive; ``peak`` is their maximum."""
 

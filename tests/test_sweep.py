@@ -81,6 +81,8 @@ def test_a_point_is_what_convert_gives(tiny_model: VARModel) -> None:
         assert point.fid is None and point.expected_kl is None and point.problem is None
     assert report.dense_flops == av.report_flops(tiny_model).dense.transformer.flops
     assert (report.held_out, report.calibration_pyramids, report.chosen) == (HELD_OUT, 12, None)
+    folded = recipe(budget={"search": "uniform", "guidance": "folded"})
+    assert av.sweep(tiny_model, recipe=folded, reductions=(0.3, 0.1)) == report, "nothing teaches it here"
 
 
 def test_a_search_looks_once_and_every_plan_meets_its_target(

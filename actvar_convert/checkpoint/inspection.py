@@ -250,4 +250,6 @@ def _active_share(config: TransformerConfig, plan: SparsityPlan) -> float:
 def _plans_text(config: SparseConfig, plans: Mapping[str, float]) -> str:
     default = config.default_plan
     text = f"plan {default}: {plans[default]:.0%} of the expert work ({config.plans[default].experts} experts per FFN)"
+    if config.plans[default].guidance == "folded":
+        text += ", guidance folded in"
     return text if len(plans) == 1 else f"{text} ({len(plans)} plans)"

@@ -79,6 +79,7 @@ def assemble_plan(
         reconstruction=recipe.gate.reconstruction,
         reconstruction_rank=recipe.gate.rank,
         skipped_kv=recipe.gate.skipped_kv,
+        guidance=recipe.budget.guidance,
     )
 
 

@@ -287,7 +287,7 @@ def setting_price(
     macs = block_macs(config, plan, 0, scale)
     if recipe.budget.price == "flops":
         return sum(macs.values())
-    rows, dtype = costs.rows(guidance=True) * recipe.budget.price_batch, DTYPES[recipe.benchmark.dtypes[0]]
+    rows, dtype = plan.rows * recipe.budget.price_batch, DTYPES[recipe.benchmark.dtypes[0]]
     ffn = FFNShape(
         device=device,
         dtype=dtype,

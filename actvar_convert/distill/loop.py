@@ -327,10 +327,9 @@ def _run_stage(
                 with autocast():
                     seed = noise_seed(run.seed, step)
                     tokens = run.model.sample_prefix(labels, scales, cfg=recipe.data.cfg, seed=seed, rows=own)
-            if not run.recipe.guided_kl:
-                labels = drop_labels(
-                    labels, teacher.transformer.null_class, recipe.data.null_share, run.seed * 1_000_003 + step
-                )
+            labels = drop_labels(
+                labels, teacher.transformer.null_class, recipe.data.null_share, run.seed * 1_000_003 + step
+            )
             values = run.train_step(teacher, tokens, labels[own].to(device), autocast())
             if run.step == step:
                 break

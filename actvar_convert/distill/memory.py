@@ -138,8 +138,7 @@ def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> 
 
 
 def _forward(config: TransformerConfig, stage: StageRecipe, per_token: _Activations) -> dict[str, int]:
-    rows = 2 * stage.batch if stage.guided_kl else stage.batch
-    tokens = rows * config.pyramid.total
+    tokens = stage.batch * config.pyramid.total
     return {
         "activations": tokens * config.width * (per_token.block * config.depth + per_token.rest),
         "logits": tokens * config.vocab * per_token.head,

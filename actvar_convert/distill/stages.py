@@ -26,9 +26,8 @@ from actvar_convert.distill.losses import Total, alone, kl_per_token, regression
 from actvar_convert.distill.sharding import gathered
 from actvar_convert.distill.traces import Trace, trace
 from actvar_convert.models.config import TokenPyramid
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import VARModel, guided_logits
 from actvar_convert.models.plan import SparsityPlan
-from actvar_convert.models.sampling import guided
 from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import Span
 from actvar_convert.recipe.schema import StageRecipe
@@ -163,28 +162,21 @@ def stage2(
 ) -> Losses:
     """KL on logits per scale, hidden-state error, and the regression of the gates (and of routers that train).
 
-    With ``guided_kl`` every pyramid runs with its class and without, and all losses cover both.
+    Where the student's guidance is folded, its predictions are compared with the teacher's guided ones.
     """
-    if recipe.guided_kl:
-        tokens_BL = tokens_BL.repeat(2, 1)
-        labels_B = torch.cat((labels_B, torch.full_like(labels_B, teacher.transformer.null_class)))
     inputs = teacher.teacher_forcing_input(tokens_BL)
     with torch.no_grad():
         seen = trace(
             teacher.transformer, labels_B, inputs, ffn=recipe.router == "regress" and bool(recipe.router_loss)
         )
+        if model.transformer.rows_per_image == 1:
+            seen.logits = guided_logits(teacher, labels_B, inputs, seen.logits)
     own = trace(model.transformer, labels_B, inputs)
     assert seen.logits is not None and own.logits is not None
     layers, scales = model.transformer.sparse_layers, seen.scales
     weight = token_weights(recipe, model.transformer.config.pyramid, scales, tokens_BL.device)
-    losses = {}
-    if recipe.kl:
-        divergence = kl_per_token(seen.logits, own.logits, recipe.temperature)
-        losses["kl"] = recipe.kl * weighted_mean(divergence, weight, total)
-    if recipe.guided_kl:
-        strength = guidance_strength(teacher, scales)
-        divergence = kl_per_token(guided(seen.logits, strength), guided(own.logits, strength), recipe.temperature)
-        losses["guided_kl"] = recipe.guided_kl * weighted_mean(divergence, weight, total)
+    divergence = kl_per_token(seen.logits, own.logits, recipe.temperature)
+    losses = {"kl": recipe.kl * weighted_mean(divergence, weight, total)}
     if recipe.hidden:
         errors = [relative_error(a, b, total, weight) for a, b in zip(own.hidden[1:], seen.hidden[1:], strict=True)]
         losses["hidden"] = recipe.hidden * torch.stack(errors).mean()
@@ -201,14 +193,6 @@ def stage2(
         if router:
             losses["router"] = recipe.router_loss * torch.stack(router).mean()
     return losses
-
-
-def guidance_strength(model: VARModel, scales: int) -> Tensor:
-    """Strength [L, 1] of guidance at the tokens of the first scales, as the model samples by default."""
-    pyramid = model.transformer.config.pyramid
-    lengths = torch.tensor(pyramid.lengths[:scales], device=model.device)
-    strength = [model.sampling.strength(scale, pyramid.num_scales) for scale in range(scales)]
-    return torch.tensor(strength, device=model.device).repeat_interleave(lengths).unsqueeze(-1)
 
 
 def _gated_scales(block: SparseBlock, scales: int) -> list[int]:

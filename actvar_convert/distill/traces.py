@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from actvar_convert.models.var import Span, VARTransformer
+from actvar_convert.models.var import VARTransformer
 
 
 @dataclass
@@ -51,8 +51,7 @@ def trace(
         handles = [block.ffn.register_forward_hook(keep) for block in transformer.layers]
     try:
         x, modulation = transformer.embed(labels_B, inputs_BLz)
-        span = Span(0, pyramid.lengths[: kept.scales])
-        mask = transformer.attn_bias_for_masking[..., :tokens, :tokens].to(x.dtype)
+        span, mask = transformer.forced(x)
         kept.hidden.append(x)
         for block, block_modulation in zip(transformer.layers, modulation.blocks, strict=True):
             x = block(x, block_modulation, span, mask)

@@ -6,7 +6,8 @@ recorded as a CUDA graph (``models/graphs.py``). Where that could break, for a r
 ``kernels.expert_ffn`` picks; plans with thresholds and the loop over experts do wait. ``tests/models/test_graphs.py``
 runs a step on tensors without values, which fails at any such place, and on a GPU counts the waits.
 
-Shapes: B images, 2 B rows (guidance: conditional, then unconditional), L_s tokens of scale s, C width, V codebook size.
+Shapes: B images, R B rows (2: guidance, conditional, then unconditional; 1: it is folded in), L_s tokens of scale s, C
+width, V codebook size.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Generation:
     ) -> None:
         self._transformer, self._quantizer, self._sampling = transformer, quantizer, sampling
         config = transformer.config
-        condition = transformer.class_emb(torch.cat((labels_B, torch.full_like(labels_B, transformer.null_class))))
+        self._rows = transformer.rows_per_image
+        null_B = torch.full_like(labels_B, transformer.null_class)
+        condition = transformer.class_emb(labels_B if self._rows == 1 else torch.cat((labels_B, null_B)))
         self._modulation = transformer.modulation(condition)
         self._positions = transformer.positions(0, config.pyramid.total)
         self._dtype = transformer.pos_start.dtype
@@ -57,16 +60,17 @@ class Generation:
         span = Span(scale, (pyramid.lengths[scale],))
         for block, modulation in zip(transformer.blocks, self._modulation.blocks, strict=True):
             x = block(x, modulation, span, cache=self._cache)
-        strength = self._sampling.strength(scale, pyramid.num_scales)
-        logits = guided(transformer.logits(x, self._modulation.head), strength)
+        logits = transformer.logits(x, self._modulation.head)
+        if self._rows == 2:
+            logits = guided(logits, self._sampling.strength(scale, pyramid.num_scales))
         index = draw(filter_logits(logits, self._sampling.top_k, self._sampling.top_p), noise_BLV)
         if scale + 1 < pyramid.num_scales:
             self._x = self._input(scale, index)
         return index
 
     def _input(self, scale: int, index_BL: Tensor) -> Tensor:
-        """Hidden states [2 B, L_(s+1), C] of the next scale, from the tokens just drawn."""
+        """Hidden states [R B, L_(s+1), C] of the next scale, from the tokens just drawn."""
         added = self._quantizer.contribution(scale, index_BL)
         self._f_hat = added if self._f_hat is None else self._f_hat + added
         following = self._quantizer.next_input(self._f_hat, scale + 1).to(self._dtype)
-        return self._transformer.next_tokens(following, scale + 1, self._positions).repeat(2, 1, 1)
+        return self._transformer.next_tokens(following, scale + 1, self._positions).repeat(self._rows, 1, 1)

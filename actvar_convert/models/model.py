@@ -12,7 +12,7 @@ from actvar_convert.errors import InputError
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import Recordings
-from actvar_convert.models.sampling import Noise, Sampling, chunk_seed
+from actvar_convert.models.sampling import Noise, Sampling, chunk_seed, guided
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
 
@@ -53,6 +53,25 @@ def images_at_once(
     states = 2 * largest * (2 * config.hidden + 8 * config.width) * itemsize + 40 * largest * config.vocab
     maps = 6 * tokenizer.image_size**2 * tokenizer.ch * max(tokenizer.ch_mult[:2]) * 4
     return max(1, generation_bytes(device) // max(cache + states, maps))
+
+
+def guided_logits(
+    model: VARModel, labels_B: Tensor, inputs_BLz: Tensor, conditional_BLV: Tensor | None = None
+) -> Tensor:
+    """Predictions [B, L, V] under teacher forcing, guided as the model samples by default.
+
+    Args:
+        model: dense, or with paired guidance.
+        labels_B, inputs_BLz: see ``VARTransformer.forward``.
+        conditional_BLV: the predictions with the class, where they are known.
+    """
+    transformer, pyramid = model.transformer, model.transformer.config.pyramid
+    conditional = transformer(labels_B, inputs_BLz) if conditional_BLV is None else conditional_BLV
+    unconditional = transformer(torch.full_like(labels_B, transformer.null_class), inputs_BLz)
+    scales = pyramid.scales_in(conditional.shape[1])
+    strengths = torch.tensor([model.sampling.strength(scale, pyramid.num_scales) for scale in range(scales)])
+    strength = strengths.repeat_interleave(torch.tensor(pyramid.lengths[:scales])).unsqueeze(-1)
+    return guided(torch.cat((conditional, unconditional)), strength.to(conditional.device))
 
 
 class VARModel(nn.Module):
@@ -107,7 +126,7 @@ class VARModel(nn.Module):
 
         Args:
             labels: class indices [B]; ``classes`` (or -1) for no class.
-            cfg, top_k, top_p: see Sampling; the model's own values by default.
+            cfg, top_k, top_p: see Sampling; the model's own values by default. cfg is fixed where guidance is folded.
             seed: every chunk draws from a generator of its own derived from it.
             chunk: images that draw together. Part of the contract: equal (labels, seed, chunk, dtype, machine, noise)
                 give equal images.
@@ -212,6 +231,11 @@ class VARModel(nn.Module):
             self.sampling.top_k if top_k is None else top_k,
             self.sampling.top_p if top_p is None else top_p,
         )
+        if self.transformer.rows_per_image == 1 and chosen.cfg != self.sampling.cfg:
+            raise InputError(
+                f"guidance of strength {self.sampling.cfg:g} is folded into this model's predictions, so cfg "
+                f"{chosen.cfg:g} is out of reach; leave cfg out, or convert with budget.guidance paired"
+            )
         if chosen.top_k < 0 or not 0 <= chosen.top_p <= 1:
             raise InputError(f"top_k must be at least 0 and top_p within 0 to 1, got {chosen.top_k} and {chosen.top_p}")
         return chosen

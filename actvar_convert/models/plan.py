@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from actvar_convert.models.config import TransformerConfig
 
 ReconstructionKind = Literal["identity", "previous", "low_rank", "mixture"]
+GuidanceKind = Literal["paired", "folded"]
 
 
 def kept_tokens(keep: float, length: int) -> int:
@@ -65,6 +66,11 @@ class SparsityPlan(BaseModel):
     skipped_kv: Literal["computed", "dropped"] = Field(
         "computed", description="keys and values of skipped tokens: computed from their input, or left out"
     )
+    guidance: GuidanceKind = Field(
+        "paired",
+        description="paired: every image runs with its class and without, and sampling combines the two predictions; "
+        "folded: it runs once, and its predictions are meant to be the combined ones, which distillation teaches",
+    )
 
     @classmethod
     def dense(cls, config: TransformerConfig, experts: int = 1) -> SparsityPlan:
@@ -72,6 +78,11 @@ class SparsityPlan(BaseModel):
         scales = config.pyramid.num_scales
         block = BlockPlan(prefix=(experts,) * scales, routed=(0,) * scales, keep=(1.0,) * scales)
         return cls(experts=experts, blocks=(block,) * config.depth)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the transformer that generation runs per image."""
+        return 1 if self.guidance == "folded" else 2
 
     @property
     def gated(self) -> bool:

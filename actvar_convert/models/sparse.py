@@ -174,7 +174,8 @@ class SparseVARTransformer(VARTransformer):
     Args:
         config: shape of the dense transformer.
         plans: named plans; routers and gates are sized for all of them together. They share the number of experts,
-            those that route the router's width, those that gate the kind and rank of the reconstruction.
+            what becomes of guidance, those that route the router's width, those that gate the kind and rank of the
+            reconstruction.
         default: name of the plan in force.
 
     Raises:
@@ -189,6 +190,7 @@ class SparseVARTransformer(VARTransformer):
         gating = {name: plan for name, plan in plans.items() if plan.gated}
         for field, concerned in (
             ("experts", plans),
+            ("guidance", plans),
             ("router_width", routing),
             ("reconstruction", gating),
             ("reconstruction_rank", gating),
@@ -205,6 +207,10 @@ class SparseVARTransformer(VARTransformer):
     @property
     def plan(self) -> SparsityPlan:
         return self.plans[self.plan_name]
+
+    @property
+    def rows_per_image(self) -> int:
+        return self.plan.rows
 
     @property
     def sparse_layers(self) -> list[SparseBlock]:

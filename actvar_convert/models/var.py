@@ -160,6 +160,11 @@ class VARTransformer(nn.Module):
         """Label that stands for no class (the unguided half of classifier-free guidance)."""
         return self.config.classes
 
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that generation runs per image: with the class and without, unless guidance is folded in."""
+        return 2
+
     def condition(self, labels_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the blocks' modulations are made from: class embeddings [B, D], and the shared projection [B, 6, C]."""
         condition = self.class_emb(labels_B)
@@ -209,18 +214,25 @@ class VARTransformer(nn.Module):
         x = torch.cat((start.expand(-1, first, -1), self.word_embed(inputs_BLz.to(self.word_embed.weight.dtype))), 1)
         return x + self.positions(0, x.shape[1]), self.modulation(condition)
 
+    def forced(self, x_BLC: Tensor) -> tuple[Span, Tensor]:
+        """Span and additive mask of teacher-forcing states, which may end after any scale."""
+        pyramid, tokens = self.config.pyramid, x_BLC.shape[1]
+        span = Span(0, pyramid.lengths[: pyramid.scales_in(tokens)])
+        return span, self.attn_bias_for_masking[..., :tokens, :tokens].to(x_BLC.dtype)
+
     def forward(self, labels_B: Tensor, inputs_BLz: Tensor) -> Tensor:
         """Teacher forcing.
 
         Args:
             labels_B: class indices [B], int64; ``null_class`` for no class.
-            inputs_BLz: inputs [B, L - L_0, z] made by the tokenizer's ``teacher_forcing_input``.
+            inputs_BLz: inputs [B, L - L_0, z] made by the tokenizer's ``teacher_forcing_input``, or those of the first
+                scales.
 
         Returns:
             logits [B, L, V], fp32.
         """
         x, modulation = self.embed(labels_B, inputs_BLz)
-        span, mask = Span(0, self.config.pyramid.lengths), self.attn_bias_for_masking.to(x.dtype)
+        span, mask = self.forced(x)
         for block, block_modulation in zip(self.blocks, modulation.blocks, strict=True):
             x = block(x, block_modulation, span, mask)
         return self.logits(x, modulation.head)

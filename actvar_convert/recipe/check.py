@@ -48,11 +48,20 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name, plan in (recipe.plans or {}).items():
         if plan.experts != recipe.experts.count:
             yield f"plans.{name}.experts: given {plan.experts}, allowed: experts.count, {recipe.experts.count}"
-    for field in ("router_width", "reconstruction", "reconstruction_rank"):
+    for field in ("router_width", "reconstruction", "reconstruction_rank", "guidance"):
         values = {name: getattr(plan, field) for name, plan in (recipe.plans or {}).items()}
         if len(set(values.values())) > 1:
             yield f"plans: given {values} as {field}, allowed: the same for all plans of a model"
     yield from _beside_plans(recipe)
+    joint = recipe.distill.stage2
+    folded = [name for name, plan in (recipe.plans or {}).items() if plan.guidance == "folded"]
+    given = f"plans.{folded[0]}.guidance" if folded else "budget.guidance"
+    searched = recipe.plans is None and recipe.budget.guidance == "folded"
+    if (folded or searched) and not (joint.steps and joint.kl):
+        yield (
+            f"{given}: given folded, allowed: paired where distill.stage2 has 0 steps or kl 0; it is what teaches a "
+            "model to guide itself"
+        )
     if recipe.plans is not None and recipe.default_plan is not None and recipe.default_plan not in recipe.plans:
         yield f"default_plan: given {recipe.default_plan!r}, allowed: one of {', '.join(recipe.plans)}"
     for name, stage in _stages(recipe):
@@ -63,11 +72,12 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 
 
 def _beside_plans(recipe: Recipe) -> Iterator[str]:
-    """Settings of experts and gates that were given beside plans, which state them too, and that no plan has."""
+    """Settings that were given beside plans, which state them too, and that no plan has."""
     stated = (
         *(("experts", name, name) for name in ("neighbourhood", "router_width")),
         *(("gate", name, name) for name in ("reconstruction", "skipped_kv")),
         ("gate", "rank", "reconstruction_rank"),
+        ("budget", "guidance", "guidance"),
     )
     for section, name, of_plan in stated:
         own = getattr(recipe, section)
@@ -83,8 +93,8 @@ def _idle(name: str, stage: StageRecipe) -> Iterator[str]:
         return
     if stage.trainable == "none" and stage.router == "frozen" and stage.gate == "frozen":
         yield f"{name}: trains nothing; set trainable, router or gate, or steps to 0"
-    if not any((stage.kl, stage.guided_kl, stage.hidden, stage.output, stage.router_loss, stage.gate_loss)):
-        yield f"{name}: all losses have weight 0; give kl, guided_kl, hidden, output, router_loss or gate_loss a weight"
+    if not any((stage.kl, stage.hidden, stage.output, stage.router_loss, stage.gate_loss)):
+        yield f"{name}: all losses have weight 0; give kl, hidden, output, router_loss or gate_loss a weight"
     if stage.router == "regress" and not stage.router_loss:
         yield f"{name}.router_loss: given 0, allowed: more than 0 where {name}.router is regress"
 
@@ -94,7 +104,7 @@ def _unused(name: str, stage: StageRecipe) -> Iterator[str]:
     if stage.steps == 0:
         return
     local = isinstance(stage, RouterStage)
-    for loss in ("kl", "guided_kl", "hidden", "gate_loss") if local else ("output",):
+    for loss in ("kl", "hidden", "gate_loss") if local else ("output",):
         if getattr(stage, loss):
             what = "a loss of stage 2, end to end" if local else "a loss of stage 1, every FFN apart"
             yield f"{name}.{loss}: given {getattr(stage, loss):g}, allowed: 0; it weighs {what}"

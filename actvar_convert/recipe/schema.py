@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from actvar_convert.models.plan import ReconstructionKind, SparsityPlan
+from actvar_convert.models.plan import GuidanceKind, ReconstructionKind, SparsityPlan
 
 Source = Literal["teacher", "images"]
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -86,6 +86,12 @@ class BudgetRecipe(Section):
     plans: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = Field(
         None, description="further named plans that the model carries, and the share that each saves"
     )
+    guidance: GuidanceKind = Field(
+        "paired",
+        description="classifier-free guidance of the sparse model: paired runs every image with its class and without; "
+        "folded runs it once and learns the combined predictions, which halves the FLOPs and fixes the strength. A "
+        "folded model is of no use before stage 2 has trained it",
+    )
     search: Literal["sensitivity", "uniform"] = Field(
         "sensitivity",
         description="where experts are saved: where the predictions feel it least, or everywhere alike (the baseline)",
@@ -141,14 +147,6 @@ RouterMode = Annotated[
 ]
 GateMode = Annotated[Literal["frozen", "train"], Field(description="gates and reconstruction stay still, or train")]
 KlWeight = Annotated[float, Field(ge=0, description="weight of KL(teacher to student) on the logits, nats per token")]
-GuidedKlWeight = Annotated[
-    float,
-    Field(
-        ge=0,
-        description="weight of KL(teacher to student) on guided predictions, as the model's own sampling guides them. "
-        "Each pyramid is then measured with its class and without, at twice the cost; data.null_share plays no part",
-    ),
-]
 HiddenWeight = Annotated[float, Field(ge=0, description="weight of the relative error of the hidden state")]
 OutputWeight = Annotated[float, Field(ge=0, description="weight of the relative error of every FFN's output")]
 RouterWeight = Annotated[float, Field(ge=0, description="weight of the routers' regression")]
@@ -182,7 +180,6 @@ class StageRecipe(Section):
         "the student's forward pass",
     )
     kl: KlWeight = 0.0
-    guided_kl: GuidedKlWeight = 0.0
     hidden: HiddenWeight = 0.0
     output: OutputWeight = 0.0
     router_loss: RouterWeight = 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import VARModel, guided_logits
 from actvar_convert.progress import Task
 
 HELD_OUT_SEED = 1_000_000_007
@@ -44,7 +44,10 @@ class LogitsAgreement:
 def compare_logits(
     student: VARModel, teacher: VARModel, tokens_NL: Tensor, labels_N: Tensor, task: Task
 ) -> LogitsAgreement:
-    """Student against teacher on pyramids [N, L] with their labels [N]: both see the true coarser scales."""
+    """Student against teacher on pyramids [N, L] with their labels [N]: both see the true coarser scales.
+
+    A student whose guidance is folded is compared with the teacher's guided predictions.
+    """
     config = teacher.transformer.config
     lengths = config.pyramid.lengths
     rows = max(1, min(64, LOGITS_AT_ONCE // (config.pyramid.total * config.vocab)))
@@ -52,7 +55,9 @@ def compare_logits(
     for tokens_BL, labels_B in zip(torch.split(tokens_NL, rows), torch.split(labels_N, rows), strict=True):
         labels_B = labels_B.to(teacher.device)
         inputs = teacher.teacher_forcing_input(tokens_BL.to(teacher.device))
-        expected = teacher.transformer(labels_B, inputs).double().log_softmax(-1)
+        folded = student.transformer.rows_per_image == 1
+        expected = guided_logits(teacher, labels_B, inputs) if folded else teacher.transformer(labels_B, inputs)
+        expected = expected.double().log_softmax(-1)
         found = student.transformer(labels_B.to(student.device), inputs.to(student.device))
         found = found.to(expected.device).double().log_softmax(-1)
         divergence = (expected.exp() * (expected - found)).sum(-1)

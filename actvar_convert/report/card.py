@@ -88,6 +88,11 @@ def plan_in_words(plan: SparsityPlan) -> list[str]:
             f"{share(keep)} at the least; the others are filled in ({plan.reconstruction}{rank}), "
             f"their keys and values {plan.skipped_kv}."
         )
+    if plan.guidance == "folded":
+        lines.append(
+            "Guidance: folded into the predictions at the strength that the model samples with; an image takes one row "
+            "of the transformer where the dense model takes two."
+        )
     return lines or ["Nothing: the plan runs every expert for every token."]
 
 

@@ -10,7 +10,8 @@ Convention, the only place that states it:
   convolutions (``post_quant_conv`` included), the products of its attention, and one phi convolution per scale at
   full resolution.
 - Guidance runs every row twice, with the class and with the null class, and doubles all of the transformer but the word
-  embedding, which is computed once and repeated. The decoder sees one row either way.
+  embedding, which is computed once and repeated. A plan that folds guidance into the predictions runs one row. The
+  decoder sees one row either way.
 - AdaLN depends on the class alone and is counted once per image, for dense and sparse alike.
 - A token that a block skips pays for its share of the gate, for its key and value projections where the plan computes
   them (4 C^2 FLOPs), and for the low-rank map of the reconstruction. Where the plan drops its key and value instead,
@@ -49,9 +50,9 @@ NOT_COUNTED = (
 )
 
 
-def rows(guidance: bool) -> int:
-    """Rows of the transformer per image."""
-    return 2 if guidance else 1
+def rows(guidance: bool, plan: SparsityPlan | None = None) -> int:
+    """Rows of the transformer per image; ``plan`` None is the dense model."""
+    return 1 if not guidance else 2 if plan is None else plan.rows
 
 
 def context_tokens(config: TransformerConfig, plan: SparsityPlan, block: int, scale: int) -> int:
@@ -117,7 +118,7 @@ def transformer_macs(config: TransformerConfig, plan: SparsityPlan | None, guida
     row = common_adaln_macs(config) + config.depth * block_adaln_macs(config)
     row += sum(head_macs(config, scale) for scale in scales)
     row += sum(sum(block_macs(config, plan, b, s).values()) for b in range(config.depth) for s in scales)
-    return rows(guidance) * row + sum(word_embedding_macs(config, scale) for scale in scales)
+    return rows(guidance, plan) * row + sum(word_embedding_macs(config, scale) for scale in scales)
 
 
 class DecoderMacs(NamedTuple):

@@ -173,7 +173,7 @@ def _plan_cost(
 
 
 def _model_cost(config: TransformerConfig, plan: SparsityPlan, decoder: int | None, guidance: bool) -> ModelCost:
-    rows, pyramid = costs.rows(guidance), config.pyramid
+    rows, pyramid = costs.rows(guidance, plan), config.pyramid
     scales, blocks = range(pyramid.num_scales), range(config.depth)
     cells = [[_times(costs.block_macs(config, plan, b, s), rows) for s in scales] for b in blocks]
     adaln = rows * costs.block_adaln_macs(config)

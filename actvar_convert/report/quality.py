@@ -147,6 +147,8 @@ def evaluate_models(
     main = measure("sparse model" if own is not None else "model")
     others = _each_plan(model, [name for name in plans or () if name != own], measure)
     notes = [] if len(seeds) > 1 else ["one seed set: fid.standard_error needs two; fid.jackknife_error stands in"]
+    if model.transformer.rows_per_image == 1:
+        notes.append("guidance is folded into the sparse model: its KL and top-1 are to the dense model's guided ones")
     return QualityReport(
         **dict(main),
         images=images,

@@ -43,7 +43,7 @@ def plan_ways(
     Args:
         config: of the transformer.
         plan: what each block runs.
-        batch: images at once; guidance doubles the rows.
+        batch: images at once; paired guidance doubles the rows.
         dtype: of the weights.
         device: its type, such as cpu or cuda; it need not be there.
         triton: whether the fused kernels run on it.
@@ -57,7 +57,7 @@ def plan_ways(
             shape = FFNShape(
                 device=device,
                 dtype=dtype,
-                rows=2 * batch * block.kept(scale, length),
+                rows=plan.rows * batch * block.kept(scale, length),
                 width=config.width,
                 neurons=config.hidden // plan.experts,
                 experts=plan.experts,

@@ -137,7 +137,8 @@ def summary_latency(benchmark: BenchmarkReport | None) -> list[BenchmarkRow]:
 def flops_note(flops: FlopsReport) -> str:
     """The convention of a FLOPs report in one sentence."""
     convention = flops.convention
-    guidance = "with classifier-free guidance (two rows)" if convention.guidance else "without guidance"
+    guided = "with classifier-free guidance (two rows, one where it is folded in)"
+    guidance = guided if convention.guidance else "without guidance"
     return (
         f"Per image, {guidance}; one multiply-add (MAC) is {convention.flops_per_mac} FLOPs; AdaLN "
         f"{convention.adaln}; not counted: {', '.join(convention.not_counted)}."

@@ -90,38 +90,3 @@ def test_losses_of_a_prefix_by_the_weights_of_its_scales(
     assert local.keys() == {"output", "router"} and local["output"] > 0
     nothing = JointStage(scale_weights=(0, 0, 0, 1))
     assert STAGES["stage2"].objective(tiny_sparse, tiny_model, nothing, tokens[:, :1], LABELS)["kl"] == 0
-
-
-def test_the_kl_of_guided_predictions(
-    tiny_model: VARModel, tiny_sparse: SparseVARModel, tokens: torch.Tensor
-) -> None:
-    chosen = JointStage(guided_kl=2.0, hidden=0.0, gate_loss=0.0)
-    pyramid, null = tiny_model.transformer.config.pyramid, torch.full_like(LABELS, tiny_model.transformer.null_class)
-    with torch.no_grad():
-        inputs = tiny_model.teacher_forcing_input(tokens)
-
-        def predictions(model: VARModel) -> torch.Tensor:
-            conditional, unconditional = model.transformer(LABELS, inputs), model.transformer(null, inputs)
-            strengths = [tiny_model.sampling.cfg * scale / (pyramid.num_scales - 1) for scale in range(4)]
-            parts = [pyramid.slice(scale) for scale in range(4)]
-            return torch.cat(
-                [
-                    conditional[:, part] + strength * (conditional[:, part] - unconditional[:, part])
-                    for strength, part in zip(strengths, parts, strict=True)
-                ],
-                dim=1,
-            )
-
-        expected = 2 * kl_per_token(predictions(tiny_model), predictions(tiny_sparse)).mean()
-        plain = [
-            kl_per_token(tiny_model.transformer(labels, inputs), tiny_sparse.transformer(labels, inputs)).mean()
-            for labels in (LABELS, null)
-        ]
-        losses = STAGES["stage2"].objective(tiny_sparse, tiny_model, chosen, tokens, LABELS)
-        first = STAGES["stage2"].objective(
-            tiny_sparse, tiny_model, chosen, tokens[:, : pyramid.ends[1]], LABELS
-        )
-    assert losses.keys() == {"kl", "guided_kl"} and expected > 0
-    torch.testing.assert_close(losses["guided_kl"], expected)
-    torch.testing.assert_close(losses["kl"], torch.stack(plain).mean())
-    assert first.keys() == losses.keys()

@@ -46,6 +46,10 @@ def test_the_defaults_fit() -> None:
             "distill.stage2: all losses have weight 0",
         ),
         ({"distill": {"stage1": {"router_loss": 0}}}, "distill.stage1.router_loss: given 0, allowed: more than 0"),
+        (
+            {"budget": {"guidance": "folded"}, "distill": {"stage2": {"kl": 0}}},
+            "budget.guidance: given folded, allowed: paired where distill.stage2 has 0 steps or kl 0",
+        ),
     ],
 )
 def test_contradictions_are_wrong_for_any_model(sections: dict[str, dict[str, object]], said: str) -> None:

@@ -326,6 +326,8 @@ def test_plan_in_words():
     experts, gate = plan_in_words(plan(0.5))
     assert "split into 8" in experts and "from scale 2 on, 3 blocks" in experts and "4 at the least" in experts
     assert "2 blocks compute" in gate and "scales 2" in gate and "50.0 %" in gate and "rank 4" in gate
+    *others, guidance = plan_in_words(plan(0.5).model_copy(update={"guidance": "folded"}))
+    assert others == [experts, gate] and "one row" in guidance
     assert plan_in_words(SparsityPlan.dense(CONFIG)) == ["Nothing: the plan runs every expert for every token."]
 
 
