@@ -94,8 +94,10 @@ def convert(
     folder = out or Path("runs") / resolved.name
     if out is None:
         refuse_distilled(folder)
-    av.convert(dense, recipe=resolved, out=folder, progress=reporter(quiet))
+    sparse = av.convert(dense, recipe=resolved, out=folder, progress=reporter(quiet))
     typer.echo(folder)
+    if sparse.plan.guidance == "folded":
+        typer.echo("guidance is folded in, and only distillation teaches it: until then images are unguided", err=True)
 
 
 @app.command(epilog=closing("actvar distill runs/fashion", "actvar evaluate runs/fashion"))
