@@ -291,7 +291,7 @@ def evaluate(
     plans: Sequence[str] | None = None,
     reference: str | Path | None = None,
     extractor: FeatureExtractor | None = None,
-    autocast: str | None = None,
+    dtype: str | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QualityReport:
@@ -309,7 +309,7 @@ def evaluate(
         reference: real images, a folder or an .npz with mu and sigma: measures in Inception features (needs the
             ``inception`` extra). By default the bundled classifier measures, for models of its kind of images.
         extractor: what ``extractor_for`` made of ``reference``, where it is at hand already.
-        autocast: bf16 or fp16: both models generate in that format, for speed.
+        dtype: fp32, bf16 or fp16, in which both models generate; their own by default.
         cache: folder in which features are kept while they are made.
         progress: told about every long step.
     """
@@ -319,7 +319,7 @@ def evaluate(
         model,
         teacher,
         extractor=extractor,
-        autocast=None if autocast in (None, "fp32") else pick_dtype(autocast, model.device),
+        dtype=None if dtype is None else pick_dtype(dtype, model.device),
         images=images,
         seeds=seeds,
         batch=batch,

@@ -232,7 +232,7 @@ def _measure(
             plans=[name for name in model.plans if name != model.plan_name],
             reference=settings.reference,
             extractor=extractor,
-            autocast=settings.dtype,
+            dtype=settings.dtype,
             cache=work / "evaluation",
             progress=progress,
         )

@@ -22,6 +22,7 @@ from actvar_convert.convert.search import Planned, plan_model, search_steps, sea
 from actvar_convert.distill.data import TokenStore
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.files import write_whole
+from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.origins import require_dense, work_folder
@@ -37,7 +38,7 @@ from actvar_convert.report.flops import count_flops
 from actvar_convert.report.generation import Features, generated_features, model_fingerprint
 from actvar_convert.report.quality import agreement_quality, held_out_pyramids
 from actvar_convert.report.sweep_report import SweepFid, SweepPoint, SweepReport, largest_within
-from actvar_convert.runtime import autocast_dtype, release_pages
+from actvar_convert.runtime import DTYPES, release_pages
 from actvar_convert.stores import calibration_store
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -261,7 +262,7 @@ class _Measurement:
         progress: Progress,
     ) -> None:
         self.model, self.settings, self.images, self.extractor = model, recipe.evaluate, images, extractor
-        self.work, self.fingerprint, self.progress = work, fingerprint, progress
+        self.work, self.progress = work, progress
         self.tokens, self.labels = held_out_pyramids(
             model,
             held_out,
@@ -313,14 +314,12 @@ class _Measurement:
     def _features(self, of: VARModel, extractor: FeatureExtractor, what: str) -> Features:
         with self.progress.task(f"images of the {what}", self.images) as task:
             return generated_features(
-                of,
+                cast(of, DTYPES[self.settings.dtype]),
                 extractor,
                 images=self.images,
                 seed=self.settings.seeds[0],
                 chunk=self.settings.batch,
                 sampling=self.model.sampling,
                 task=task,
-                autocast=autocast_dtype(self.settings.dtype),
                 cache=self.work,
-                fingerprint=self.fingerprint if of is self.model else None,
             )

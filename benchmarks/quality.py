@@ -178,7 +178,7 @@ class Frontier:
             batch=settings.batch,
             held_out=settings.held_out,
             neighbours=settings.neighbours,
-            autocast=None if settings.dtype == "fp32" else pick_dtype(settings.dtype, self.teacher.device),
+            dtype=pick_dtype(settings.dtype, self.teacher.device),
             progress=self.progress,
             cache_dir=self.folder / "evaluation",
         )

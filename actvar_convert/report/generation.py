@@ -63,7 +63,6 @@ def generated_features(
     chunk: int,
     sampling: Sampling,
     task: Task,
-    autocast: torch.dtype | None = None,
     cache: Path | None = None,
     fingerprint: str | None = None,
 ) -> Features:
@@ -71,7 +70,6 @@ def generated_features(
 
     Args:
         task: advanced by the number of images, those read from the cache included.
-        autocast: half-precision format that the model computes in; the extractor never does.
         cache: folder of stored features; parts that match model, sampling, seed, chunk and extractor are reused.
         fingerprint: ``model_fingerprint(model)``, where it is known already.
     """
@@ -83,7 +81,6 @@ def generated_features(
         "sampling": sampling._asdict(),
         "seed": seed,
         "chunk": chunk,
-        "autocast": str(autocast),
         **({"noise": "cuda"} if model.device.type == "cuda" else {}),
     }
     features, logits = [], []
@@ -94,8 +91,7 @@ def generated_features(
         def make(members: list[tuple[Tensor, int]] = members) -> dict[str, Tensor]:
             features, logits = [], []
             for labels, own_seed in members:
-                with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
-                    image = model.generate(labels, **sampling._asdict(), seed=own_seed, chunk=chunk)
+                image = model.generate(labels, **sampling._asdict(), seed=own_seed, chunk=chunk)
                 feature_BF, logit_BK = extractor(image)
                 features.append(feature_BF.float().cpu())
                 logits.append(logit_BK.float().cpu())

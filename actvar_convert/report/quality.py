@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError
+from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Sampling, VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import Progress, SilentProgress
@@ -71,7 +72,7 @@ def evaluate_models(
     neighbours: int = 3,
     plans: Sequence[str] | None = None,
     sampling: Sampling | None = None,
-    autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
 ) -> QualityReport:
@@ -88,7 +89,8 @@ def evaluate_models(
         neighbours: k of precision and recall.
         plans: further plans of the model to measure beside the one in use.
         sampling: for both models; the teacher's own by default.
-        autocast: half-precision format that both models generate in, for speed; their own dtype by default.
+        dtype: format that both models generate in, cast as ``load`` would; their own by default. KL and agreement are
+            always those of the models as they are.
         progress: told about every long step.
         cache_dir: features are stored here while they are made, and reused where model, seed and sampling match.
 
@@ -103,6 +105,7 @@ def evaluate_models(
     teacher_print = model_fingerprint(teacher)
 
     def generations(of: VARModel, what: str) -> _Generations:
+        of = of if dtype is None else cast(of, dtype)
         fingerprint = teacher_print if of is teacher else model_fingerprint(of)
         with progress.task(f"images of the {what}", images * len(seeds)) as task:
             sets = [
@@ -114,7 +117,6 @@ def evaluate_models(
                     chunk=batch,
                     sampling=chosen,
                     task=task,
-                    autocast=autocast,
                     cache=cache_dir,
                     fingerprint=fingerprint,
                 )
@@ -154,7 +156,7 @@ def evaluate_models(
         images=images,
         seeds=tuple(seeds),
         sampling=SamplingSettings(**chosen._asdict(), chunk=batch),
-        dtype=str(autocast or teacher.dtype).removeprefix("torch."),
+        dtype=str(dtype or teacher.dtype).removeprefix("torch."),
         extractor=extractor.name,
         neighbours=neighbours,
         plan=own,

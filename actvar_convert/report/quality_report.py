@@ -84,7 +84,7 @@ class QualityReport(PlanQuality):
     images: int = Field(description="generated per model and seed set")
     seeds: tuple[int, ...]
     sampling: SamplingSettings
-    dtype: str = Field(description="format that the images were generated in; KL and agreement never autocast")
+    dtype: str = Field(description="format that the images were generated in; KL and agreement are never cast")
     extractor: str
     neighbours: int | None = Field(None, description="k of precision and recall; None in older reports")
     plan: str | None = Field(description="None for a model without plans")

@@ -146,7 +146,7 @@ def test_generation_in_half_precision(
     tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor, tmp_path: Path
 ) -> None:
     full = evaluate(other, tiny_model, extractor, cache_dir=tmp_path)
-    short = evaluate(other, tiny_model, extractor, autocast=torch.bfloat16, cache_dir=tmp_path)
+    short = evaluate(other, tiny_model, extractor, dtype=torch.bfloat16, cache_dir=tmp_path)
     assert (full.dtype, short.dtype) == ("float32", "bfloat16")
     assert short.kl == full.kl and short.fid.dense != full.fid.dense
     assert short.fid.dense == pytest.approx(full.fid.dense, rel=0.5)
@@ -244,7 +244,7 @@ def test_plans_are_measured_and_the_model_is_left_as_it_was(
 def test_sparse_generation_in_half_precision(
     sparse: SparseVARModel, tiny_model: VARModel, extractor: ClassifierExtractor
 ) -> None:
-    full, short = (evaluate(sparse, tiny_model, extractor, autocast=dtype) for dtype in (None, torch.bfloat16))
+    full, short = (evaluate(sparse, tiny_model, extractor, dtype=dtype) for dtype in (None, torch.bfloat16))
     assert short.fid.sparse == pytest.approx(full.fid.sparse, rel=0.5) and short.kl == full.kl
 
 
