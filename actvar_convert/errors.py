@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -42,3 +43,28 @@ class Interrupted(ActvarError):
     """The run was stopped by a person and can be resumed by the same command."""
 
     exit_code = 130
+
+
+def explained(action: str, path: object, cause: int | None, text: str) -> InputError:
+    """What the operating system refuses, with the cause in words and the way out.
+
+    Args:
+        action: a verb: "read", "write".
+        path: the file or folder; None where it is not known.
+        cause: the error's number.
+        text: the error in the system's words, for causes that have none here.
+    """
+    what = action if path is None else f"{action} {path}"
+    if cause in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"cannot {what}: the disk is full. Free some space, or choose a folder elsewhere.")
+    if cause in (errno.EACCES, errno.EPERM):
+        return InputError(f"cannot {what}: no permission. Change its permissions, or choose another place.")
+    if cause == errno.EROFS:
+        return InputError(f"cannot {what}: the file system is read-only. Choose a folder elsewhere.")
+    if cause == errno.ENOENT:
+        return InputError(f"cannot {what}: no such file or folder. Check the path.")
+    if cause == errno.EISDIR:
+        return InputError(f"cannot {what}: it is a folder where a file is needed. Name a file in it.")
+    if cause in (errno.ENOTDIR, errno.EEXIST):
+        return InputError(f"cannot {what}: a file is in the way of the folder. Choose another name.")
+    return InputError(f"cannot {what}: {text}. Check the path and the disk.")

@@ -48,6 +48,7 @@ def recorded_teacher(model: VARModel, *, device: str | None = None, dtype: str |
             heads=recorded.heads,
             sides=recorded.sides,
             residual_ratio=recorded.residual_ratio,
+            revision=recorded.revision,
         ).eval()
     except CheckpointError:
         raise

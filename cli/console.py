@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -14,11 +15,14 @@ import typer
 from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
-from actvar_convert.errors import ActvarError, InputError, Interrupted
+from actvar_convert.errors import ActvarError, InputError, Interrupted, explained
 from actvar_convert.progress import Progress, SilentProgress, TerminalProgress
 
 LINE, VERBOSE, MEASURED = "actvar.line", "actvar.verbose", "actvar.measured"
 """Keys in the context's meta: the command line as typed, whether tracebacks are wanted, whether memory is reported."""
+
+GRACE = 1.0
+"""Seconds within which a launcher notices that a process has failed, and ends the others."""
 
 
 class ActvarGroup(TyperGroup):
@@ -34,6 +38,8 @@ class ActvarGroup(TyperGroup):
             _say_peak_memory(ctx)
             return result
         except ActvarError as error:
+            if not isinstance(error, Interrupted):
+                _let_the_first_speak()
             if first_process() or not isinstance(error, Interrupted):
                 _explain(ctx, str(error))
             if not isinstance(error, InputError):
@@ -50,19 +56,30 @@ class ActvarGroup(TyperGroup):
         except OSError as error:
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            _explain(ctx, f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}")
+            _let_the_first_speak()
+            _explain(ctx, explained("use", error.filename, error.errno, str(error.strerror)).message)
             raise typer.Exit(ActvarError.exit_code) from None
 
 
 def _explain(ctx: Any, message: str) -> None:
     if ctx.meta.get(VERBOSE):
         traceback.print_exc()
-    typer.echo(f"actvar: {message}", err=True)
+    who = "actvar" if first_process() else f"actvar, process {os.environ['RANK']}"
+    typer.echo(f"{who}: {message}", err=True)
 
 
 def first_process() -> bool:
     """Whether this process is the only one, or the first of those that a launcher started together: it alone speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _let_the_first_speak() -> None:
+    """Waits, in all processes but the first one, for a launcher to end them because of the same error there.
+
+    What is wrong with a file or a recipe all of them find, and it is to be said once; what goes on is wrong here alone.
+    """
+    if not first_process():
+        time.sleep(GRACE)
 
 
 def _say_how_to_resume(ctx: Any) -> None:

@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from actvar_convert.checkpoint.describe import counted
 from actvar_convert.checkpoint.infer import (
     Overrides,
     agreement_problems,
     chosen_ratio,
     infer_tokenizer,
     infer_transformer,
+    missing_blocks,
 )
 from actvar_convert.checkpoint.inspection import Inspection, inspect_file
 from actvar_convert.checkpoint.official import published_sampling
@@ -85,6 +87,13 @@ def build_dense(
         )
     with problems_of(path):
         config = infer_transformer(files.transformer, overrides, files.hints)
+        whole = missing_blocks(config, files.hints)
+        if whole is not None:
+            raise CheckpointError(
+                f"the file ends after {counted(config.depth, 'block')}; {whole.told_by}. It is incomplete: get it from "
+                f"its source again. If the model is that shallow, say so in a config.json beside the file: "
+                f'{{"depth": {config.depth}}}.'
+            )
     tokenizer_path = files.located.tokenizer or path
     with problems_of(tokenizer_path):
         shape = infer_tokenizer(files.tokenizer)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from actvar_convert.errors import CheckpointError, InputError
+from actvar_convert.errors import CheckpointError, InputError, explained
 from actvar_convert.runtime import memory_text
 
 COMMIT = ".actvar-commit"
@@ -42,26 +43,17 @@ def explain_os_errors(action: str, path: Path) -> Iterator[None]:
     except SafetensorError as error:
         if "os error" not in str(error):
             raise
-        cause = next((c for c in (errno.ENOSPC, errno.EACCES, errno.EDQUOT) if f"os error {c})" in str(error)), None)
-        raise _explained(action, path, cause, str(error)) from error
+        raise explained(action, path, os_error_number(error), str(error)) from error
     except OSError as error:
-        raise _explained(action, path, error.errno, error.strerror or str(error)) from error
+        raise explained(action, path, error.errno, error.strerror or str(error)) from error
 
 
-def _explained(action: str, path: Path, cause: int | None, text: str) -> InputError:
-    if cause in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"cannot {action} {path}: the disk is full. Free some space, or choose a folder elsewhere.")
-    if cause in (errno.EACCES, errno.EPERM):
-        return InputError(f"cannot {action} {path}: no permission. Change its permissions, or choose another place.")
-    if cause == errno.EROFS:
-        return InputError(f"cannot {action} {path}: the file system is read-only. Choose a folder elsewhere.")
-    if cause == errno.ENOENT:
-        return InputError(f"cannot {action} {path}: no such file or folder. Check the path.")
-    if cause == errno.EISDIR:
-        return InputError(f"cannot {action} {path}: it is a folder where a file is needed. Name a file in it.")
-    if cause in (errno.ENOTDIR, errno.EEXIST):
-        return InputError(f"cannot {action} {path}: a file is in the way of the folder. Choose another name.")
-    return InputError(f"cannot {action} {path}: {text}. Check the path and the disk.")
+def os_error_number(error: BaseException) -> int | None:
+    """The number of an operating-system error; of libraries in Rust, which put it into their message, as well."""
+    if isinstance(error, OSError):
+        return error.errno
+    quoted = re.search(r"os error (\d+)\)", str(error))
+    return None if quoted is None else int(quoted[1])
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -71,12 +63,28 @@ def require_space(folder: Path, needed: int) -> None:
         InputError: there is less free space.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    total, _, free = shutil.disk_usage(existing)
+    if total and free < needed:  # a system of no size, such as /proc, has another reason to refuse
         raise InputError(
             f"cannot write {folder}: it needs {memory_text(needed)} and the disk has {memory_text(free)} free. "
             "Free some space, or choose a folder elsewhere."
         )
+
+
+def require_writable(folder: Path) -> None:
+    """Checks that a folder, which need not exist yet, can be written, by making and removing an empty one in it.
+
+    Raises:
+        InputError: it cannot, with the reason.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    with explain_os_errors("write", folder):
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".actvar-", dir=existing))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"cannot write {folder}: {existing} takes no new folders. Choose another place."
+            ) from error
 
 
 def fsync(path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from actvar_convert.checkpoint.official import SIDES_256, SIDES_512
+from actvar_convert.checkpoint.official import SIDES_256, SIDES_512, official_depth
 from actvar_convert.errors import CheckpointError
 from actvar_convert.models.config import MAX_BLOCKS, MAX_TOKENS, TokenizerConfig, TokenPyramid, TransformerConfig
 
@@ -161,6 +161,32 @@ def infer_transformer(
         )
     except ValidationError as error:
         raise CheckpointError("the transformer's shapes contradict each other:", messages(error)) from error
+
+
+class Depth(NamedTuple):
+    """How many blocks a model should have, and what says so.
+
+    Attributes:
+        told_by: a clause without its end: "its config.json says 16".
+    """
+
+    blocks: int
+    told_by: str
+
+
+def missing_blocks(config: TransformerConfig, hints: Mapping[str, Any]) -> Depth | None:
+    """The depth that a model should have where its file ends before the last block; None where nothing tells that.
+
+    The tensors cannot tell: a file whose last blocks are missing looks like one of fewer blocks. The config.json beside
+    it does, and comes before the published model of the same width, classes, codebook and pyramid.
+    """
+    said = hints.get("depth")
+    if type(said) is int and said <= MAX_BLOCKS:
+        return Depth(said, f"its config.json says {said}") if said > config.depth else None
+    published = official_depth(config)
+    if published is None or published <= config.depth:
+        return None
+    return Depth(published, f"VAR-d{published}, which is of this width and equal in all else, has {published}")
 
 
 def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:

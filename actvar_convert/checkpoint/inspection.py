@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from actvar_convert.checkpoint.describe import count_text, describe, describe_tokenizer, dtype_name
+from actvar_convert.checkpoint.describe import count_text, counted, describe, describe_tokenizer, dtype_name
 from actvar_convert.checkpoint.infer import (
     GIVE_HEADS,
     Overrides,
@@ -18,6 +18,7 @@ from actvar_convert.checkpoint.infer import (
     chosen_ratio,
     infer_tokenizer,
     infer_transformer,
+    missing_blocks,
 )
 from actvar_convert.checkpoint.keymap import OPTIONAL_SUFFIXES
 from actvar_convert.checkpoint.locate import is_sparse_folder
@@ -157,13 +158,17 @@ def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, va
     config = infer_transformer(files.transformer, overrides, files.hints)
     findings, notes = _Findings(values), list(files.notes)
     with NoWeights():
-        findings.add(VARTransformer(config), files.transformer)
+        whole = missing_blocks(config, files.hints)
+        needed = config if whole is None else config.model_copy(update={"depth": whole.blocks})
+        findings.add(VARTransformer(needed), files.transformer)
     if "lvl_1L" not in files.transformer and overrides.sides is None:
         notes.append(f"the pyramid {','.join(map(str, config.sides))} was inferred from its size (lvl_1L is absent)")
     if not config.l2_attention and overrides.heads is None:
         notes.append(f"{config.heads} heads follow the rule width / 64; if they are others, {GIVE_HEADS}")
     published = official_depth(config)
-    if published is not None and published != config.depth:
+    if whole is not None:
+        notes.append(f"the file ends after {counted(config.depth, 'block')}; {whole.told_by}: the rest is missing")
+    elif published is not None and published != config.depth:
         notes.append(f"width {config.width} is that of VAR-d{published}; this one has {config.depth} blocks")
     tokenizer, disagreements = None, []
     if files.tokenizer is not None:

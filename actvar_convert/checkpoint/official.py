@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import NamedTuple
 
-from actvar_convert.errors import InputError
+from actvar_convert.checkpoint.files import os_error_number
+from actvar_convert.errors import InputError, explained
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import Sampling
 
@@ -16,6 +18,8 @@ SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 _DEPTHS = (16, 20, 24, 30, 36)
+
+_CACHE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 _SAMPLING = Sampling(cfg=1.5, top_k=900, top_p=0.96)
 
@@ -75,31 +79,42 @@ def published_sampling(transformer: TransformerConfig) -> Sampling | None:
     return _SAMPLING if official_depth(transformer) == transformer.depth else None
 
 
-def fetch_official(name: str, tokenizer: bool = True) -> OfficialFiles:
+def fetch_official(name: str, tokenizer: bool = True, revision: str | None = None) -> OfficialFiles:
     """Downloads the files of a published model, or takes them from the cache.
 
     Args:
         name: one of ``official_names()``.
-        tokenizer: whether its tokenizer is wanted too.
+        tokenizer: whether its tokenizer is wanted too; it is of the same revision.
+        revision: commit of the repository; the latest by default.
 
     Raises:
         InputError: no such model, or the hub cannot be reached and the files are not in the cache.
     """
     official_config(name)
-    weights = _fetch(name, name.replace("-", "_") + ".pth")
-    # the cache keeps files under snapshots/COMMIT
-    return OfficialFiles(weights, _fetch(name, TOKENIZER_FILE) if tokenizer else None, weights.parent.name)
+    weights = _fetch(name, name.replace("-", "_") + ".pth", revision)
+    revision = weights.parent.name  # the cache keeps files under snapshots/COMMIT
+    return OfficialFiles(weights, _fetch(name, TOKENIZER_FILE, revision) if tokenizer else None, revision)
 
 
-def _fetch(name: str, file: str) -> Path:
+def _fetch(name: str, file: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     try:
-        return Path(huggingface_hub.hf_hub_download(REPOSITORY, file))
-    except (OSError, HfHubHTTPError, EntryNotFoundError) as error:
+        return Path(huggingface_hub.hf_hub_download(REPOSITORY, file, revision=revision))
+    except Exception as error:  # of which class depends on the client's version: of requests, httpx, hf_xet, ...
+        of = f" at revision {revision[:12]}" if revision else ""
+        needed = f"{name} needs {file} of huggingface.co/{REPOSITORY}{of}"
+        cause, place = os_error_number(error), getattr(error, "filename", None)
+        network = isinstance(error, OSError) and place is None and cause in (errno.EACCES, errno.EPERM)
+        if cause in _CACHE_TROUBLE and not network:
+            problem = explained("write", place or huggingface_hub.constants.HF_HUB_CACHE, cause, str(error)).message
+            raise InputError(f"{needed}: {problem} The variable HF_HOME names the folder of the cache.") from error
+        what = type(error).__name__
+        if not isinstance(error, HfHubHTTPError | EntryNotFoundError) and str(error):
+            what += f": {str(error).splitlines()[0][:200]}"
         raise InputError(
-            f"{name} needs {file} of huggingface.co/{REPOSITORY}, which is not in the cache and cannot be fetched "
-            f"({type(error).__name__}). Connect to the network (unset HF_HUB_OFFLINE if it is set), or download "
-            f"{name.replace('-', '_')}.pth and {TOKENIZER_FILE} elsewhere and give their paths (the second as vae)."
+            f"{needed}, which is not in the cache and cannot be fetched ({what}). Connect to the network (unset "
+            f"HF_HUB_OFFLINE if it is set), or download {name.replace('-', '_')}.pth and {TOKENIZER_FILE} elsewhere "
+            "and give their paths (the second as vae)."
         ) from error

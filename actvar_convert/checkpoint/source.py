@@ -28,6 +28,7 @@ def load_any(
     residual_ratio: float | None = None,
     sides: Sequence[int] | None = None,
     dtype: DTypeChoice = None,
+    revision: str | None = None,
 ) -> VARModel:
     """A model from its name or path; dense and sparse models are used alike.
 
@@ -39,6 +40,7 @@ def load_any(
         plan: of a sparse source, instead of its default.
         heads, residual_ratio, sides: of a dense file or folder that does not tell, see Overrides.
         dtype: of the transformer; None: float32; "keep" (dense files): as stored.
+        revision: of a published name, the commit of its repository; the latest by default.
 
     Raises:
         InputError: nothing has this name; the message proposes what has a similar one.
@@ -56,7 +58,7 @@ def load_any(
             model.transformer.to(dtype)
         return model
     if name in official_names():
-        fetched = fetch_official(name, tokenizer=vae is None)
+        fetched = fetch_official(name, tokenizer=vae is None, revision=revision)
         tokenizer = fetched.tokenizer if vae is None else vae
         model = load_dense(fetched.transformer, tokenizer, dtype=dtype)
         model.origin = {"name": name, "revision": fetched.revision, **model.origin}

@@ -15,6 +15,7 @@ from actvar_convert.checkpoint.files import (
     is_plain_name,
     replacing_files,
     require_space,
+    require_writable,
 )
 from actvar_convert.checkpoint.keymap import DERIVED_SUFFIXES
 from actvar_convert.checkpoint.locate import is_sparse_folder
@@ -111,7 +112,7 @@ def refuse_foreign(folder: str | Path) -> None:
     Hidden files do not count.
 
     Raises:
-        InputError: a file is in the way, or the folder holds something else.
+        InputError: a file is in the way, the folder holds something else, or nothing can be written there.
     """
     folder = Path(folder)
     with explain_os_errors("look into", folder):
@@ -120,14 +121,14 @@ def refuse_foreign(folder: str | Path) -> None:
             raise InputError(
                 f"cannot write the folder {folder}: {existing} is a file and in the way. Choose another name."
             )
-        if existing != folder or is_sparse_folder(folder) or (folder / COMMIT).is_dir():
-            return
-        if (folder / "config.json").exists():
+        ours = existing != folder or is_sparse_folder(folder) or (folder / COMMIT).is_dir()
+        if not ours and (folder / "config.json").exists():
             raise InputError(f"{folder} holds another model (its config.json is not ours). Choose another folder.")
-        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        if not ours and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise InputError(
                 f"{folder} exists and is not the folder of a sparse model. Move it away, or choose another with --out."
             )
+    require_writable(folder)
 
 
 def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dtype | None = None) -> SparseVARModel:

@@ -17,11 +17,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from actvar_convert.checkpoint.official import official_config
 from actvar_convert.checkpoint.shards import write_weights
+from actvar_convert.checkpoint.skeleton import NoWeights
 from actvar_convert.checkpoint.source import load_any
 from actvar_convert.checkpoint.torch_files import wanted_globals
 from actvar_convert.errors import InputError
+from actvar_convert.models.var import VARTransformer
+from actvar_convert_cli.main import app
 
 Tensors = dict[str, Tensor]
 Case = Callable[[Path, Tensors, Tensors], Path]
@@ -202,6 +207,35 @@ def _drop(transformer: Tensors, tokenizer: Tensors) -> None:
         del transformer[name]
 
 
+def _cut_short(folder: Path, transformer: Tensors, tokenizer: Tensors) -> Path:
+    """The first two blocks of VAR-d16: a header, and values that are a hole in the file."""
+    config, _ = official_config("var-d16")
+    with NoWeights():
+        tensors = VARTransformer(config.model_copy(update={"depth": 2})).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        if not name.endswith(("lvl_1L", "attn_bias_for_masking")):
+            begin, end = end, end + 2 * tensor.numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header)
+    path = folder / "var.safetensors"
+    path.write_bytes(_header(len(text), text))
+    os.truncate(path, 8 + len(text) + end)
+    torch.save(tokenizer, folder / "vae.pth")
+    return path
+
+
+def _config_of_more(folder: Path, transformer: Tensors, tokenizer: Tensors) -> Path:
+    (folder / "config.json").write_text('{"depth": 3}')
+    return _pair(folder, transformer, tokenizer)
+
+
+def _unreadable(folder: Path, transformer: Tensors, tokenizer: Tensors) -> Path:
+    source = _pair(folder, transformer, tokenizer)
+    source.chmod(0)
+    return source
+
+
 def _header(claim: int, text: str) -> bytes:
     return struct.pack("<Q", claim) + text.encode()
 
@@ -284,6 +318,8 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "float8 weights": (_set(0, "head.weight", _to_float8), "torch.float8_e4m3fn in the file, fp16, bf16"),
     "int8 weights": (_set(0, "head.weight", lambda t: t.to(torch.int8)), "torch.int8 in the file, fp16, bf16"),
+    "missing last block": (_cut_short, r"ends after 2 blocks; VAR-d16, .* has 16\. It is incomplete: get it from its"),
+    "missing last block of the config": (_config_of_more, r"ends after 2 blocks; its config\.json says 3\. It is inc"),
     "missing block": (_change(_drop), r"blocks\.0\.attn\.mat_qkv\.weight is missing"),
     "missing tensor of the tokenizer": (
         _change(lambda t, v: v.pop("decoder.conv_out.bias")), r"vae\.pth: decoder\.conv_out\.bias is missing"
@@ -337,14 +373,37 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "directory of many disks": (_many_disks, "a damaged zip file.*Download"),
     "index without a map": (_sharded(lambda f: _edit_index(f, lambda m: {})), "no weight_map"),
+    "no permission": (_unreadable, r"cannot read .*var\.pth: no permission\. Change its permissions, or"),
     "file in the way of a folder": (lambda f, t, v: _pair(f, t, v) / "deeper", "does not exist"),
 }  # fmt: skip
 
 
 def _everything(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+    """Files by name, with contents where they can be read; of a large one the size, and whether it has been written."""
+
+    def content(path: Path) -> bytes:
+        about = path.stat()
+        if not path.is_file() or not about.st_mode & 0o400 or about.st_size > 10**7:
+            return repr((about.st_size, about.st_mode, about.st_mtime_ns)).encode() if path.is_file() else b""
+        return path.read_bytes()
+
+    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*")}
 
 
+@pytest.fixture
+def permissions_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets nobody open a file without permission: the superuser, as whom tests may run, is asked for none."""
+    original = Path.open
+
+    def opened(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.exists() and not self.stat().st_mode & 0o400:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.usefixtures("permissions_hold")
 @pytest.mark.parametrize("case", CASES)
 def test_broken_input(
     case: str, tmp_path: Path, parts: tuple[Tensors, Tensors], monkeypatch: pytest.MonkeyPatch
@@ -358,6 +417,10 @@ def test_broken_input(
     assert caught.value.exit_code == 2
     assert str(source) in str(caught.value) or str(source.parent) in str(caught.value)
     assert "\n" not in caught.value.message and len(caught.value.message) < 700
+    assert _everything(tmp_path) == before
+    ended = CliRunner().invoke(app, ["convert", str(source), "--out", "X"], prog_name="actvar")
+    assert (ended.exit_code, ended.stdout) == (2, "")
+    assert ended.stderr == f"actvar: {caught.value}\n"
     assert _everything(tmp_path) == before
 
 
@@ -393,6 +456,51 @@ def test_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(InputError, match="no permission"):
         load_any(tmp_path / "model")
+
+
+TINY = (
+    "experts.count=8",
+    "gate.rank=4",
+    "budget={reduction: 0.1, pyramids: 4}",
+    "calibration={pyramids: 4, batch: 4}",
+)
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "number", "expected"),
+    [
+        (os, "fsync", errno.ENOSPC, "the disk is full. Free some space, or"),
+        (os, "fsync", errno.EDQUOT, "the disk is full. Free some space, or"),
+        (os, "mkdir", errno.EACCES, "no permission. Change its permissions, or"),
+        (os, "mkdir", errno.EROFS, "the file system is read-only. Choose a folder"),
+        (Path, "rename", errno.EIO, "Input/output error. Check the path and the disk."),
+    ],
+    ids=["full disk", "spent quota", "no permission", "read-only", "failing disk"],
+)
+def test_result_that_cannot_be_written(
+    official_pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    function: str,
+    number: int,
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = _everything(tmp_path)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(owner, function, refuse)
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    command = ["convert", str(official_pair[0]), "--out", "deep/X", *settings]
+    ended = CliRunner().invoke(app, command, prog_name="actvar")
+    *progress, said = ended.stderr.splitlines()
+    assert (ended.exit_code, ended.stdout) == (2, "")
+    assert re.fullmatch(rf"actvar: cannot write deep/X\S*: {re.escape(expected)}.*", said)
+    assert bool(progress) == (function != "mkdir"), "what can be known to fail is tried before any work"
+    assert _everything(tmp_path) == before
 
 
 def test_wanted_globals_are_named_without_running_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from actvar_convert.checkpoint.describe import count_text, describe, describe_tokenizer
-from actvar_convert.checkpoint.infer import Overrides, infer_tokenizer, infer_transformer
+from actvar_convert.checkpoint.infer import Overrides, infer_tokenizer, infer_transformer, missing_blocks
 from actvar_convert.checkpoint.official import official_config, official_names
 from actvar_convert.checkpoint.skeleton import compare, empty_dense
 from actvar_convert.errors import CheckpointError, InputError
@@ -113,6 +113,27 @@ def test_heads_come_from_the_scale_then_from_the_caller_then_from_the_width() ->
     narrow = _state(l2_attention=False, width=96)
     with pytest.raises(CheckpointError, match="num_heads"):
         infer_transformer(narrow, Overrides())
+
+
+@pytest.mark.parametrize(
+    ("depth", "hints", "expected"),
+    [
+        (16, {}, None),
+        (15, {}, 16),
+        (2, {}, 16),
+        (17, {}, None),
+        (15, {"depth": 15}, None),
+        (15, {"depth": 20}, 20),
+        (15, {"depth": "15"}, 16),
+        (15, {"depth": 10**9}, 16),
+    ],
+)
+def test_depth_of_a_published_shape_or_of_the_config(
+    depth: int, hints: dict[str, object], expected: int | None
+) -> None:
+    config = official_config("var-d16")[0].model_copy(update={"depth": depth})
+    found = missing_blocks(config, hints)
+    assert (None if found is None else found.blocks) == expected
 
 
 @pytest.mark.parametrize("hints", [{"num_heads": "2"}, {"num_heads": [1]}, {"patch_nums": 5}, {"patch_nums": "124"}])

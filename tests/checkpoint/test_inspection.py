@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from actvar_convert.checkpoint.dense import inspect_file
+from actvar_convert.checkpoint.dense import inspect_file, load_dense
+from actvar_convert.checkpoint.shape import model_shape
 from actvar_convert.checkpoint.sparse import save_sparse
 from actvar_convert.errors import InputError
 from actvar_convert.models.sparse import SparseVARModel
@@ -46,6 +47,19 @@ def test_everything_wrong_is_listed(tmp_path: Path, parts: Parts) -> None:
     assert found.mis_shaped == ("head.weight: [64, 32] in the file, [32, 64] needed",)
     assert found.nonfinite == 2 and not found.complete
     assert inspect_file(tmp_path / "x.safetensors").nonfinite is None
+
+
+def test_a_file_that_ends_before_its_last_block(tmp_path: Path, official_pair: tuple[Path, Path], parts: Parts) -> None:
+    (tmp_path / "config.json").write_text('{"depth": 3}')
+    save_file(parts[0], tmp_path / "model.safetensors")
+    found = inspect_file(tmp_path)
+    assert not found.complete and set(found.missing) >= {"blocks.2.attn.proj.weight", "blocks.2.ffn.fc2.bias"}
+    assert all(name.startswith("blocks.2.") for name in found.missing)
+    assert found.notes[-2] == "the file ends after 2 blocks; its config.json says 3: the rest is missing"
+    with pytest.raises(InputError, match=r"blocks\.2\..* is missing"):
+        model_shape(tmp_path)
+    (tmp_path / "config.json").write_text('{"depth": 2}')
+    assert inspect_file(tmp_path).complete and load_dense(tmp_path).transformer.config.depth == 2
 
 
 def test_tokenizer_alone(official_pair: tuple[Path, Path]) -> None:

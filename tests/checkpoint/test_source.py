@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from typer.testing import CliRunner
 
 from actvar_convert.checkpoint import zoo
 from actvar_convert.checkpoint.official import (
@@ -22,7 +25,9 @@ from actvar_convert.checkpoint.sparse import provenance_of, save_sparse
 from actvar_convert.errors import InputError
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.origins import recorded_teacher
+from actvar_convert.origins import provenance, recorded_teacher
+from actvar_convert.recipe import Recipe
+from actvar_convert_cli.main import app
 
 
 @pytest.fixture
@@ -87,6 +92,81 @@ def test_published_name_from_the_cache(
 def test_published_name_without_network(offline_cache: Path) -> None:
     with pytest.raises(InputError, match=r"var-d20 needs var_d20\.pth .*not in the cache.*give their paths"):
         load_any("var-d20")
+
+
+COMMITS = ("0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef")
+
+
+def test_a_recorded_teacher_is_of_the_recorded_revision(
+    offline_cache: Path, official_pair: tuple[Path, Path], dense: VARModel, sparse: SparseVARModel, tmp_path: Path
+) -> None:
+    repository = offline_cache / "models--FoundationVision--var"
+    (repository / "refs").mkdir(parents=True)
+    for commit in COMMITS:
+        (repository / "refs" / "main").write_text(commit)
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        shutil.copy(official_pair[0], snapshot / "var_d16.pth")
+        shutil.copy(official_pair[1], snapshot / TOKENIZER_FILE)
+        if commit == COMMITS[0]:
+            recorded = provenance(load_any("var-d16"), Recipe(name="x", model="var-d16"))
+            tensors = torch.load(official_pair[0])
+            torch.save({**tensors, "head.bias": tensors["head.bias"] + 1}, official_pair[0])
+            torch.save(torch.load(official_pair[1]), official_pair[1])
+    assert load_any("var-d16").origin["revision"] == COMMITS[1]
+    assert recorded.revision == COMMITS[0]
+    folder = save_sparse(sparse, tmp_path / "out", provenance=recorded, recipe_text="a: 1\n")
+    teacher = recorded_teacher(load_any(folder))
+    assert torch.equal(teacher.transformer.head.bias, dense.transformer.head.bias)
+    assert {Path(teacher.origin[part]).parent.name for part in ("path", "vae")} == {COMMITS[0]}
+    gone = recorded.model_copy(update={"revision": "f" * 40})
+    folder = save_sparse(sparse, folder, provenance=gone, recipe_text="a: 1\n")
+    with pytest.raises(
+        InputError, match=r"not at hand; name the dense model \(--teacher\).* at revision ffffffffffff,"
+    ):
+        recorded_teacher(load_any(folder))
+
+
+CACHE = "/cache/models--FoundationVision--var/blobs/0.incomplete"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("no route to host"), r"cannot be fetched \(ConnectionError: no route to host\)\. Connect"),
+        (
+            HfHubHTTPError.__mro__[1]("the peer closed the connection"),
+            r"fetched \(\w+: the peer closed the conn.*Connect",
+        ),
+        (
+            RuntimeError("Data processing error: CAS service error\nmore"),
+            r"\(RuntimeError: Data .* CAS service error\)\.",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be fetched"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "cannot write .*hub: the disk is full. Free some space.*HF_HOME",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", CACHE), f"cannot write {CACHE}: the disk is full. Free some"),
+        (PermissionError(errno.EACCES, "Permission denied", CACHE), f"cannot write {CACHE}: no permission. Change"),
+        (OSError(errno.EROFS, "Read-only file system", CACHE), f"cannot write {CACHE}: the file system is read-only"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "cannot write .*hub: the disk is full"),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, Exception) else "",
+)
+def test_whatever_the_hub_raises_is_one_message(
+    offline_cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(InputError, match=rf"^var-d16 needs var_d16\.pth of huggingface.*{said}") as caught:
+        load_any("var-d16")
+    assert "\n" not in str(caught.value)
+    ended = CliRunner().invoke(app, ["convert", "var-d16", "--out", str(offline_cache)], prog_name="actvar")
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (2, "", f"actvar: {caught.value}\n")
+    assert not offline_cache.exists()
 
 
 def test_misspelt_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official_pair: tuple[Path, Path]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from actvar_convert import runtime
 from actvar_convert.errors import ChecksFailed, InputError, Interrupted
-from actvar_convert_cli.console import ActvarGroup, show_text
+from actvar_convert_cli.console import GRACE, ActvarGroup, show_text
 from actvar_convert_cli.main import main
 from actvar_convert_cli.options import Verbose, several
 
@@ -36,6 +38,8 @@ def end(how: str, out: str = "", verbose: Verbose = False) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
     if how == "full, no name":
         raise OSError(errno.ENOSPC, "No space left on device")
+    if how in ("EACCES", "EROFS", "ENOENT", "EIO"):
+        raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)), "/somewhere/file")
     if how == "bug":
         raise ZeroDivisionError
     show_text("data\n")
@@ -46,22 +50,42 @@ def other() -> None:
     """Makes ``end`` a sub-command."""
 
 
+FULL = "the disk is full. Free some space, or choose a folder elsewhere."
+
+
 @pytest.mark.parametrize(
     ("how", "code", "message"),
     [
         ("well", 0, ""),
         ("input", 2, "actvar: cannot use it:\n  - one\n  - two\n"),
         ("check", 3, "actvar: 1 of 1 checks failed\n"),
-        ("full", 2, "actvar: /somewhere/file: No space left on device\n"),
-        ("full, no name", 2, "actvar: No space left on device\n"),
+        ("full", 2, f"actvar: cannot use /somewhere/file: {FULL}\n"),
+        ("full, no name", 2, f"actvar: cannot use: {FULL}\n"),
+        ("EACCES", 2, "actvar: cannot use /somewhere/file: no permission. Change its permissions, or choose another "
+         "place.\n"),
+        ("EROFS", 2, "actvar: cannot use /somewhere/file: the file system is read-only. Choose a folder elsewhere.\n"),
+        ("ENOENT", 2, "actvar: cannot use /somewhere/file: no such file or folder. Check the path.\n"),
+        ("EIO", 2, "actvar: cannot use /somewhere/file: Input/output error. Check the path and the disk.\n"),
         ("keys", 130, "actvar: stopped\nTo go on, give the same line again:\n  actvar end keys --out 'a b'\n"),
     ],
-)
+)  # fmt: skip
 def test_exit_codes_and_messages(how: str, code: int, message: str) -> None:
     arguments = ["end", how, "--out", "a b"]
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.stderr) == (code, message)
     assert result.stdout == ("data\n" if code == 0 else "")
+
+
+def test_of_several_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for the launcher to end them, and speak only if it does not: then the trouble is theirs alone."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "0")
+    assert CliRunner().invoke(app, ["end", "input"]).stderr.startswith("actvar: cannot use it:") and not waited
+    monkeypatch.setenv("RANK", "3")
+    for how, said in (("input", "cannot use it:\n"), ("full", "cannot use /somewhere/file: the disk is full")):
+        assert CliRunner().invoke(app, ["end", how]).stderr.startswith(f"actvar, process 3: {said}")
+    assert waited == [GRACE, GRACE]
 
 
 def test_an_interrupted_run_says_how_it_goes_on() -> None:
@@ -134,6 +158,13 @@ def test_bad_input_ends_with_2_and_one_message(actvar: Actvar, tmp_path: Path, a
     assert result.exit_code == 2, result.output
     assert result.stderr and "Traceback" not in result.output
     assert not any(tmp_path.iterdir()), "a refused command left something behind"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is a file system of Linux")
+def test_a_place_that_takes_no_folder_is_no_full_disk(actvar: Actvar) -> None:
+    result = actvar("convert", "fashion", "--out", "/proc/xx")
+    assert result.exit_code == 2
+    assert result.stderr == "actvar: cannot write /proc/xx: /proc takes no new folders. Choose another place.\n"
 
 
 def test_all_problems_of_a_recipe_are_named(actvar: Actvar) -> None:
