@@ -44,8 +44,11 @@ def triton_works(device: torch.device) -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     shapes = ((20, 32), (64, 32), (64,), (32, 64), (32,), (4, 32))
-    x_RC, *rest = (torch.randn(shape, generator=generator).mul(0.3).to(device, torch.float16) for shape in shapes)
-    weights, chosen_RK = ExpertWeights(*rest), torch.rand(20, 3, generator=generator).topk(2).indices.to(device)
+    x_RC, w1, b1, w2, b2, inactive = (
+        torch.randn(shape, generator=generator).mul(0.3).to(device, torch.float16) for shape in shapes
+    )
+    weights = ExpertWeights(w1, b1, w2, b2, inactive)
+    chosen_RK = torch.rand(20, 3, generator=generator).topk(2).indices.to(device)
     with torch.no_grad():
         try:
             got = expert_ffn_triton(x_RC, weights, 1, chosen_RK)
@@ -70,8 +73,8 @@ def expert_ffn(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Ten
         with torch.autocast(x_RC.device.type, enabled=False):
             return expert_ffn(*_lowered(x_RC, weights), prefix, chosen_RK)
     way = choose_way(x_RC, weights, prefix, chosen_RK.shape[1])
-    if way != "reference" and chosen_RK.shape[1] == 0:
-        return _prefix(x_RC, weights, prefix, weights.inactive[prefix:].to(x_RC.dtype))
+    if way == "prefix":
+        return expert_ffn_prefix(x_RC, weights, prefix)
     if way == "grouped":
         return expert_ffn_grouped(x_RC, weights, prefix, chosen_RK)
     if way == "triton":
@@ -94,7 +97,7 @@ def _autocasts(x_RC: Tensor) -> bool:
 
 def _lowered(x_RC: Tensor, weights: ExpertWeights) -> tuple[Tensor, ExpertWeights]:
     dtype = torch.get_autocast_dtype(x_RC.device.type)
-    return x_RC.to(dtype), ExpertWeights(*(None if tensor is None else tensor.to(dtype) for tensor in weights))  # type: ignore[arg-type]
+    return x_RC.to(dtype), weights.to(dtype)
 
 
 def selection_mask(chosen_RK: Tensor, free: int) -> Tensor:
@@ -124,14 +127,26 @@ def expert_ffn_reference(x_RC: Tensor, weights: ExpertWeights, active_RE: Tensor
     return F.linear(hidden, weights.w2, weights.b2) + (1 - mask) @ weights.inactive.to(x_RC.dtype)
 
 
+def expert_ffn_prefix(x_RC: Tensor, weights: ExpertWeights, prefix: int) -> Tensor:
+    """Rows that run the prefix alone: one product over a view, where nothing is gathered or masked.
+
+    Returns a new tensor [R, C]: the prefix, the bias, and the constants of all experts after it.
+    """
+    shared = prefix * weights.neurons
+    bias = weights.resting_bias(prefix, x_RC.dtype)
+    if not shared:
+        return bias.expand(len(x_RC), -1).clone()
+    hidden = linear_gelu(x_RC, weights.w1[:shared], weights.b1[:shared])
+    return linear(hidden, weights.columns(0, shared, "prefix"), bias)
+
+
 def expert_ffn_masked(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
     """The reference without gradients, in whole products and in place: for few rows, where products are cheap."""
     mask = routed_RF.to(x_RC.dtype)
     hidden = linear_gelu(x_RC, weights.w1, weights.b1)
     hidden.view(len(x_RC), weights.experts, weights.neurons)[:, prefix:].mul_(mask.unsqueeze(-1))
-    constants = weights.inactive[prefix:].to(x_RC.dtype)
-    y = linear(hidden, weights.w2, weights.b2 + constants.sum(0))
-    return y.addmm_(mask, constants, alpha=-1)
+    y = linear(hidden, weights.w2, weights.resting_bias(prefix, x_RC.dtype))
+    return y.addmm_(mask, weights.inactive[prefix:].to(x_RC.dtype), alpha=-1)
 
 
 def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
@@ -143,15 +158,14 @@ def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF
     """
     N = weights.neurons
     constants = weights.inactive[prefix:].to(x_RC.dtype)
-    y = _prefix(x_RC, weights, prefix, constants).addmm_(routed_RF.to(x_RC.dtype), constants, alpha=-1)
+    y = expert_ffn_prefix(x_RC, weights, prefix).addmm_(routed_RF.to(x_RC.dtype), constants, alpha=-1)
     experts, rows = routed_RF.T.nonzero(as_tuple=True)
     counts = torch.bincount(experts, minlength=routed_RF.shape[1]).tolist()
     for offset, own_rows in enumerate(torch.split(rows, counts)):
         if len(own_rows):
             own = slice((prefix + offset) * N, (prefix + offset + 1) * N)
             hidden = linear_gelu(x_RC.index_select(0, own_rows), weights.w1[own], weights.b1[own])
-            w2_CN = weights.w2[:, own] if weights.w2_ECN is None else weights.w2_ECN[prefix + offset]
-            y.index_add_(0, own_rows, linear(hidden, w2_CN, None))
+            y.index_add_(0, own_rows, linear(hidden, weights.columns(own.start, own.stop, "expert"), None))
     return y
 
 
@@ -163,7 +177,7 @@ def expert_ffn_grouped(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen
     """
     N, K, free = weights.neurons, chosen_RK.shape[1], weights.experts - prefix
     constants = weights.inactive[prefix:].to(x_RC.dtype)
-    y = _prefix(x_RC, weights, prefix, constants)
+    y = expert_ffn_prefix(x_RC, weights, prefix)
     if chosen_RK.numel() == 0:
         return y
     expert, order = chosen_RK.flatten().sort(stable=True)
@@ -186,17 +200,7 @@ def expert_ffn_triton(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_
     from actvar_convert.kernels.expert_ffn_triton import add_routed
 
     constants = weights.inactive[prefix:].to(x_RC.dtype)
-    y = _prefix(x_RC, weights, prefix, constants)
+    y = expert_ffn_prefix(x_RC, weights, prefix)
     if chosen_RK.numel():
         add_routed(y, x_RC, weights, constants, prefix, chosen_RK)
     return y
-
-
-def _prefix(x_RC: Tensor, weights: ExpertWeights, prefix: int, constants_FC: Tensor) -> Tensor:
-    """What the prefix computes, the bias, and the constants of all experts after it: a new tensor [R, C]."""
-    shared = prefix * weights.neurons
-    bias = weights.b2 + constants_FC.sum(0)
-    if not shared:
-        return bias.expand(len(x_RC), -1).clone()
-    hidden = linear_gelu(x_RC, weights.w1[:shared], weights.b1[:shared])
-    return linear(hidden, weights.w2[:, :shared], bias)

@@ -5,9 +5,67 @@ Shapes: C width, H hidden neurons = E experts of N = H / E, expert e owning neur
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
+
+Columns = Literal["prefix", "expert"]
+
+TRANSPOSED: dict[Columns, tuple[torch.dtype, ...]] = {
+    "prefix": (torch.float32,),
+    "expert": (torch.float32, torch.bfloat16),
+}
+"""Number formats in which a product on a CPU reads its columns of W2 from a transposed copy, where they are whole rows.
+
+oneDNN multiplies columns in place as it does rows, but only as a plain product; its fused operation, through which fp32
+goes, falls back to one that is a thousand times slower. The copy serves every prefix and every expert, so it takes the
+memory of one W2 however many of them a plan has.
+"""
+
+
+class DerivedWeights:
+    """Keeps tensors that were computed from weights, for as long as those weights stay what they are.
+
+    In inference mode alone: training changes weights at every step, and conversion writes to ``weight.data``, the one
+    kind of change that torch does not count. A copy of it starts empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[tuple[_Source, ...], Tensor]] = {}
+
+    def of(self, key: Hashable, sources: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor | None:
+        """What ``make`` computes from the sources; None where a change to them could not be told."""
+        if not torch.is_inference_mode_enabled() or any(source.is_inference() for source in sources):
+            return None
+        known = self._kept.get(key)
+        if known is None or not all(map(_Source.is_of, known[0], sources)):
+            known = self._kept[key] = tuple(map(_Source.at, sources)), make()
+        return known[1]
+
+    def __reduce__(self) -> tuple[type[DerivedWeights], tuple[()]]:
+        return DerivedWeights, ()
+
+
+class _Source(NamedTuple):
+    """A weight at one time. The view keeps its memory from being given to a new weight at the same address."""
+
+    view: Tensor
+    version: int
+
+    @classmethod
+    def at(cls, weight: Tensor) -> _Source:
+        return cls(weight.detach(), weight._version)
+
+    def is_of(self, weight: Tensor) -> bool:
+        own = self.view
+        return (
+            own.data_ptr() == weight.data_ptr()
+            and own.dtype == weight.dtype
+            and own.shape == weight.shape
+            and self.version == weight._version
+        )
 
 
 class ExpertWeights(NamedTuple):
@@ -16,8 +74,7 @@ class ExpertWeights(NamedTuple):
     Attributes:
         w1: [H, C]; b1: [H]; w2: [C, H]; b2: [C].
         inactive: constants m [E, C] that experts contribute when they do not run.
-        w2_ECN: W2 by expert, [E, C, N] contiguous, where a copy is at hand (``ExpertSlices``): what an expert owns of
-            W2 itself are columns, and fused operations on a CPU take whole weights only.
+        derived: what is kept of them from call to call; None: everything is derived anew.
     """
 
     w1: Tensor
@@ -25,7 +82,7 @@ class ExpertWeights(NamedTuple):
     w2: Tensor
     b2: Tensor
     inactive: Tensor
-    w2_ECN: Tensor | None = None
+    derived: DerivedWeights | None = None
 
     @property
     def experts(self) -> int:
@@ -36,34 +93,27 @@ class ExpertWeights(NamedTuple):
         """Neurons N of one expert."""
         return self.w1.shape[0] // self.inactive.shape[0]
 
+    def to(self, dtype: torch.dtype) -> ExpertWeights:
+        """The weights in another number format."""
+        w1, b1, w2, b2, inactive = (tensor.to(dtype) for tensor in self[:5])
+        return ExpertWeights(w1, b1, w2, b2, inactive)
 
-class ExpertSlices:
-    """Keeps W2 by expert, [E, C, N] contiguous, for as long as the weight it was copied from stays what it is.
+    def columns(self, begin: int, end: int, of: Columns) -> Tensor:
+        """W2 [C, n] of the neurons ``begin`` to ``end``, those of the prefix or of one expert."""
+        if self.derived is not None and self.w2.dtype in TRANSPOSED[of] and end - begin < self.w2.shape[1]:
+            w2_HC = self.derived.of("w2_HC", (self.w2,), lambda: self.w2.t().contiguous())
+            if w2_HC is not None:
+                return w2_HC[begin:end].t()
+        return self.w2[:, begin:end]
 
-    A change through ``weight.data.op_()`` is the one kind that torch does not count, so it is not noticed.
-    """
+    def resting_bias(self, prefix: int, dtype: torch.dtype) -> Tensor:
+        """b2 and the constants of all experts after the prefix, [C]: what a row gets that runs none of them."""
 
-    def __init__(self) -> None:
-        self._source: Tensor | None = None
-        self._version = -1
-        self._copy: Tensor | None = None
+        def added() -> Tensor:
+            return self.b2 + self.inactive[prefix:].to(dtype).sum(0)
 
-    def of(self, w2: Tensor, experts: int) -> Tensor | None:
-        """The copy of a weight [C, H]; None where changes to the weight could not be told (inference tensors)."""
-        if w2.is_inference():
-            return None
-        if self._source is None or not self._is_source(w2):
-            # the detached view keeps the old memory from being given to a new weight at the same address
-            self._source, self._version = w2.detach(), w2._version
-            self._copy = self._source.reshape(len(w2), experts, -1).transpose(0, 1).contiguous()
-        return self._copy
-
-    def _is_source(self, w2: Tensor) -> bool:
-        own = self._source
-        return (
-            own is not None
-            and own.data_ptr() == w2.data_ptr()
-            and own.dtype == w2.dtype
-            and own.shape == w2.shape
-            and self._version == w2._version
-        )
+        if self.derived is None:
+            return added()
+        key = "resting", self.inactive.storage_offset(), prefix, dtype
+        kept = self.derived.of(key, (self.inactive, self.b2), added)
+        return added() if kept is None else kept

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Way = Literal["reference", "masked", "loop", "grouped", "triton"]
+Way = Literal["reference", "prefix", "masked", "loop", "grouped", "triton"]
 Observer = Literal["nobody", "counter", "compiler"]
 """Who looks on: something that counts or traces operations as they run, or a compiler."""
 
@@ -95,6 +95,8 @@ def choose(
     """
     if gradients:
         return Choice("reference", "gradients are wanted")
+    if shape.routed == 0:
+        return Choice("prefix", "nothing is routed: one product over a view")
     if shape.device == "cpu":
         return _on_cpu(shape, observer)
     if shape.routed is None:
@@ -194,7 +196,8 @@ class WayRow(NamedTuple):
     Attributes:
         shape: what was asked for.
         choice: the way that is taken, and why.
-        microseconds: what each way would take as counted, on a GPU; else empty.
+        microseconds: what each way would take beyond the prefix, as counted for the device; empty where nothing is
+            weighed.
     """
 
     shape: FFNShape
@@ -206,6 +209,14 @@ def way_table(shapes: Iterable[FFNShape], *, triton: bool) -> list[WayRow]:
     """The choice for every shape at inference; ``triton`` says whether the fused kernels run on the device."""
     rows = []
     for shape in shapes:
-        counted = gpu_seconds(shape) if shape.device == "cuda" and shape.routed is not None else {}
-        rows.append(WayRow(shape, choose(shape, triton=triton), {way: 1e6 * each for way, each in counted.items()}))
+        rows.append(
+            WayRow(shape, choose(shape, triton=triton), {way: 1e6 * each for way, each in _weighed(shape).items()})
+        )
     return rows
+
+
+def _weighed(shape: FFNShape) -> dict[Way, float]:
+    """The seconds that ``choose`` compares for a shape."""
+    if shape.device == "cpu" and shape.routed != 0 and shape.dtype in CPU_FLOPS:
+        return cpu_seconds(shape)
+    return gpu_seconds(shape) if shape.device == "cuda" and shape.routed else {}

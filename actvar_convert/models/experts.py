@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actvar_convert.kernels.expert_ffn import expert_ffn, expert_ffn_selected
-from actvar_convert.kernels.expert_weights import ExpertSlices, ExpertWeights
-from actvar_convert.kernels.linear import linear, linear_gelu
+from actvar_convert.kernels.expert_weights import DerivedWeights, ExpertWeights
+from actvar_convert.kernels.linear import linear, linear_gelu, watched
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.var import Span
@@ -107,15 +107,17 @@ class ExpertFFN(nn.Module):
         width = max(each.router_width for each in plans.values() if each.router_experts(block) == self.scored)
         self.router = Router(config.width, self.scored, width) if self.scored else None
         self.plan = chosen
-        self._slices = ExpertSlices()
+        self._derived = DerivedWeights()
 
     def weights(self, scale: int) -> ExpertWeights:
-        """Weights of the FFN with the constants of one scale."""
+        """Weights of the FFN with the constants of one scale.
+
+        On a CPU ways that need them otherwise laid out keep that; CUDA graphs read the weights where they are.
+        """
         w2 = self.fc2.weight
-        slices = None
-        if w2.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            slices = self._slices.of(w2, self.experts)
-        return ExpertWeights(self.fc1.weight, self.fc1.bias, w2, self.fc2.bias, self.inactive[scale], slices)
+        plain = w2.device.type != "cpu" or torch.is_autocast_enabled("cpu") or watched()
+        derived = None if plain else self._derived
+        return ExpertWeights(self.fc1.weight, self.fc1.bias, w2, self.fc2.bias, self.inactive[scale], derived)
 
     def scores(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None) -> Tensor:
         """The router's scores [B, L, E - n] of the experts after the prefix, for tokens of one scale."""

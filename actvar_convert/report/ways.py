@@ -43,7 +43,7 @@ def plan_ways(
     Args:
         config: of the transformer.
         plan: what each block runs.
-        batch: images at once; paired guidance doubles the rows.
+        batch: images at once, of one or two rows as the plan says.
         dtype: of the weights.
         device: its type, such as cpu or cuda; it need not be there.
         triton: whether the fused kernels run on it.
@@ -100,5 +100,14 @@ def render_ways(model: VARModel, batches: Sequence[int], dtypes: Sequence[str]) 
                 numbers = (batch, scale, blocks, shape.rows, shape.prefix)
                 reason = f"{choice.reason} ({figures})" if figures else choice.reason
                 table.add_row(dtype, *map(str, numbers), routed, str(shape.free), choice.way, reason)
-    note = "Rows: of all images, with guidance. Microseconds: beyond the prefix, counted for a large GPU, not measured."
-    return Group(table, Text(note, style="dim"))
+    return Group(table, Text(_note(model, device.type), style="dim"))
+
+
+def _note(model: SparseVARModel, device: str) -> str:
+    """What rows and microseconds mean for a model on a device."""
+    rows = "one per image, guidance is folded in"
+    if model.plan.rows == 2:
+        rows = "two per image, with its class and without"
+    machine = {"cpu": "two cores with AVX-512", "cuda": "a large GPU"}.get(device)
+    counted = f" Microseconds: beyond the prefix, counted for {machine}, not measured." if machine else ""
+    return f"Rows: {rows}.{counted}"

@@ -1,5 +1,7 @@
 """The fast expert FFN against the obvious one: odd sizes, empty experts, one row, all experts."""
 
+import copy
+
 import pytest
 import torch
 
@@ -9,11 +11,12 @@ from actvar_convert.kernels.expert_ffn import (
     expert_ffn_grouped,
     expert_ffn_loop,
     expert_ffn_masked,
+    expert_ffn_prefix,
     expert_ffn_reference,
     expert_ffn_selected,
     selection_mask,
 )
-from actvar_convert.kernels.expert_weights import ExpertSlices, ExpertWeights
+from actvar_convert.kernels.expert_weights import TRANSPOSED, DerivedWeights, ExpertWeights
 
 
 def make_weights(width: int, experts: int, neurons: int) -> ExpertWeights:
@@ -93,7 +96,7 @@ def made(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, Expe
     generator = torch.Generator().manual_seed(rows + routed)
     x = torch.randn(width, rows, generator=generator, dtype=torch.float64).T.to(dtype)
     score = torch.randn(rows, experts - prefix, generator=generator)
-    score[:, 0] -= 100.0
+    score[:, :1] -= 100.0
     return x, weights, score.topk(routed, dim=-1, sorted=False).indices
 
 
@@ -105,17 +108,18 @@ def expected(x: torch.Tensor, weights: ExpertWeights, prefix: int, chosen: torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sliced", [False, True])
-def test_every_way_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, sliced: bool) -> None:
+@pytest.mark.parametrize("derived", [False, True])
+def test_every_way_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, derived: bool) -> None:
     x, weights, chosen = made(shape, dtype)
     prefix = shape[4]
     want = expected(x, weights, prefix, chosen)
     routed = selection_mask(chosen, weights.experts - prefix)
-    if sliced:
-        weights = weights._replace(w2_ECN=ExpertSlices().of(weights.w2, weights.experts))
+    if derived:
+        weights = weights._replace(derived=DerivedWeights())
     tolerance = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    with torch.no_grad():
+    with torch.inference_mode():
         results = {
+            "prefix": expert_ffn_prefix(x, weights, prefix) if shape[5] == 0 else want.to(dtype),
             "masked": expert_ffn_masked(x, weights, prefix, routed),
             "loop": expert_ffn_loop(x, weights, prefix, routed),
             "grouped": expert_ffn_grouped(x, weights, prefix, chosen),
@@ -153,16 +157,71 @@ def test_the_choice_of_the_way() -> None:
         assert choose_way(few.double(), weights, 4, 5) == "loop"
 
 
-def test_slices_follow_their_weight() -> None:
-    slices, weight = ExpertSlices(), torch.nn.Parameter(torch.arange(24.0).view(4, 6))
-    first = slices.of(weight, 3)
-    assert first is slices.of(weight, 3) and torch.equal(first[1], weight[:, 2:4])
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix", [0, 1, 3, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_prefix_alone(dtype: torch.dtype, prefix: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode(False):
+        x, weights, chosen = made((7, 24, 4, 16, prefix, 0), dtype)
+    derived = DerivedWeights()
+    monkeypatch.setitem(TRANSPOSED, "prefix", (dtype,) if transposed else ())
+    got = [expert_ffn(x, weights._replace(derived=each), prefix, chosen) for each in (None, derived, derived)]
+    for each in got:
+        want = expected(x, weights, prefix, chosen)
+        torch.testing.assert_close(each.double(), want, rtol=0.05, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.equal(got[1], got[2])
+    copied = [tensor for _, tensor in derived._kept.values() if tensor.shape == (64, 24)]
+    assert len(copied) == (transposed and prefix in (1, 3))
+
+
+def test_every_prefix_and_expert_reads_one_copy() -> None:
+    with torch.no_grad():
+        weights = make_weights(6, 4, 2)._replace(derived=DerivedWeights())
+        weights = weights.to(torch.float32)._replace(derived=weights.derived)
+    with torch.inference_mode():
+        read = [weights.columns(0, 2, "prefix"), weights.columns(0, 6, "prefix"), weights.columns(4, 6, "expert")]
+    for columns, (begin, end) in zip(read, ((0, 2), (0, 6), (4, 6)), strict=True):
+        assert torch.equal(columns, weights.w2[:, begin:end]) and columns.t().is_contiguous()
+    assert len({columns.untyped_storage().data_ptr() for columns in read}) == 1
+    with torch.no_grad():
+        assert weights.columns(0, 2, "prefix").data_ptr() == weights.w2.data_ptr(), "training changes weights"
+
+
+def test_what_is_derived_follows_its_weight() -> None:
+    derived, weight = DerivedWeights(), torch.nn.Parameter(torch.arange(24.0).view(4, 6))
+
+    def doubled() -> torch.Tensor:
+        with torch.inference_mode():
+            out = derived.of("doubled", (weight,), lambda: 2 * weight)
+        assert out is not None
+        return out
+
+    first = doubled()
+    assert first is doubled() and torch.equal(first, 2 * weight)
     with torch.no_grad():
         weight.mul_(2)
-    assert torch.equal(slices.of(weight, 3)[2], weight[:, 4:])
+    assert torch.equal(doubled(), 2 * weight)
     weight.data = weight.data + 1
-    assert torch.equal(slices.of(weight, 3)[0], weight[:, :2])
+    assert torch.equal(doubled(), 2 * weight)
     weight.data = weight.data.to(torch.bfloat16).float() + 1
-    assert torch.equal(slices.of(weight, 3)[0], weight[:, :2])
+    assert torch.equal(doubled(), 2 * weight)
+    assert not copy.deepcopy(derived)._kept
     with torch.inference_mode():
-        assert slices.of(torch.zeros(4, 6), 3) is None
+        untold = torch.zeros(4, 6)
+        assert derived.of("untold", (untold,), lambda: 2 * untold) is None
+    with torch.no_grad():
+        assert derived.of("doubled", (weight,), lambda: 2 * weight) is None
+
+
+def test_the_resting_bias_is_that_of_its_scale_and_prefix() -> None:
+    weights, derived = make_weights(6, 4, 2), DerivedWeights()
+    inactive_SEC = torch.stack((weights.inactive, -weights.inactive))
+    for _ in range(2):
+        for scale in range(2):
+            own = weights._replace(inactive=inactive_SEC[scale], derived=derived)
+            for prefix in (0, 1, 4):
+                with torch.inference_mode():
+                    got = own.resting_bias(prefix, torch.float64)
+                torch.testing.assert_close(got, weights.b2 + inactive_SEC[scale, prefix:].sum(0))
+        inactive_SEC.mul_(2)

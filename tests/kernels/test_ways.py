@@ -40,8 +40,18 @@ def test_without_the_kernels_copying_is_what_is_left_to_weigh() -> None:
 @pytest.mark.parametrize("rows", [1, 2000, 100000])
 @pytest.mark.parametrize("triton", [False, True])
 def test_no_fixed_choice_waits_on_a_gpu(dtype: torch.dtype, rows: int, triton: bool) -> None:
-    for routed in (0, 1, 6):
+    for routed in (1, 6):
         assert choose(shape(rows, dtype=dtype, routed=routed), triton=triton).way in ("masked", "grouped", "triton")
+    assert choose(shape(rows, dtype=dtype, routed=0), triton=triton).way == "prefix"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_where_nothing_is_routed_there_is_nothing_to_choose(device: str) -> None:
+    static = shape(64, device=device, routed=0)
+    for observer in ("nobody", "counter", "compiler"):
+        assert choose(static, observer=observer).way == "prefix"
+    assert choose(static, gradients=True).way == "reference"
+    assert not way_table([static], triton=False)[0].microseconds
 
 
 def test_gradients_counters_and_choices_that_vary() -> None:
@@ -96,4 +106,6 @@ def test_the_table_has_a_reason_for_every_line() -> None:
     assert [row.choice.way for row in rows] == ["triton", "masked", "loop", "loop"]
     assert all(row.choice.reason for row in rows)
     best = min(rows[0].microseconds, key=lambda way: rows[0].microseconds[way])
-    assert best == "triton" and not rows[2].microseconds and not rows[3].microseconds
+    assert best == "triton" and not rows[3].microseconds
+    counted = cpu_seconds(shape(512, device="cpu"))
+    assert rows[2].microseconds == {way: 1e6 * seconds for way, seconds in counted.items()}

@@ -17,7 +17,7 @@ from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import RECORDINGS_KEPT, RecordedGeneration
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sampling import Noise, Sampling
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 
 LABELS = [0, 1, 2, 3, 4, -1]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -51,6 +51,16 @@ def test_no_step_reads_a_value_back(
     model: VARModel = request.getfixturevalue(kind)
     model.transformer.to(torch.bfloat16)
     monkeypatch.setattr(expert_ffn, "choose_way", lambda *_: way)
+    with torch.inference_mode(), FakeTensorMode():
+        without_values(model)
+        steps(model, "cpu")
+
+
+def test_no_step_of_a_static_plan_reads_a_value_back(tiny_sparse: SparseVARModel) -> None:
+    blocks = tuple(block.model_copy(update={"routed": (0, 0, 0, 0)}) for block in tiny_sparse.plan.blocks)
+    plan = tiny_sparse.plan.model_copy(update={"blocks": blocks})
+    transformer = SparseVARTransformer(tiny_sparse.transformer.config, {"static": plan}, "static")
+    model = SparseVARModel(transformer, tiny_sparse.tokenizer).eval()
     with torch.inference_mode(), FakeTensorMode():
         without_values(model)
         steps(model, "cpu")

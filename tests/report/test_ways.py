@@ -26,8 +26,22 @@ def test_the_table_names_way_and_reason(tiny_sparse: SparseVARModel, tiny_model:
     with console.capture() as capture:
         console.print(render_ways(tiny_sparse, [1, 4], ["fp32"]))
     text = capture.get()
-    assert "plan default" in text and text.count("masked") == 4 and "as fitted" in text
+    assert "plan default" in text and text.count("as fitted (masked") == 4 and "loop" in text
+    assert "two per image" in text and "two cores" in text and "large GPU" not in text
     with pytest.raises(InputError, match="dense"):
         render_ways(tiny_model, [1], ["fp32"])
     with pytest.raises(InputError, match="int3"):
         render_ways(tiny_sparse, [1], ["int3"])
+
+
+def test_a_static_plan_runs_one_product_over_a_view(tiny_folded: SparseVARModel) -> None:
+    static = [block.model_copy(update={"routed": (0, 0, 0, 0)}) for block in tiny_folded.plan.blocks]
+    plan = tiny_folded.plan.model_copy(update={"blocks": tuple(static)})
+    rows = plan_ways(
+        tiny_folded.transformer.config, plan, batch=3, dtype=torch.float32, device="cpu", triton=False
+    )
+    assert [(way.row.choice.way, way.row.shape.rows) for way in rows] == [("prefix", 3 * 9), ("prefix", 3 * 8)]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render_ways(tiny_folded, [1], ["fp32"]))
+    assert "one per image, guidance is folded in" in capture.get()
