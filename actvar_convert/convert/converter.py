@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from actvar_convert.checkpoint.skeleton import NoWeights
 from actvar_convert.convert.activations import BlockRecord, Wanted, record_blocks
+from actvar_convert.convert.compensation import compensate
 from actvar_convert.convert.experts import (
     Partition,
     calibrate_inactive,
@@ -25,7 +26,7 @@ from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import FFN, Block
-from actvar_convert.recipe.schema import Recipe
+from actvar_convert.recipe.schema import ExpertsRecipe, Recipe
 from actvar_convert.runtime import release_pages
 
 TOKENS_PER_SCALE = 2048
@@ -61,7 +62,7 @@ def convert_model(
         dense,
         tokens_PL,
         labels_P,
-        wanted=lambda index: wanted_of(transformer.sparse_layers[index]),
+        wanted=lambda index: wanted_of(transformer.sparse_layers[index], recipe.experts),
         batch=recipe.calibration.batch,
         tokens_per_scale=TOKENS_PER_SCALE,
         seed=recipe.seed,
@@ -102,9 +103,10 @@ def _partial_scales(block: SparseBlock) -> list[int]:
     return [s for s in scales if not all(plan.runs_all(block.index, s) for plan in plans)] or list(scales)
 
 
-def wanted_of(block: SparseBlock) -> Wanted:
+def wanted_of(block: SparseBlock, recipe: ExpertsRecipe) -> Wanted:
     """What the conversion of a block needs to see of the dense one."""
-    return Wanted(frozenset(_partial_scales(block)), first_needed_scale(block))
+    scales = _partial_scales(block) if recipe.compensation == "none" else range(len(block.config.sides))
+    return Wanted(frozenset(scales), first_needed_scale(block))
 
 
 def _convert_block(
@@ -122,4 +124,6 @@ def _convert_block(
     install_experts(ffn, block.ffn, partition)
     start_router(ffn, torch.cat([record.ffn_input[s] for s in routed]))
     calibrate_inactive(ffn, record.ffn_input, recipe.experts.inactive)
+    if recipe.experts.compensation == "least_squares":
+        compensate(ffn, record.ffn_input, centred=recipe.experts.inactive != "none")
     start_gate(sparse, record, sparse.config.pyramid)

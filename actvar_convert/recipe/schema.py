@@ -60,6 +60,11 @@ class ExpertsRecipe(Section):
         "skipped_mean",
         description="what an expert that is not run adds: nothing, its mean, or its mean over the tokens that skip it",
     )
+    compensation: Literal["none", "least_squares"] = Field(
+        "none",
+        description="whether the output weights are refitted, by least squares, to make up for experts that rest; for "
+        "models that are used untrained. An export of such a model is no longer bit-equal to its source",
+    )
     router_width: int = Field(0, ge=0, description="hidden units of the router beside its linear part; 0: linear only")
     neighbourhood: int = Field(1, ge=1, description="side of the square of tokens that share one choice of experts")
 
