@@ -7,8 +7,8 @@ constants), both centred per scale,
     dW = argmin  sum over scales, plans and tokens of  v_s |r - dW z|^2  +  ridge |dW|^2,      W2' = W2 + dW
 
 moves W2 for all scales at once. Scales that run every expert take part with r = 0, so they pull towards the old
-weights; v_s lets a scale count by its number of tokens, however many were sampled. The cost of a token stays as it was. The idea
-of a closed-form update after pruning is that of the Optimal Brain Surgeon (Hassibi and Stork, 1993).
+weights; v_s lets a scale count by its number of tokens, however many were sampled. The cost of a token stays as it was.
+The idea of a closed-form update after pruning is that of the Optimal Brain Surgeon (Hassibi and Stork, 1993).
 
 Shapes: T tokens, C width, H neurons, E experts, F experts after the prefix.
 """
