@@ -15,8 +15,13 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All image files below a folder, in sorted order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    """All image files below a folder, in sorted order; hidden ones, and those in hidden folders, are none."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_ENDINGS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def read_image(path: Path, size: int) -> Tensor:
@@ -28,7 +33,7 @@ def read_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error}); remove it or replace it") from error
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

@@ -95,7 +95,10 @@ def run(
     teachers: list[VARModel] = []
 
     def config_of(recipe: Recipe) -> TransformerConfig:
-        teachers.append(pipeline.load(recipe.model, vae=recipe.vae, device=recipe.device))
+        place = Path(out) if out is not None else Path("runs") / recipe.name
+        made = any((each / "config.json").exists() for each in (place, work_folder(place) / "converted"))
+        due = None if made else recipe  # what is converted already needs no memory for it
+        teachers.append(pipeline.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due))
         return teachers[-1].transformer.config
 
     chosen = load_recipe(recipe, overrides, config=config_of)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from actvar_convert.checkpoint.describe import counted
 from actvar_convert.checkpoint.shape import model_shape
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.memory import estimate_convert
@@ -15,6 +17,7 @@ from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.recipe.load import RecipeSource, load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report.flops import count_flops
+from actvar_convert.runtime import free_memory_bytes, pick_device
 
 
 class PlanFigures(BaseModel):
@@ -37,19 +40,46 @@ class ValidationResult(BaseModel):
     plans: dict[str, PlanFigures]
     default_plan: str
     convert_bytes: int = Field(description="estimated peak memory of the conversion, on a CPU with mapped weights")
-    distill_bytes: int = Field(description="estimated peak memory of the distillation, on one device")
+    distill_bytes: int = Field(description="estimated peak memory of the distillation, on each device")
+    processes: int = Field(1, description="those that share the distillation, each on a device of its own")
+    sharded: bool = Field(False, description="whether the student is split over them")
+    machine_free_bytes: int = Field(description="memory of this machine that a command could hold now")
+    device: str = Field(description="where a distillation would run here: cpu, cuda, ...")
+    device_free_bytes: int = Field(description="memory of one such device that a command could hold now")
+
+    @property
+    def convert_fits(self) -> bool:
+        """Whether the conversion, on the CPU, finds the memory that it needs here and now."""
+        return self.convert_bytes <= self.machine_free_bytes
+
+    @property
+    def distill_here_bytes(self) -> int:
+        """What the distillation needs of ``device_free_bytes``: processes on CPUs share the memory of the machine."""
+        return self.distill_bytes * (self.processes if self.device == "cpu" else 1)
+
+    @property
+    def distill_fits(self) -> bool:
+        """Whether the distillation finds the memory that it needs here and now."""
+        return self.distill_here_bytes <= self.device_free_bytes
 
 
-def validate_recipe(recipe: RecipeSource, overrides: Sequence[str] = ()) -> ValidationResult:
+def validate_recipe(
+    recipe: RecipeSource, overrides: Sequence[str] = (), *, processes: int = 1, sharded: bool = False
+) -> ValidationResult:
     """Checks a recipe by itself and against the model that it names, whose weights are not read.
 
     Args:
         recipe: name, file or Recipe. Its model is an official name (no file needed), a bundled one, or a path.
         overrides: settings as ``a.b=value``.
+        processes: how many are to share the distillation, as ``torchrun`` would start them.
+        sharded: the student is split over them, as with ``--shard``.
 
     Raises:
+        InputError: a number of processes that cannot be.
         RecipeError: everything that is wrong, all problems at once; also a budget that no plan reaches.
     """
+    if processes < 1 or (sharded and processes == 1):
+        raise InputError(f"processes: {processes} given; at least {2 if sharded else 1} needed")
     shapes: list[tuple[TransformerConfig, TokenizerConfig, str]] = []
 
     def config_of(chosen: Recipe) -> TransformerConfig:
@@ -62,6 +92,13 @@ def validate_recipe(recipe: RecipeSource, overrides: Sequence[str] = ()) -> Vali
         return shape.transformer
 
     chosen = load_recipe(recipe, overrides, config=config_of)
+    few = [
+        f"distill.{name}.batch: given {stage.batch}, for {processes} processes at least {processes}, one for each"
+        for name, stage in (("stage1", chosen.distill.stage1), ("stage2", chosen.distill.stage2))
+        if stage.steps and stage.batch < processes
+    ]
+    if few:
+        raise RecipeError(f"recipe {chosen.name!r}: {counted(len(few), 'problem')}", few)
     config, tokenizer, line = shapes[-1]
     try:
         plans, default = recipe_plans(config, chosen)
@@ -74,6 +111,7 @@ def validate_recipe(recipe: RecipeSource, overrides: Sequence[str] = ()) -> Vali
         figures[name] = PlanFigures(
             flops=report.sparse.transformer.flops, reduction=report.reduction.transformer
         )
+    device = _device_here(chosen.device)
     return ValidationResult(
         name=chosen.name,
         model=line,
@@ -81,5 +119,18 @@ def validate_recipe(recipe: RecipeSource, overrides: Sequence[str] = ()) -> Vali
         plans=figures,
         default_plan=default,
         convert_bytes=estimate_convert(config, tokenizer, chosen).total,
-        distill_bytes=estimate_distill(config, tokenizer, chosen).total,
+        distill_bytes=estimate_distill(config, tokenizer, chosen, processes=processes, sharded=sharded).total,
+        processes=processes,
+        sharded=sharded,
+        machine_free_bytes=free_memory_bytes(),
+        device=device.type,
+        device_free_bytes=free_memory_bytes(device),
     )
+
+
+def _device_here(name: str | None) -> torch.device:
+    """The device of a recipe, or what it would run on here where this machine has none of that kind."""
+    try:
+        return pick_device(name)
+    except InputError:
+        return pick_device()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -37,13 +37,21 @@ def recipe_for(model: str) -> str | Recipe:
     return Recipe(name=name or "model", model=model)
 
 
-def asked_by(source: str | Path | Recipe, settings: list[str]) -> tuple[Path | None, str | None]:
-    """Tokenizer file and device that a recipe asks for; none where it is wrong, which is said with all else later."""
+class Asked(NamedTuple):
+    """What a recipe asks for before its model is loaded: tokenizer file, device, and memory, by the recipe itself."""
+
+    vae: Path | None
+    device: str | None
+    recipe: Recipe | None
+
+
+def asked_by(source: str | Path | Recipe, settings: list[str]) -> Asked:
+    """What a recipe asks for; nothing where it is wrong, which is said with all else later."""
     try:
         chosen = load_recipe(source, settings)
     except RecipeError:
-        return None, None
-    return None if chosen.vae is None else Path(chosen.vae), chosen.device
+        return Asked(None, None, None)
+    return Asked(None if chosen.vae is None else Path(chosen.vae), chosen.device, chosen)
 
 
 def refuse_distilled(folder: Path) -> None:
@@ -87,9 +95,9 @@ def convert(
     if vae is not None:
         settings.append(f"vae={json.dumps(str(vae))}")
     source = recipe or recipe_for(model)
-    tokenizer, place = asked_by(source, settings)
-    flags["vae"] = vae or tokenizer
-    dense = av.load(model, device=device or place, **flags)
+    asked = asked_by(source, settings)
+    flags["vae"] = vae or asked.vae
+    dense = av.load(model, device=device or asked.device, recipe=asked.recipe, **flags)
     resolved = load_recipe(source, settings, config=dense.transformer.config)
     folder = out or Path("runs") / resolved.name
     if out is None:
@@ -132,7 +140,7 @@ def distill(
         raise typer.BadParameter("it says something of --teacher; give that too", param_hint=alone)
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
     source = recipe or folder / "recipe.yaml"
-    _, place = asked_by(source, settings)
+    place = asked_by(source, settings).device
     sparse = av.load(folder, device=device or place)
     resolved = load_recipe(source, settings, config=sparse.transformer.config)
     dense = av.load(teacher, device=device or place, **flags) if teacher is not None else None

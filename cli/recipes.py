@@ -63,16 +63,25 @@ def copy(
 def validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Names of shipped recipes, or YAML files.")],
     override: opt.Overrides = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="Estimate the memory of each of N GPUs that share a distillation.")
+    ] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="With --processes: the model in training is split over them.")
+    ] = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Check recipes, each against the model it names, without running them; all problems of all of them at once.
 
     Weights are not read: an official name needs no file and no network, of a file only names and shapes are looked at.
+    Beside the estimated memory stands what is free on this machine now.
     """
+    if shard and processes == 1:
+        raise typer.BadParameter("it splits a model over several processes; give --processes too", param_hint="--shard")
     problems = []
     for recipe in recipes:
         try:
-            found = av.validate_recipe(recipe, override or ())
+            found = av.validate_recipe(recipe, override or (), processes=processes, sharded=shard)
         except RecipeError as error:
             problems.append(str(error))
         else:
@@ -84,11 +93,27 @@ def validate(
 
 
 def validation_lines(found: av.ValidationResult) -> list[str]:
-    """What a valid recipe amounts to: its model, its plans, the memory it will need."""
+    """What a valid recipe amounts to: its model, its plans, the memory that it will need and that is free here."""
+    from actvar_convert.runtime import memory_text
+
     plans = [
         f"plan {name}: {plan.flops / 1e9:,.1f} of {found.dense_flops / 1e9:,.1f} GFLOPs per image, "
         f"{100 * plan.reduction:.1f} % saved"
         for name, plan in found.plans.items()
     ]
-    convert, distill = (size / 1e9 for size in (found.convert_bytes, found.distill_bytes))
-    return [found.model, *plans, f"estimated memory: convert {convert:.1f} GB, distill {distill:.1f} GB on one device"]
+    where = "on one device" if found.processes == 1 else f"on each of {found.processes} devices"
+    memory = (
+        f"estimated memory: convert {memory_text(found.convert_bytes)}, distill {memory_text(found.distill_bytes)} "
+        f"{where}{', sharded' if found.sharded else ''}"
+    )
+    shared = found.distill_here_bytes > found.distill_bytes
+    each = f" ({found.processes} of {memory_text(found.distill_bytes)})" if shared else ""
+    here = [
+        f"convert needs {memory_text(found.convert_bytes)}, {memory_text(found.machine_free_bytes)} are free here: "
+        f"{'fits' if found.convert_fits else 'does not fit'}",
+        f"distill on {found.device} needs {memory_text(found.distill_here_bytes)}{each}, "
+        f"{memory_text(found.device_free_bytes)} are free here: {'fits' if found.distill_fits else 'does not fit'}",
+    ]
+    if not found.distill_fits and found.processes == 1:
+        here.append("--processes N [--shard] estimates the memory of each of N GPUs instead")
+    return [found.model, *plans, memory, *here]

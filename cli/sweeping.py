@@ -80,9 +80,9 @@ def sweep(
     else:
         model, method = source, recipe or recipe_for(source)
         settings.append(f"model={json.dumps(source)}")
-    tokenizer, place = asked_by(method, settings)
-    flags["vae"] = vae or tokenizer
-    dense = av.load(model, device=device or place, **flags)
+    asked = asked_by(method, settings)
+    flags["vae"] = vae or asked.vae
+    dense = av.load(model, device=device or asked.device, **flags)
     resolved = load_recipe(method, settings, config=dense.transformer.config)
     folder = out or Path("runs") / f"{resolved.name}-sweep"
     report = av.sweep(

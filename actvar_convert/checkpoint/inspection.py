@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -37,6 +38,9 @@ from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
 
 Kind = Literal["var", "vqvae", "sparse", "other"]
+
+_USUAL_CLASSES = 1000
+"""Of the published models; taken for a file that lacks the only tensor that tells, to look at the rest of it."""
 
 
 class Inspection(BaseModel):
@@ -155,8 +159,12 @@ def _parameters(tensors: Mapping[str, Tensor]) -> int:
 
 def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, values: bool) -> Inspection:
     assert files.transformer is not None
-    config = infer_transformer(files.transformer, overrides, files.hints)
-    findings, notes = _Findings(values), list(files.notes)
+    told, notes = dict(files.transformer), list(files.notes)
+    if "class_emb.weight" not in told:
+        told["class_emb.weight"] = torch.empty(_USUAL_CLASSES + 1, device="meta")
+        notes.append(f"class_emb.weight is missing, and nothing else tells the classes; {_USUAL_CLASSES} is a guess")
+    config = infer_transformer(told, overrides, files.hints)
+    findings = _Findings(values)
     with NoWeights():
         whole = missing_blocks(config, files.hints)
         needed = config if whole is None else config.model_copy(update={"depth": whole.blocks})

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_convert.checkpoint.describe import describe
+from actvar_convert.checkpoint.describe import describe, dtype_name
 from actvar_convert.checkpoint.infer import Overrides
-from actvar_convert.checkpoint.inspection import inspect_file
+from actvar_convert.checkpoint.inspection import Inspection, inspect_file
 from actvar_convert.checkpoint.locate import is_sparse_folder
 from actvar_convert.checkpoint.official import official_config, official_names
 from actvar_convert.checkpoint.reading import require_exists
@@ -31,6 +31,8 @@ class ModelShape(NamedTuple):
         tokenizer: None where none lies with the transformer.
         plans, default_plan: of a sparse model; none of a dense one.
         line: the model in words.
+        parameters: values of the transformer's weights.
+        dtype: number format of most of them: fp32, fp16, bf16, fp64.
     """
 
     transformer: TransformerConfig
@@ -38,6 +40,12 @@ class ModelShape(NamedTuple):
     plans: Mapping[str, SparsityPlan]
     default_plan: str | None
     line: str
+    parameters: int
+    dtype: str
+
+    def held_bytes(self, device: str) -> int:
+        """Bytes that the weights take in memory, loaded in fp32 on this kind of device: none as pages of their file."""
+        return 0 if self.dtype == "fp32" and device == "cpu" else 4 * self.parameters
 
 
 def model_shape(
@@ -64,11 +72,11 @@ def model_shape(
         require_exists(Path(vae))
     if name in official_names():
         transformer, tokenizer = official_config(name)
-        return ModelShape(transformer, tokenizer, {}, None, _line(transformer, torch.float32))
+        return ModelShape(transformer, tokenizer, {}, None, *_described(transformer, torch.float32))
     if name in bundled_names():
         stored = bundled_config(name)
         transformer, tokenizer = TransformerConfig(**stored["transformer"]), TokenizerConfig(**stored["tokenizer"])
-        return ModelShape(transformer, tokenizer, {}, None, _line(transformer, torch.float16))
+        return ModelShape(transformer, tokenizer, {}, None, *_described(transformer, torch.float16))
     require_known(source)
     found = inspect_file(source, vae, heads=heads, residual_ratio=residual_ratio, sides=sides)
     if found.config is None:
@@ -80,10 +88,33 @@ def model_shape(
         more = [f"... and {len(problems) - 3} more"] if len(problems) > 3 else []
         raise CheckpointError(f"{source} cannot be loaded: {'; '.join([*problems[:3], *more])}")
     plans = read_sparse_config(Path(source)).plans if sparse else {}
-    return ModelShape(found.config, found.tokenizer, plans, found.default_plan, found.line)
+    dtype = found.dtype or "fp32"
+    return ModelShape(found.config, found.tokenizer, plans, found.default_plan, found.line, found.parameters, dtype)
 
 
-def _line(config: TransformerConfig, dtype: torch.dtype) -> str:
+def published_inspection(name: str) -> Inspection:
+    """What an inspection of a published model's files would say of its shape; none of them is needed.
+
+    Raises:
+        InputError: no published model has this name.
+    """
+    transformer, tokenizer = official_config(name)
+    line, parameters, dtype = _described(transformer, torch.float32)
+    return Inspection(
+        path=name,
+        kind="var",
+        line=line,
+        config=transformer,
+        tokenizer=tokenizer,
+        parameters=parameters,
+        dtype=dtype,
+        notes=("this is the published shape of that name; no file was read",),
+    )
+
+
+def _described(config: TransformerConfig, dtype: torch.dtype) -> tuple[str, int, str]:
+    """The model in words, its parameters, and the name of their format."""
     with NoWeights():
         transformer = VARTransformer(config)
-    return describe(config, sum(parameter.numel() for parameter in transformer.parameters()), dtype)
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    return describe(config, parameters, dtype), parameters, dtype_name(dtype)

@@ -113,7 +113,7 @@ def labelled_images(folder: Path, classes: int) -> tuple[list[Path], Tensor]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the root of a class-per-folder tree of images")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if len(names) != classes:
         raise InputError(f"{folder}: holds {len(names)} class folders, the model has {classes} classes")
     files: list[Path] = []

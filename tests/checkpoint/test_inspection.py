@@ -62,6 +62,14 @@ def test_a_file_that_ends_before_its_last_block(tmp_path: Path, official_pair: t
     assert inspect_file(tmp_path).complete and load_dense(tmp_path).transformer.config.depth == 2
 
 
+def test_without_the_class_embedding_the_rest_is_still_looked_at(tmp_path: Path, parts: Parts) -> None:
+    del parts[0]["class_emb.weight"]
+    save_file(parts[0], tmp_path / "x.safetensors")
+    found = inspect_file(tmp_path / "x.safetensors", values=True)
+    assert (found.missing, found.mis_shaped, found.nonfinite) == (("class_emb.weight",), (), 0) and not found.complete
+    assert "class_emb.weight is missing, and nothing else tells the classes; 1000 is a guess" in found.notes
+
+
 def test_tokenizer_alone(official_pair: tuple[Path, Path]) -> None:
     official_pair[0].unlink()
     found = inspect_file(official_pair[1])

@@ -48,6 +48,19 @@ def test_inspect_says_what_a_file_is(actvar: Actvar, dense_file: Path) -> None:
     assert (found["nonfinite"], counted["nonfinite"]) == (None, 32)
 
 
+def test_inspect_knows_names(actvar: Actvar) -> None:
+    found = json.loads(actvar("inspect", "var-d36", "--format", "json").stdout)
+    assert found["line"].startswith("VAR-d36: 36 blocks, width 2304, ") and found["config"]["shared_adaln"]
+    assert found["notes"] == ["this is the published shape of that name; no file was read"]
+    for flag, said in ((["--values"], "no file of it is read here"), (["--heads", 2], "Leave heads out")):
+        refused = actvar("inspect", "var-d36", *flag)
+        assert refused.exit_code == 2 and said in refused.stderr
+    bundled = json.loads(actvar("inspect", "fashion", "--values", "--format", "json").stdout)
+    assert bundled["kind"] == "var" and bundled["dtype"] == "fp16" and bundled["nonfinite"] == 0
+    misspelt = actvar("inspect", "var-d63")
+    assert misspelt.exit_code == 2 and "does not exist" in misspelt.stderr
+
+
 def test_flops_of_a_file_need_no_tokenizer(actvar: Actvar, dense_file: Path) -> None:
     tokenizer = dense_file.with_name("vae.safetensors").rename(dense_file.parents[1] / "tokenizer.safetensors")
     alone = json.loads(actvar("report-flops", dense_file, "--format", "json").stdout)

@@ -1,5 +1,6 @@
 """Token stores: order, resumption, images."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from actvar_convert.distill.data import TokenStore, store_from_images, store_from_teacher
+from actvar_convert.distill.data import TokenStore, labelled_images, store_from_images, store_from_teacher
 from actvar_convert.errors import InputError
+from actvar_convert.image_files import list_images, read_image
 from actvar_convert.models.model import VARModel
 from actvar_convert.progress import SilentProgress
 
@@ -57,6 +59,23 @@ def test_another_number_of_classes_is_refused(tiny_model: VARModel, tmp_path: Pa
     write_images(tmp_path, 4)
     with pytest.raises(InputError, match="4 class folders, the model has 5"):
         store_from_images(tiny_model, tmp_path, 8, path=None, batch=3, seed=0, progress=SilentProgress())
+
+
+def test_hidden_folders_are_no_classes_and_hold_no_images(tiny_model: VARModel, tmp_path: Path) -> None:
+    write_images(tmp_path, 5)
+    seen, labels = labelled_images(tmp_path, 5)
+    for place in (tmp_path, tmp_path / "class1"):
+        (place / ".ipynb_checkpoints").mkdir()
+        shutil.copy(tmp_path / "class0" / "0.png", place / ".ipynb_checkpoints" / "0-checkpoint.png")
+    again, same = labelled_images(tmp_path, 5)
+    assert seen == again and torch.equal(labels, same) and list_images(tmp_path) == seen
+
+
+def test_an_image_beyond_reason_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(InputError, match=r"0\.png: cannot be read as an image \(Image size .*remove it or replace it"):
+        read_image(tmp_path / "class0" / "0.png", 8)
 
 
 def test_a_broken_image_is_named(tiny_model: VARModel, tmp_path: Path) -> None:
