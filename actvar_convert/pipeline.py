@@ -94,6 +94,8 @@ def load(
     target = pick_device(device)
     limit_threads()
     shape = Overrides(heads, residual_ratio, sides)
+    if recipe is not None:
+        _require_memory_by_shape(source, vae, shape, recipe, target)
     model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target), **shape._asdict())
     return model.to(device=target).eval()
 
