@@ -73,9 +73,9 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     plan: str | None = None,
+    recipe: RecipeLike | None = None,
 ) -> VARModel:
     """A model, dense or sparse.
-    recipe: RecipeLike | None = None,
 
     Args:
         source: a bundled name (``fashion``), an official name (``var-d16``), or a file or folder,
@@ -86,11 +86,11 @@ def load(
         device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
         dtype: fp32, bf16 or fp16, of the transformer; fp32 by default. The tokenizer is in fp32.
         plan: of a sparse model, instead of its default plan.
+        recipe: that the model is to be converted by, for which there has to be memory before a weight is read.
 
     Raises:
         InputError, CheckpointError: what cannot be read, with all problems at once.
     """
-        recipe: that the model is to be converted by, for which there has to be memory before a weight is read.
     target = pick_device(device)
     limit_threads()
     shape = Overrides(heads, residual_ratio, sides)
@@ -100,15 +100,6 @@ def load(
     return model.to(device=target).eval()
 
 
-def convert(
-    model: VARModel,
-    *,
-    recipe: RecipeLike,
-    out: str | Path | None = None,
-    work: str | Path | None = None,
-    progress: Progress | None = None,
-) -> SparseVARModel:
-    """A sparse model from a dense one: calibrated, usable at once without training.
 def _require_memory_by_shape(
     source: str | Path, vae: str | Path | None, overrides: Overrides, recipe: RecipeLike, device: torch.device
 ) -> None:
@@ -128,6 +119,15 @@ def _require_memory_by_shape(
     require_memory(estimate, device)
 
 
+def convert(
+    model: VARModel,
+    *,
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    work: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SparseVARModel:
+    """A sparse model from a dense one: calibrated, usable at once without training.
 
     Args:
         model: the dense model, left as it is.
