@@ -16,14 +16,13 @@ import torch
 from actvar_convert.checkpoint.export import Exported, export_reference
 from actvar_convert.checkpoint.infer import Overrides
 from actvar_convert.checkpoint.inspection import Inspection, inspect_file
-from actvar_convert.checkpoint.official import official_names
 from actvar_convert.checkpoint.run_state import check_run_state
-from actvar_convert.checkpoint.shape import model_shape, published_inspection
+from actvar_convert.checkpoint.shape import model_shape
 from actvar_convert.checkpoint.shards import size_of
-from actvar_convert.checkpoint.source import load_any, refuse_unneeded
+from actvar_convert.checkpoint.source import load_any
 from actvar_convert.checkpoint.sparse import refuse_foreign, save_sparse
 from actvar_convert.checkpoint.sparse_config import Provenance
-from actvar_convert.checkpoint.zoo import bundled_folder, bundled_names
+from actvar_convert.checkpoint.zoo import bundled_names
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.converter import convert_model
 from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, require_memory
@@ -33,6 +32,7 @@ from actvar_convert.distill.memory import estimate_distill
 from actvar_convert.distill.parallel import Processes, join, made_by_main
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files import write_whole
+from actvar_convert.models.casting import cast
 from actvar_convert.models.model import NoiseSource, VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel
@@ -72,8 +72,8 @@ def load(
     residual_ratio: float | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    decoder_dtype: str | None = None,
     plan: str | None = None,
-    recipe: RecipeLike | None = None,
 ) -> VARModel:
     """A model, dense or sparse.
 
@@ -85,8 +85,9 @@ def load(
             share of the phi convolutions in the tokenizer. Kept in ``origin``, and in what is made from the model.
         device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
         dtype: fp32, bf16 or fp16, of the transformer; fp32 by default. The tokenizer is in fp32.
+        decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
+            so. For generating: what is converted or saved from such a model keeps the rounded decoder.
         plan: of a sparse model, instead of its default plan.
-        recipe: that the model is to be converted by, for which there has to be memory before a weight is read.
 
     Raises:
         InputError, CheckpointError: what cannot be read, with all problems at once.
@@ -94,29 +95,11 @@ def load(
     target = pick_device(device)
     limit_threads()
     shape = Overrides(heads, residual_ratio, sides)
-    if recipe is not None:
-        _require_memory_by_shape(source, vae, shape, recipe, target)
+    decoder = pick_dtype(decoder_dtype, target)
     model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target), **shape._asdict())
+    if decoder != torch.float32:
+        model = cast(model, model.dtype, decoder=decoder)
     return model.to(device=target).eval()
-
-
-def _require_memory_by_shape(
-    source: str | Path, vae: str | Path | None, overrides: Overrides, recipe: RecipeLike, device: torch.device
-) -> None:
-    """Raises InputError where a model that is not loaded yet could not be converted for want of memory.
-
-    What else is wrong with source or recipe is left to those that read them, and say all of it.
-    """
-    try:
-        shape = model_shape(source, vae, **overrides._asdict())
-        chosen = load_recipe(recipe, config=shape.transformer)
-        if shape.tokenizer is None or shape.plans:
-            return
-        held = shape.held_bytes(device.type)
-        estimate = estimate_convert(shape.transformer, shape.tokenizer, chosen, held=held, device=device.type)
-    except InputError:
-        return
-    require_memory(estimate, device)
 
 
 def convert(
@@ -393,9 +376,11 @@ def benchmark(
     against: VARModel | None = None,
     batches: Sequence[int] = (1, 4, 16),
     dtypes: Sequence[str] = ("fp32",),
+    decoder_dtype: str | None = None,
     repeats: int = 5,
     with_decoder: Sequence[bool] = (False, True),
     split: bool = False,
+    compile: bool | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
     """Seconds per batch of a model, alternating with ``against``; by component too with ``split``.
@@ -410,9 +395,11 @@ def benchmark(
         against,
         batches=batches,
         dtypes=dtypes,
+        decoder_dtype=decoder_dtype,
         repeats=repeats,
         with_decoder=with_decoder,
         split=split,
+        compile=compile,
         progress=progress,
     )
 
@@ -456,19 +443,12 @@ def inspect(
     """What is in a file or folder, without loading it; see ``Inspection``.
 
     Args:
-        path: file or folder, a bundled name, or an official one: of that the published shape, no file is read.
+        path: file or folder.
         vae: tokenizer file, to check that it fits.
         heads, sides, residual_ratio: see ``load``.
         values: also read every value and count those that are NaN or infinite.
     """
-    name = path if isinstance(path, str) else ""
-    if name in official_names():
-        refuse_unneeded(name, None, Overrides(heads, residual_ratio, sides), sparse=False)
-        if values or vae is not None:
-            raise InputError(f"{name} is a name, and no file of it is read here; give the file that is to be looked at")
-        return published_inspection(name)
-    source = bundled_folder(name) if name in bundled_names() else path
-    return inspect_file(source, vae, values=values, heads=heads, sides=sides, residual_ratio=residual_ratio)
+    return inspect_file(path, vae, values=values, heads=heads, sides=sides, residual_ratio=residual_ratio)
 
 
 def sample(

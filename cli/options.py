@@ -67,6 +67,10 @@ Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the GPU where there is one.")
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Number format: fp32, bf16 or fp16.")]
+DecoderDtype = Annotated[
+    str | None,
+    typer.Option("--decoder-dtype", metavar="NAME", help="Number format of the tokenizer's decoder. Default: fp32."),
+]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed; the recipe's own by default.")]
 Plan = Annotated[str | None, typer.Option("--plan", metavar="NAME", help="Which plan of a sparse model is used.")]
 Teacher = Annotated[

@@ -56,6 +56,7 @@ def sample(
     residual_ratio: opt.ResidualRatio = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
+    decoder_dtype: opt.DecoderDtype = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -63,7 +64,7 @@ def sample(
     classes = opt.several(labels, "--labels", int) if labels is not None else None
     dense = opt.dense_flags(vae, heads, sides, residual_ratio)
     av.sample(
-        av.load(model, device=device, dtype=dtype, plan=plan, **dense),
+        av.load(model, device=device, dtype=dtype, decoder_dtype=decoder_dtype, plan=plan, **dense),
         out=out,
         labels=classes,
         per_class=per_class,

@@ -112,6 +112,8 @@ def benchmark(
     dtypes: Annotated[
         str, typer.Option("--dtype", metavar="NAME,...", help="Number formats: fp32, bf16, fp16.")
     ] = "fp32",
+    decoder_dtype: opt.DecoderDtype = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs per side, after one to warm up.")] = 5,
     split: Annotated[
         bool, typer.Option("--split", help="Also the time by component: attention, FFN, router, decoder and others.")
     ] = False,
@@ -141,7 +143,14 @@ def benchmark(
         return
     other = av.load(against, device=device, **flags) if against is not None else None
     report = av.benchmark(
-        sparse, against=other, batches=sizes, dtypes=formats, split=split, progress=reporter(quiet)
+        sparse,
+        against=other,
+        batches=sizes,
+        dtypes=formats,
+        decoder_dtype=decoder_dtype,
+        repeats=repeats,
+        split=split,
+        progress=reporter(quiet),
     )
     if form is opt.Format.json:
         show_text(report.to_json())
@@ -151,7 +160,7 @@ def benchmark(
 
 @app.command(epilog=closing("actvar inspect var_d16.pth", "actvar report-flops var_d16.pth"))
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A model file or folder, or the name of a model.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model file or folder.")],
     vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file: does it fit?")] = None,
     heads: opt.Heads = None,
     sides: opt.Sides = None,

@@ -15,15 +15,24 @@ _LARGE = 1 << 22
 """Bytes from which on the pages of a tensor that was read from a mapped file are worth handing back at once."""
 
 
-def cast(model: VARModel, dtype: torch.dtype) -> VARModel:
+def cast(model: VARModel, dtype: torch.dtype, *, decoder: torch.dtype = torch.float32) -> VARModel:
     """The model as ``load`` gives it in another precision, tokenizer in fp32: a copy, or itself if nothing changes.
 
     What stays in its format is shared with the model, not copied. One tensor after another is converted, so the copy
     takes no more memory than it holds in the end.
+
+    Args:
+        model: left as it is.
+        dtype: of the transformer.
+        decoder: of the tokenizer's decoder and the convolution before it. The quantizer stays in fp32, so the tokens
+            do not depend on it.
     """
+    tokenizer = model.tokenizer
+    parts = [(model.transformer, dtype), (tokenizer.decoder, decoder), (tokenizer.post_quant_conv, decoder)]
+    parts += [(part, torch.float32) for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize)]
     made: dict[int, Tensor] = {}
     changed = False
-    for part, of in ((model.transformer, dtype), (model.tokenizer, torch.float32)):
+    for part, of in parts:
         for tensor in chain(part.parameters(), part.buffers()):
             converted = tensor.detach().to(of) if tensor.is_floating_point() else tensor
             if converted.dtype != tensor.dtype:

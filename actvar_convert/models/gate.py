@@ -46,27 +46,6 @@ class TokenGate(nn.Module):
         return TokenChoice(order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values, score)
 
 
-def take(x_BLC: Tensor, position_BK: Tensor) -> Tensor:
-    """Rows [B, K, C] of [B, L, C] at the given positions [B, K]."""
-    B, L, C = x_BLC.shape
-    return x_BLC.reshape(B * L, C).index_select(0, _row_numbers(position_BK, L)).view(B, position_BK.shape[1], C)
-
-
-def merge(kept_BKC: Tensor, skipped_BMC: Tensor, choice: TokenChoice) -> Tensor:
-    """[B, K + M, C] with every token back at its position."""
-    B, K, C = kept_BKC.shape
-    L = K + skipped_BMC.shape[1]
-    out = kept_BKC.new_empty(B * L, C)
-    out = out.index_copy_(0, _row_numbers(choice.kept, L), kept_BKC.reshape(-1, C))
-    return out.index_copy_(0, _row_numbers(choice.skipped, L), skipped_BMC.to(out.dtype).reshape(-1, C)).view(B, L, C)
-
-
-def _row_numbers(position_BK: Tensor, length: int) -> Tensor:
-    """Numbers [B * K] of rows in a batch of maps laid end to end; whole rows are copied faster than single numbers."""
-    first = torch.arange(0, len(position_BK) * length, length, device=position_BK.device)
-    return (position_BK + first.unsqueeze(1)).flatten()
-
-
 def upsample_update(update_BLC: Tensor | None, side_before: int, side: int) -> Tensor | None:
     """A block's update at the previous scale, [B, side_before**2, C], bilinearly resized to [B, side**2, C]."""
     if update_BLC is None:

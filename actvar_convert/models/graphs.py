@@ -132,7 +132,7 @@ class Recordings:
         problems = recording_problems(transformer)
         if problems:
             raise InputError("compile=True cannot be used here; leave it out", problems)
-        formats = transformer.pos_start.dtype, tokenizer.quantize.embedding.weight.dtype
+        formats = transformer.pos_start.dtype, tokenizer.quantize.embedding.weight.dtype, tokenizer.decoder_dtype
         key = (images, sampling, plan, formats, tuple(_places(transformer)), tuple(_places(tokenizer)))
         known = self._kept.pop(key, None)
         if known is None:

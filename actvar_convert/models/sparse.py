@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError, RecipeError
+from actvar_convert.kernels.token_gate import merge, take
 from actvar_convert.models.attention import GenerationCache
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.experts import ExpertFFN
-from actvar_convert.models.gate import Reconstruction, TokenChoice, TokenGate, merge, take, upsample_update
+from actvar_convert.models.gate import Reconstruction, TokenChoice, TokenGate, upsample_update
 from actvar_convert.models.model import Sampling, VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.var import Block, Span, VARTransformer
@@ -104,7 +105,7 @@ class SparseBlock(Block):
                     own = self._reconstruct(x, up, choice.kept, scale)
                     probability = torch.sigmoid(choice.score.gather(1, choice.kept)).unsqueeze(-1)
                     y = y + self.straight_through * (probability - probability.detach()) * (y - own).detach()
-                y = merge(y, self._reconstruct(x, up, choice.skipped, scale), choice)
+                y = merge(y, self._reconstruct(x, up, choice.skipped, scale), choice.kept, choice.skipped)
             outputs.append(y)
             update = y - x
         return torch.cat(outputs, dim=1)
@@ -119,9 +120,13 @@ class SparseBlock(Block):
 
     def _reconstruct(self, x_BLC: Tensor, up_BLC: Tensor | None, position_BM: Tensor, scale: int) -> Tensor:
         assert self.reconstruction is not None
-        up = None if up_BLC is None else take(up_BLC, position_BM)
-        out: Tensor = self.reconstruction(take(x_BLC, position_BM), up, scale)
+        up = None if up_BLC is None else self._take(up_BLC, position_BM)
+        out: Tensor = self.reconstruction(self._take(x_BLC, position_BM), up, scale)
         return out
+
+    def _take(self, x_BLC: Tensor, position_BK: Tensor) -> Tensor:
+        """``take`` as a method, so that ``report.components`` can tell what moving tokens costs."""
+        return take(x_BLC, position_BK)
 
     def _compute(
         self,
@@ -137,10 +142,10 @@ class SparseBlock(Block):
         """Attention and FFN of the kept tokens, [B, K, C]."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation_B6C.unbind(1)
         constants = self.attn.constants() if cache is None else cache.constants(self.index, self.attn)
-        x = take(x_BLC, row_BK)
+        x = self._take(x_BLC, row_BK)
         if self.plan.skipped_kv == "computed":
             normed = self.norm(x_BLC, scale1, shift1)
-            q = self.attn.query(take(normed, row_BK), constants)
+            q = self.attn.query(self._take(normed, row_BK), constants)
             k, v = self.attn.key_value(normed, constants)
             context = span.counts
         else:

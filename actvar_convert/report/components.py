@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseBlock
 from actvar_convert.models.var import Block
 from actvar_convert.runtime import DTYPES, synchronize
 
@@ -84,7 +85,11 @@ def _boundaries(model: VARModel) -> Iterator[tuple[nn.Module, str, str]]:
     yield model, "decode", "decoder"
     for block in transformer.blocks:
         assert isinstance(block, Block)
-        yield block, "forward", "norms, gather and scatter"
+        yield block, "forward", "norms and residuals"
+        if isinstance(block, SparseBlock) and block.gate is not None:
+            yield block, "_gated", "gather and scatter"
+            yield block, "_compute", "norms and residuals"
+            yield block, "_take", "gather and scatter"
         for method in ("query", "key_value", "query_key_value", "attend"):
             yield block.attn, method, "attention"
         yield block.ffn, "forward", "ffn"

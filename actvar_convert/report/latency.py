@@ -36,6 +36,7 @@ class BenchmarkRow(_Value):
     dtype: str
     batch: int = Field(description="images generated at once")
     with_decoder: bool = Field(description="images; otherwise tokens alone")
+    decoder_dtype: str = Field(default="fp32", description="of the tokenizer's decoder")
     graphs: bool = Field(default=False, description="replayed as CUDA graphs; otherwise started kernel by kernel")
     dense_ms: float | None = Field(default=None, description="median milliseconds of a batch")
     sparse_ms: float | None = None
@@ -87,6 +88,7 @@ def benchmark_models(
     *,
     batches: Sequence[int] = (1, 4, 16),
     dtypes: Sequence[str] = ("fp32",),
+    decoder_dtype: str | None = None,
     repeats: int = 5,
     with_decoder: Sequence[bool] = (False, True),
     split: bool = False,
@@ -99,7 +101,8 @@ def benchmark_models(
         model: the model in question, on the device to measure. Another precision than its own is measured on a copy.
         against: the dense model it is compared with; None measures ``model`` alone.
         batches: images at once.
-        dtypes: fp32, bf16 or fp16, of the transformer; the tokenizer decodes in fp32, as after ``load``.
+        dtypes: fp32, bf16 or fp16, of the transformer.
+        decoder_dtype: of both sides' decoders; by default what the model has, which after ``load`` is fp32.
         repeats: timed runs per side and row.
         with_decoder: False for tokens, True for images; one row each.
         split: also the time by component, per batch size, precision and side.
@@ -109,13 +112,14 @@ def benchmark_models(
     Raises:
         InputError: settings or models that cannot be measured, all problems at once.
     """
-    _check(model, against, batches, dtypes, repeats)
+    _check(model, against, batches, dtypes, decoder_dtype, repeats)
+    decoder = model.tokenizer.decoder_dtype if decoder_dtype is None else DTYPES[decoder_dtype]
     runs = len(batches) * len(dtypes) * len(with_decoder) * (repeats + 1) * (1 if against is None else 2)
     rows: list[BenchmarkRow] = []
     components: list[ComponentTimes] = []
     with (progress or SilentProgress()).task("benchmark", runs) as task:
         for dtype in dtypes:
-            sides = [cast(side, DTYPES[dtype]) for side in (model, against) if side is not None]
+            sides = [cast(side, DTYPES[dtype], decoder=decoder) for side in (model, against) if side is not None]
             graphs = _all_record(sides) if compile is None else compile
             for batch in batches:
                 rows += [_row(sides, batch, dtype, repeats, extent, graphs, task) for extent in with_decoder]
@@ -155,6 +159,8 @@ def _all_record(sides: Sequence[VARModel]) -> bool:
 def _row(
     sides: Sequence[VARModel], batch: int, dtype: str, repeats: int, with_decoder: bool, graphs: bool, task: Task
 ) -> BenchmarkRow:
+    for side in sides:
+        side.recordings.clear()  # of other batches, whose memory is not this row's
     timings = _alternate(sides, batch, repeats, with_decoder, graphs, task)
     own = sides[0]
     sparse: _Timing | None = None
@@ -174,6 +180,7 @@ def _row(
         dtype=dtype,
         batch=batch,
         with_decoder=with_decoder,
+        decoder_dtype=next(name for name, known in DTYPES.items() if known == own.tokenizer.decoder_dtype),
         graphs=graphs,
         dense_ms=1000 * dense.median if dense else None,
         sparse_ms=1000 * sparse.median if sparse else None,
@@ -190,7 +197,7 @@ def _row(
 def _alternate(
     sides: Sequence[VARModel], batch: int, repeats: int, with_decoder: bool, graphs: bool, task: Task
 ) -> list[_Timing]:
-    """Times every side ``repeats`` times in turn, after one run each to warm up."""
+    """Times every side ``repeats`` times in turn, after one run each to warm up; that one records the graphs."""
     seconds: list[list[float]] = [[] for _ in sides]
     peaks = [0] * len(sides)
     for repeat in range(repeats + 1):
@@ -226,7 +233,12 @@ def _macs(model: VARModel, with_decoder: bool) -> int:
 
 
 def _check(
-    model: VARModel, against: VARModel | None, batches: Sequence[int], dtypes: Sequence[str], repeats: int
+    model: VARModel,
+    against: VARModel | None,
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    decoder_dtype: str | None,
+    repeats: int,
 ) -> None:
     problems = []
     if not batches or min(batches) < 1:
@@ -234,6 +246,8 @@ def _check(
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown or not dtypes:
         problems.append(f"dtypes: {unknown or 'none'} given, known are {', '.join(DTYPES)}")
+    if decoder_dtype is not None and decoder_dtype not in DTYPES:
+        problems.append(f"decoder_dtype: {decoder_dtype} given, known are {', '.join(DTYPES)}")
     if repeats < 1:
         problems.append(f"repeats: {repeats} given, at least 1 needed")
     if against is not None:

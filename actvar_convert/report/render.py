@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actvar_convert.report.flops import Cell, Cost, FlopsReport, ModelCost
-from actvar_convert.report.latency import BenchmarkReport
+from actvar_convert.report.latency import BenchmarkReport, BenchmarkRow
 from actvar_convert.report.quality_report import QualityReport
 from actvar_convert.report.sweep_report import SweepPoint, SweepReport
 from actvar_convert.report.wording import (
@@ -51,13 +51,17 @@ def render_quality_table(report: QualityReport) -> RenderableType:
         per_scale.add_row(str(scale), f"{kl:.4f}", share(top1))
     per_scale.add_section()
     per_scale.add_row("mean", f"{report.kl.mean:.4f}", share(report.agreement.top1))
-    parts: list[RenderableType] = [_summary_table(_titled("quality", report.plan), quality_rows(report)), per_scale]
+    of_images = quality_rows(report)
+    parts: list[RenderableType] = [_summary_table(_titled("quality", report.plan), of_images)] if of_images else []
+    parts.append(per_scale)
     if report.plans:
         others = _table("other plans", "plan", "FID dense", "FID sparse", "change", "KL", "top-1 agreement")
         for name, each in report.plans.items():
             fid = each.fid
-            figures = f"{fid.dense:.3f}", f"{fid.sparse:.3f}", change(fid.dense, fid.sparse), f"{each.kl.mean:.4f}"
-            others.add_row(name, *figures, share(each.agreement.top1))
+            figures = (MISSING,) * 3
+            if fid is not None:
+                figures = f"{fid.dense:.3f}", f"{fid.sparse:.3f}", change(fid.dense, fid.sparse)
+            others.add_row(name, *figures, f"{each.kl.mean:.4f}", share(each.agreement.top1))
         parts.append(others)
     return Group(*parts, *(_note(note) for note in (*quality_notes(report), *report.notes)))
 
@@ -69,8 +73,8 @@ def render_benchmark_table(report: BenchmarkReport) -> RenderableType:
     ]
     note = (
         f"{report.hardware}, {report.threads} threads, torch {report.torch}. Medians of {report.repeats} runs per "
-        "side, alternating; spread: interquartile range over median. Promised: dense FLOPs over sparse FLOPs; "
-        "realised: speed-up over promised."
+        "side, alternating; images per second: of the measured model; spread: interquartile range over median. "
+        "Promised: dense FLOPs over sparse FLOPs; realised: speed-up over promised."
     )
     return Group(*tables, *_component_times(report), _note(note))
 
@@ -237,21 +241,34 @@ def _plan_table(report: FlopsReport) -> Table:
 
 def _latency_table(report: BenchmarkReport, with_decoder: bool) -> Table:
     rows = [row for row in report.rows if row.with_decoder == with_decoder]
-    what = "latency with decoder" if with_decoder else "latency of tokens alone"
-    title = _titled(f"{what}, {', '.join(dict.fromkeys(row.device for row in rows))}", report.plan)
-    heads = "dense\nms", "sparse\nms", "speed-up", "promised", "realised", "spread", "peak\nmemory"
+    decoders = ", ".join(dict.fromkeys(row.decoder_dtype for row in rows))
+    what = f"latency with decoder in {decoders}" if with_decoder else "latency of tokens alone"
+    title = _titled(", ".join((what, *dict.fromkeys(row.device for row in rows), *_graphs(rows))), report.plan)
+    heads = "dense\nms", "sparse\nms", "images\n/s", "speed\nup", "promised", "realised", "spread", "peak\nmemory"
     table = _table(title, "dtype", "batch", *heads)
     for row in rows:
+        own = row.dense_images_per_second if row.sparse_ms is None else row.sparse_images_per_second
+        figures = row.dense_ms, row.sparse_ms, own
         table.add_row(
             row.dtype,
             str(row.batch),
-            *(MISSING if ms is None else digits(ms) for ms in (row.dense_ms, row.sparse_ms)),
+            *(MISSING if figure is None else digits(figure) for figure in figures),
             *(MISSING if ratio is None else f"{ratio:.2f}x" for ratio in (row.speedup, row.promised)),
             MISSING if row.realised_over_promised is None else f"{row.realised_over_promised:.2f}",
             share(row.spread),
             memory_text(row.peak_memory_bytes),
         )
     return table
+
+
+def _graphs(rows: Sequence[BenchmarkRow]) -> list[str]:
+    """Whether kernels were replayed as CUDA graphs, where there are any: in words, for a column leaves no room."""
+    if not any(row.device.startswith("cuda") for row in rows):
+        return []
+    recorded = dict.fromkeys(row.dtype for row in rows if row.graphs)
+    if all(row.graphs for row in rows):
+        return ["CUDA graphs"]
+    return [f"CUDA graphs in {' and '.join(recorded)} alone" if recorded else "no CUDA graphs"]
 
 
 def _component_times(report: BenchmarkReport) -> list[Table]:

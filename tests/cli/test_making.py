@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -84,7 +85,8 @@ def test_benchmark_compares_with_the_recorded_source(actvar: Actvar, converted: 
     assert {row["batch"] for row in report["rows"]} == {1, 2}
     assert all(row["dense_ms"] > 0 and row["sparse_ms"] > 0 for row in report["rows"])
     assert report["components"] is None
-    split = actvar("benchmark", converted, "--batches", "1", "--split", "--quiet")
+    assert report["repeats"] == 5 and {row["decoder_dtype"] for row in report["rows"]} == {"fp32"}
+    split = actvar("benchmark", converted, "--batches", "1", "--split", "--quiet", "--repeats", 1)
     assert split.exit_code == 0 and "milliseconds by component" in split.stdout and "router" in split.stdout
 
 
@@ -187,6 +189,19 @@ def test_flags_for_what_a_file_does_not_tell(actvar: Actvar, dense_file: Path) -
     assert lone.exit_code == 2 and "--teacher; give that too" in lone.stderr
     there = actvar("distill", "sparse", "--teacher", dense_file, *flags, "--out", "trained")
     assert there.exit_code == 0, there.output
+
+
+def test_a_decoder_in_low_precision(actvar: Actvar, dense_file: Path) -> None:
+    for name, flags in (("exact.png", []), ("low.png", ["--decoder-dtype", "bf16"])):
+        made = actvar("sample", dense_file, "--out", name, "--device", "cpu", *flags)
+        assert made.exit_code == 0, made.output
+    exact, low = (numpy.asarray(Image.open(name), dtype=float) for name in ("exact.png", "low.png"))
+    assert exact.shape == low.shape and 0 < abs(exact - low).mean() < 4
+    flags = ["--batches", "1", "--repeats", 2, "--decoder-dtype", "bf16", "--format", "json", "--device", "cpu"]
+    report = json.loads(actvar("benchmark", dense_file, *flags).stdout)
+    assert report["repeats"] == 2 and {row["decoder_dtype"] for row in report["rows"]} == {"bf16"}
+    refused = actvar("sample", dense_file, "--decoder-dtype", "bf8")
+    assert refused.exit_code == 2 and "bf8" in refused.stderr
 
 
 def test_graphs_are_for_gpus(actvar: Actvar, dense_file: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 
 from actvar_convert.models.casting import cast
@@ -23,6 +24,26 @@ def test_the_transformer_changes_its_format_and_nothing_else(tiny_sparse: Sparse
         assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
     assert cast(narrow, torch.bfloat16) is narrow
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_sparse.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
+def test_a_decoder_of_its_own_format_changes_no_token(
+    request: pytest.FixtureRequest, kind: str, dtype: torch.dtype
+) -> None:
+    model: VARModel = request.getfixturevalue(kind)
+    low = cast(model, torch.float32, decoder=dtype)
+    assert (low.tokenizer.decoder_dtype, model.tokenizer.decoder_dtype) == (dtype, torch.float32)
+    for name, tensor in low.state_dict().items():
+        wanted = dtype if name.startswith(("tokenizer.decoder.", "tokenizer.post_quant_conv.")) else torch.float32
+        assert tensor.dtype == (wanted if tensor.is_floating_point() else torch.int64), name
+    assert low.transformer.pos_start.data_ptr() == model.transformer.pos_start.data_ptr(), "shared, not copied"
+    labels = [0, 1, 2, 3, 4, -1]
+    assert torch.equal(low.generate_tokens(labels, seed=4), model.generate_tokens(labels, seed=4))
+    images, exact = low.generate(labels, seed=4), model.generate(labels, seed=4)
+    assert images.dtype == torch.float32 and not torch.equal(images, exact)
+    torch.testing.assert_close(images, exact, rtol=0, atol=0.03)
+    assert cast(low, torch.float32, decoder=dtype) is low
 
 
 def test_it_draws_what_a_converted_model_draws(tiny_model: VARModel) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from actvar_convert.errors import InputError
+from actvar_convert.models.casting import cast
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import BlockPlan, SparsityPlan
@@ -11,6 +12,7 @@ from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.progress import SilentProgress
+from actvar_convert.report import latency
 from actvar_convert.report.components import ComponentClock, split_components, timed_components
 from actvar_convert.report.flops import count_flops
 from actvar_convert.report.latency import BenchmarkReport, benchmark_models
@@ -101,6 +103,26 @@ def test_another_precision_is_measured_on_a_copy(dense, sparse):
     assert all(after[name].dtype == dtype and after[name].equal(value) for name, (dtype, value) in before.items())
 
 
+def test_a_decoder_of_its_own_format_is_measured_on_both_sides(dense, sparse):
+    report = benchmark_models(sparse, dense, batches=(1,), decoder_dtype="bf16", repeats=1)
+    assert {(row.dtype, row.decoder_dtype) for row in report.rows} == {("fp32", "bf16")}
+    assert sparse.tokenizer.decoder_dtype == torch.float32
+    low = cast(sparse, torch.float32, decoder=torch.float16)
+    own = benchmark_models(low, dense, batches=(1,), repeats=1, with_decoder=(True,))
+    assert [row.decoder_dtype for row in own.rows] == ["fp16"]
+    with pytest.raises(InputError, match="decoder_dtype: bf8"):
+        benchmark_models(sparse, dense, decoder_dtype="bf8")
+
+
+def test_recordings_of_other_batches_are_gone_before_a_row(dense, sparse, monkeypatch):
+    events = []
+    for side in (dense, sparse):
+        monkeypatch.setattr(side.recordings, "clear", lambda: events.append("clear"))
+    monkeypatch.setattr(latency, "reset_peak_memory", lambda device: events.append("reset"))
+    benchmark_models(sparse, dense, batches=(1, 2), repeats=1, with_decoder=(False,))
+    assert events == ["clear", "clear", *["reset"] * 4] * 2
+
+
 def test_all_problems_at_once(dense, sparse):
     other = VARModel(VARTransformer(TransformerConfig(**CONFIG.model_dump() | {"depth": 1})), dense.tokenizer)
     with pytest.raises(InputError) as error:
@@ -113,12 +135,12 @@ def test_all_problems_at_once(dense, sparse):
 
 
 def test_components_add_up_and_leave_no_trace(dense, sparse):
-    for model, own in ((dense, set()), (sparse, {"router", "gate", "reconstruction"})):
+    for model, own in ((dense, set()), (sparse, {"router", "gate", "reconstruction", "gather and scatter"})):
         attributes = [set(vars(module)) for module in model.modules()]
         times = split_components(model, 2, repeats=2)
         assert [set(vars(module)) for module in model.modules()] == attributes
         assert sum(times.ms.values()) == pytest.approx(times.total_ms)
-        common = {"attention", "ffn", "norms, gather and scatter", "adaln", "embedding", "head", "decoder", "sampling"}
+        common = {"attention", "ffn", "norms and residuals", "adaln", "embedding", "head", "decoder", "sampling"}
         assert set(times.ms) == common | own
         assert all(value > 0 for value in times.ms.values())
     assert times.side == "sparse" and times.batch == 2

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError
+from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import Sampling, VARModel
 from actvar_convert.models.plan import BlockPlan, SparsityPlan
@@ -251,6 +252,8 @@ def test_sparse_generation_in_half_precision(
 def test_fingerprint_follows_weights(tiny_model: VARModel, other: VARModel) -> None:
     assert model_fingerprint(tiny_model) == model_fingerprint(copy.deepcopy(tiny_model))
     assert model_fingerprint(tiny_model) != model_fingerprint(other)
+    low = cast(tiny_model, torch.float32, decoder=torch.bfloat16)
+    assert model_fingerprint(low) != model_fingerprint(tiny_model), "its images are others"
 
 
 def test_all_problems_are_named_at_once(tiny_model: VARModel, extractor: ClassifierExtractor) -> None:

@@ -79,6 +79,7 @@ def quality() -> QualityReport:
 
 def row(batch: int, with_decoder: bool, **values) -> BenchmarkRow:
     both = {"dense_ms": 100.0 * batch, "sparse_ms": 80.0 * batch}
+    both |= {"dense_images_per_second": 10.0, "sparse_images_per_second": 12.5}
     ratios = {"speedup": 1.25, "promised": 1.4, "realised_over_promised": 1.25 / 1.4}
     measured = both | ratios | values
     return BenchmarkRow(
@@ -147,18 +148,33 @@ def test_quality_table(quality):
 
 def test_benchmark_table(benchmark):
     text = printed(render_benchmark_table(benchmark))
-    expected = ["fp32", "16", "1,600.0", "1,280.0", "1.25x", "1.40x", "0.89", "2.0 %", "1.1 GB"]
+    expected = ["fp32", "16", "1,600.0", "1,280.0", "12.50", "1.25x", "1.40x", "0.89", "2.0 %", "1.1 GB"]
     assert figures(text, "fp32") == ["fp32", "1", "100.0", "80.00", *expected[4:]]
     assert expected in [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
-    assert "latency with decoder, cpu, plan first" in text and "latency of tokens alone" in text
+    assert "latency with decoder in fp32, cpu, plan first" in text and "latency of tokens alone" in text
     assert figures(text, "FFN") == ["FFN", "40.00"] and figures(text, "total") == ["total", "42.00"]
     assert "…" not in text
 
 
 def test_benchmark_of_one_side():
     alone = row(1, True, dense_ms=None, speedup=None, promised=None, realised_over_promised=None)
+    alone = alone.model_copy(update={"dense_images_per_second": None})
     text = printed(render_benchmark_table(benchmark_of(alone)))
-    assert figures(text, "fp32")[2:7] == ["–", "80.00", "–", "–", "–"]  # noqa: RUF001
+    assert "graphs" not in text, "there are none on a CPU"
+    assert figures(text, "fp32")[2:8] == ["–", "80.00", "12.50", "–", "–", "–"]  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [(("fp32", "bf16"), "CUDA graphs, plan"), (("bf16",), "graphs in bf16 alone, plan"), ((), "no CUDA graphs, plan")],
+)
+def test_a_gpu_says_what_was_recorded(recorded, said):
+    rows = [
+        row(1, True, device="cuda:0", dtype=dtype, graphs=dtype in recorded, decoder_dtype="bf16")
+        for dtype in ("fp32", "bf16")
+    ]
+    text = printed(render_benchmark_table(benchmark_of(*rows)))
+    assert "latency with decoder in bf16, cuda:0, " in text and said in text and "…" not in text
 
 
 def test_summary_is_one_table_of_what_was_measured(flops, quality, benchmark):
