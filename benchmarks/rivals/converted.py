@@ -33,6 +33,7 @@ class Conversion(Method):
     idea: str
     settings: tuple[str, ...] = ()
     levels: tuple[Level, ...] = ("none", "full")
+    least: float = 0.0
     calibrated: ClassVar[bool] = True
 
     def recipe(self, recipe: Recipe, cut: float, config: TransformerConfig) -> Recipe:
@@ -43,6 +44,8 @@ class Conversion(Method):
         self, teacher: VARModel, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
         config = teacher.transformer.config
+        if cut < self.least:
+            raise OutOfReach(f"{self.name}: a cut of {cut:.3f} is out of reach, it saves {self.least:.3f} at least")
         if found is None:
             try:
                 recipe_plans(config, recipe)
@@ -65,6 +68,14 @@ CONVERSIONS = (
         "static-width",
         "the most important neurons, the same ones for every token; no router, no gate",
         ("budget.prefix_share=1.0", "budget.gate_keep=1.0"),
+    ),
+    Conversion("routed", "ours with half of the active experts routed", ("budget.prefix_share=0.5",)),
+    Conversion(
+        "folded",
+        "ours with guidance folded into the predictions, which saves half; what is asked beyond, experts and gate save",
+        ("budget.guidance=folded", "distill.stage2.hidden=0.0"),
+        ("full",),
+        0.5,
     ),
     Conversion("random-experts", "ours with neurons grouped by chance", ("experts.clustering=random",)),
 )

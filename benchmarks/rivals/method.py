@@ -59,12 +59,14 @@ class Method(ABC):
         name: in tables and on the command line. idea: one line about it.
         levels: the trainings that it is shown with.
         fixed_cut: the only cut that it knows, for a method that saves nothing; None: any.
+        least: the smallest cut that it can make.
         calibrated: whether making it takes long, so that the result is worth keeping.
     """
 
     name: str
     idea: str
     levels: tuple[Level, ...] = ("none", "full")
+    least: float = 0.0
     fixed_cut: ClassVar[float | None] = None
     calibrated: ClassVar[bool] = False
 
