@@ -16,13 +16,14 @@ import torch
 from actvar_convert.checkpoint.export import Exported, export_reference
 from actvar_convert.checkpoint.infer import Overrides
 from actvar_convert.checkpoint.inspection import Inspection, inspect_file
+from actvar_convert.checkpoint.official import official_names
 from actvar_convert.checkpoint.run_state import check_run_state
-from actvar_convert.checkpoint.shape import model_shape
+from actvar_convert.checkpoint.shape import model_shape, published_inspection
 from actvar_convert.checkpoint.shards import size_of
-from actvar_convert.checkpoint.source import load_any
+from actvar_convert.checkpoint.source import load_any, refuse_unneeded
 from actvar_convert.checkpoint.sparse import refuse_foreign, save_sparse
 from actvar_convert.checkpoint.sparse_config import Provenance
-from actvar_convert.checkpoint.zoo import bundled_names
+from actvar_convert.checkpoint.zoo import bundled_folder, bundled_names
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.converter import convert_model
 from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, require_memory
@@ -74,6 +75,7 @@ def load(
     dtype: str | None = None,
     decoder_dtype: str | None = None,
     plan: str | None = None,
+    recipe: RecipeLike | None = None,
 ) -> VARModel:
     """A model, dense or sparse.
 
@@ -88,6 +90,7 @@ def load(
         decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
             so. For generating: what is converted or saved from such a model keeps the rounded decoder.
         plan: of a sparse model, instead of its default plan.
+        recipe: that the model is to be converted by, for which there has to be memory before a weight is read.
 
     Raises:
         InputError, CheckpointError: what cannot be read, with all problems at once.
@@ -95,11 +98,32 @@ def load(
     target = pick_device(device)
     limit_threads()
     shape = Overrides(heads, residual_ratio, sides)
+    if recipe is not None:
+        _require_memory_by_shape(source, vae, shape, recipe, target)
     decoder = pick_dtype(decoder_dtype, target)
     model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target), **shape._asdict())
     if decoder != torch.float32:
         model = cast(model, model.dtype, decoder=decoder)
     return model.to(device=target).eval()
+
+
+def _require_memory_by_shape(
+    source: str | Path, vae: str | Path | None, overrides: Overrides, recipe: RecipeLike, device: torch.device
+) -> None:
+    """Raises InputError where a model that is not loaded yet could not be converted for want of memory.
+
+    What else is wrong with source or recipe is left to those that read them, and say all of it.
+    """
+    try:
+        shape = model_shape(source, vae, **overrides._asdict())
+        chosen = load_recipe(recipe, config=shape.transformer)
+        if shape.tokenizer is None or shape.plans:
+            return
+        held = shape.held_bytes(device.type)
+        estimate = estimate_convert(shape.transformer, shape.tokenizer, chosen, held=held, device=device.type)
+    except InputError:
+        return
+    require_memory(estimate, device)
 
 
 def convert(
@@ -443,12 +467,19 @@ def inspect(
     """What is in a file or folder, without loading it; see ``Inspection``.
 
     Args:
-        path: file or folder.
+        path: file or folder, a bundled name, or an official one: of that the published shape, no file is read.
         vae: tokenizer file, to check that it fits.
         heads, sides, residual_ratio: see ``load``.
         values: also read every value and count those that are NaN or infinite.
     """
-    return inspect_file(path, vae, values=values, heads=heads, sides=sides, residual_ratio=residual_ratio)
+    name = path if isinstance(path, str) else ""
+    if name in official_names():
+        refuse_unneeded(name, None, Overrides(heads, residual_ratio, sides), sparse=False)
+        if values or vae is not None:
+            raise InputError(f"{name} is a name, and no file of it is read here; give the file that is to be looked at")
+        return published_inspection(name)
+    source = bundled_folder(name) if name in bundled_names() else path
+    return inspect_file(source, vae, values=values, heads=heads, sides=sides, residual_ratio=residual_ratio)
 
 
 def sample(

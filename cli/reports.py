@@ -160,7 +160,7 @@ def benchmark(
 
 @app.command(epilog=closing("actvar inspect var_d16.pth", "actvar report-flops var_d16.pth"))
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model file or folder.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A model file or folder, or the name of a model.")],
     vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file: does it fit?")] = None,
     heads: opt.Heads = None,
     sides: opt.Sides = None,
