@@ -244,8 +244,8 @@ def _latency_table(report: BenchmarkReport, with_decoder: bool) -> Table:
     decoders = ", ".join(dict.fromkeys(row.decoder_dtype for row in rows))
     what = f"latency with decoder in {decoders}" if with_decoder else "latency of tokens alone"
     title = _titled(", ".join((what, *dict.fromkeys(row.device for row in rows), *_graphs(rows))), report.plan)
-    heads = "dense\nms", "sparse\nms", "images\n/s", "speed\nup", "promised", "realised", "spread", "peak\nmemory"
-    table = _table(title, "dtype", "batch", *heads)
+    ratios = "speed\nup", "prom-\nised", "real-\nised"
+    table = _table(title, "dtype", "batch", "dense\nms", "sparse\nms", "images\n/s", *ratios, "spread", "peak\nmemory")
     for row in rows:
         own = row.dense_images_per_second if row.sparse_ms is None else row.sparse_images_per_second
         figures = row.dense_ms, row.sparse_ms, own
