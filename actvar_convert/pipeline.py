@@ -331,7 +331,7 @@ def evaluate(
     Args:
         model: sparse, or any other of the teacher's shape.
         teacher: the dense model; the recorded one by default.
-        images: generated per seed set and model.
+        images: generated per seed set and model; 0: none, KL and agreement alone.
         seeds: seed sets.
         batch: images generated at once.
         held_out: teacher pyramids for KL and agreement.
@@ -345,7 +345,8 @@ def evaluate(
         progress: told about every long step.
     """
     teacher = recorded_teacher(model) if teacher is None else teacher
-    extractor = extractor_for(teacher, reference) if extractor is None else extractor
+    if extractor is None and images:
+        extractor = extractor_for(teacher, reference)
     report = evaluate_models(
         model,
         teacher,
@@ -360,7 +361,7 @@ def evaluate(
         progress=progress,
         cache_dir=None if cache is None else Path(cache),
     )
-    if reference is not None or teacher.origin.get("name") in bundled_names():
+    if not images or extractor is None or reference is not None or teacher.origin.get("name") in bundled_names():
         return report
     doubt = (
         f"the {extractor.name} compares with the images it was trained on; for a model of other images that means "

@@ -108,7 +108,7 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
     _require_images(chosen)
-    extractor = pipeline.extractor_for(teacher, chosen.evaluate.reference)
+    extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
     recipe_plans(teacher.transformer.config, chosen)
     fingerprint = run_fingerprint(teacher, chosen)
@@ -134,18 +134,35 @@ def _require_images(recipe: Recipe) -> None:
         raise InputError("the recipe's images are not there; give the root of a class-per-folder tree:", problems)
 
 
-def _measured_by(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor) -> dict[str, object]:
+def _extractor(recipe: Recipe, teacher: VARModel, progress: Progress) -> FeatureExtractor | None:
+    """What judges the images; None, which is said, where the recipe names none and no bundled classifier knows them.
+
+    Raises:
+        InputError: what the recipe names cannot judge, or one of its checks needs a judge.
+    """
+    if recipe.evaluate.reference is not None:
+        return pipeline.extractor_for(teacher, recipe.evaluate.reference)
+    try:
+        return pipeline.extractor_for(teacher)
+    except InputError as error:
+        if recipe.checks is not None and recipe.checks.max_fid_increase is not None:
+            raise InputError(f"checks.max_fid_increase needs a FID: {error.message}", error.problems) from error
+    progress.say("no bundled classifier knows such images: FID and its companions are left out (evaluate.reference)")
+    return None
+
+
+def _measured_by(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor | None) -> dict[str, object]:
     """How a recipe's evaluation measures, as its report will say."""
     settings = recipe.evaluate
     return {
-        "images": settings.images,
+        "images": 0 if extractor is None else settings.images,
         "sampling": SamplingSettings(**teacher.sampling._asdict(), chunk=settings.batch),
         "dtype": str(DTYPES[settings.dtype]).removeprefix("torch."),
-        "extractor": extractor.name,
+        "extractor": None if extractor is None else extractor.name,
     }
 
 
-def _baseline(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor) -> QualityReport | None:
+def _baseline(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor | None) -> QualityReport | None:
     """The evaluation that the recipe's checks compare with, read and found comparable before any work."""
     if recipe.checks is None or recipe.checks.baseline is None:
         return None
@@ -213,7 +230,7 @@ def _measure(
     teacher: VARModel,
     recipe: Recipe,
     folder: Path,
-    extractor: FeatureExtractor,
+    extractor: FeatureExtractor | None,
     baseline: QualityReport | None,
     progress: Progress,
 ) -> RunResult:
@@ -227,7 +244,7 @@ def _measure(
         quality = pipeline.evaluate(
             model,
             teacher=teacher,
-            images=settings.images,
+            images=0 if extractor is None else settings.images,
             seeds=settings.seeds,
             batch=settings.batch,
             held_out=settings.held_out,

@@ -64,7 +64,9 @@ def report_flops(
 def evaluate(
     model: opt.Model,
     teacher: opt.Teacher = None,
-    images: Annotated[int, typer.Option("--images", min=20, help="Images per seed.")] = 5000,
+    images: Annotated[
+        int, typer.Option("--images", min=0, help="Images per seed, 20 or more; 0: KL and agreement alone.")
+    ] = 5000,
     seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,...", help="Seed of every set of images.")] = "0",
     reference: Annotated[
         Path | None,

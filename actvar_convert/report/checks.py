@@ -108,11 +108,12 @@ def run_checks(
 
     limit("flops_ratio", checks.max_flops_ratio, lambda: _flops_ratio(flops))
     limit("kl", checks.max_kl, lambda: quality.kl.mean)
-    limit("fid_increase", checks.max_fid_increase, lambda: quality.fid.increase)
+    limit("fid_increase", checks.max_fid_increase, lambda: _fid_increase(quality))
     if baseline is not None:
         _comparable(quality, baseline)
-        noise = NOISE_FACTOR * (quality.fid.noise**2 + baseline.fid.noise**2) ** 0.5
-        rows.append(_against(baseline.fid.increase, noise, "fid_increase", quality.fid.increase))
+        if quality.fid is not None and baseline.fid is not None:
+            noise = NOISE_FACTOR * (quality.fid.noise**2 + baseline.fid.noise**2) ** 0.5
+            rows.append(_against(baseline.fid.increase, noise, "fid_increase", quality.fid.increase))
         noise = NOISE_FACTOR * (quality.kl.standard_error**2 + baseline.kl.standard_error**2) ** 0.5
         rows.append(_against(baseline.kl.mean, noise, "kl", quality.kl.mean))
     return CheckTable(rows=tuple(rows))
@@ -126,6 +127,14 @@ def _flops_ratio(flops: FlopsReport) -> float:
     if flops.sparse is None:
         raise InputError("checks.max_flops_ratio needs a sparse model; this FLOPs report is of a dense one")
     return flops.sparse.transformer.flops / flops.dense.transformer.flops
+
+
+def _fid_increase(quality: QualityReport) -> float:
+    if quality.fid is None:
+        raise InputError(
+            "checks.max_fid_increase needs a FID, and no images were measured; name real ones with evaluate.reference"
+        )
+    return quality.fid.increase
 
 
 def require_comparable(baseline: QualityReport, measurement: Mapping[str, object]) -> None:

@@ -200,7 +200,7 @@ def _quality_sections(report: QualityReport) -> list[str]:
     notes = "".join(f'<li class="note">{escape(note)}</li>' for note in (*quality_notes(report), *report.notes))
     return [
         "<h2>Quality</h2>",
-        plain_table("Images", ["", "dense", "sparse", "change"], rows),
+        *([plain_table("Images", ["", "dense", "sparse", "change"], rows)] if rows else []),
         bar_table("Against the dense model", ["KL, nats per token", "same likeliest token"], scales, ["KL"]),
         f"<ul>{notes}</ul>",
     ]

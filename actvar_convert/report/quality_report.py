@@ -64,14 +64,14 @@ class AgreementQuality(_Value):
 
 
 class PlanQuality(_Value):
-    """Everything measured for one plan."""
+    """Everything measured for one plan; where no images were, what is measured on images is None."""
 
-    fid: FidQuality
-    inception_score: Paired
-    precision: Paired | None = Field(description="None where the reference has no feature vectors")
-    recall: Paired | None = Field(description="as precision")
+    fid: FidQuality | None = None
+    inception_score: Paired | None = None
+    precision: Paired | None = Field(None, description="None also where the reference has no feature vectors")
+    recall: Paired | None = Field(None, description="as precision")
     label_agreement: Paired | None = Field(
-        description="share of images classified as their label; None where the extractor knows other classes"
+        None, description="share of images classified as their label; None also where the extractor knows other classes"
     )
     kl: KLQuality
     agreement: AgreementQuality
@@ -81,11 +81,11 @@ class QualityReport(PlanQuality):
     """Quality of the plan in use; of further plans under ``plans``."""
 
     format: Literal["actvar.eval/1"] = Field("actvar.eval/1", alias="schema")
-    images: int = Field(description="generated per model and seed set")
+    images: int = Field(description="generated per model and seed set; 0: none were measured")
     seeds: tuple[int, ...]
     sampling: SamplingSettings
     dtype: str = Field(description="format that the images were generated in; KL and agreement are never cast")
-    extractor: str
+    extractor: str | None = Field(description="what judged the images; None where none were measured")
     neighbours: int | None = Field(None, description="k of precision and recall; None in older reports")
     plan: str | None = Field(description="None for a model without plans")
     plans: dict[str, PlanQuality] = Field(default_factory=dict)

@@ -78,7 +78,7 @@ def summary_rows(
 ) -> list[SummaryRow]:
     """The few figures that matter, dense beside sparse: FLOPs, FID, seconds per image; only what was measured."""
     rows = _flops_rows(flops)
-    if quality is not None:
+    if quality is not None and quality.fid is not None:
         fid = quality.fid
         rows.append(SummaryRow(f"FID, {quality.images} images", *_pair(fid.dense, fid.sparse, ".3f")))
     for row in summary_latency(benchmark):
@@ -112,15 +112,20 @@ def quality_rows(quality: QualityReport) -> list[SummaryRow]:
 def quality_notes(quality: QualityReport) -> list[str]:
     """What a reader of the quality figures has to know, one sentence each."""
     fid, sampling = quality.fid, quality.sampling
-    error = fid.noise
-    notes = [
-        f"{quality.images} images per model and seed set, seeds {listed(quality.seeds)}; guidance {sampling.cfg:g}, "
-        f"top-k {sampling.top_k}, top-p {sampling.top_p:g}, chunk {sampling.chunk}; features of {quality.extractor}.",
-        f"FID changes by {100 * fid.increase:+.2f} % with a standard error of {100 * error:.2f} percentage points.",
+    drawn = f"guidance {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, chunk {sampling.chunk}"
+    notes = [f"Held-out pyramids drawn with {drawn}."]
+    if fid is not None:
+        notes = [
+            f"{quality.images} images per model and seed set, seeds {listed(quality.seeds)}; {drawn}; features of "
+            f"{quality.extractor}.",
+            f"FID changes by {100 * fid.increase:+.2f} % with a standard error of {100 * fid.noise:.2f} percentage "
+            "points.",
+        ]
+    notes.append(
         f"KL to the dense model {quality.kl.mean:.4f} nats per token on {quality.kl.pyramids} held-out pyramids; "
-        f"the likeliest token is the same for {share(quality.agreement.top1)}.",
-    ]
-    if fid.tokenizer is not None:
+        f"the likeliest token is the same for {share(quality.agreement.top1)}."
+    )
+    if fid is not None and fid.tokenizer is not None:
         notes.append(f"FID of the tokenizer's reconstructions: {fid.tokenizer:.3f}.")
     return notes
 

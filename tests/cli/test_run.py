@@ -44,6 +44,29 @@ def test_fashion_leaves_a_complete_folder_and_ends_with_one_table(actvar: Actvar
     assert json.loads(Path("made/benchmark.json").read_text())["repeats"] == 2
 
 
+def test_a_model_that_no_bundled_classifier_knows_is_run_without_fid(actvar: Actvar, dense_file: Path) -> None:
+    settings = "experts: {count: 8}\ngate: {rank: 4}\nbudget: {reduction: 0.1}\n"
+    Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\n{settings}")
+    limit = actvar("run", "mine.yaml", "--out", "made", *shrunk("checks.max_fid_increase=0.1"))
+    assert limit.exit_code == 2 and "checks.max_fid_increase needs a FID" in limit.stderr
+    assert "evaluate.reference" in limit.stderr and not list(Path().glob("made*"))
+    result = actvar("run", "mine.yaml", "--out", "made", *shrunk("checks.max_kl=1000"))
+    assert result.exit_code == 0, result.output
+    assert "FID and its companions are left out (evaluate.reference)" in result.stderr and "FID" not in result.stdout
+    assert all((Path("made") / name).stat().st_size > 0 for name in LEFT)
+    report = json.loads(Path("made/eval.json").read_text())
+    assert (report["fid"], report["extractor"], report["images"]) == (None, None, 0)
+    assert report["kl"]["pyramids"] == 4 and report["kl"]["mean"] > 0
+    for name in ("README.md", "report.html"):
+        assert "no images were measured: there is no FID" in (Path("made") / name).read_text()
+    again = actvar("run", "mine.yaml", "--out", "made", *shrunk("checks.max_kl=1000"))
+    assert again.exit_code == 0 and "agreement" not in again.stderr
+    alone = actvar("evaluate", "made", "--images", 0, "--format", "json")
+    assert alone.exit_code == 0 and json.loads(alone.stdout)["fid"] is None, alone.output
+    asked = actvar("evaluate", "made")
+    assert asked.exit_code == 2 and "--reference" in asked.stderr
+
+
 def test_ci_fails_with_3_and_a_table_when_a_limit_is_broken(actvar: Actvar) -> None:
     limits = "checks={max_flops_ratio: 0.01, max_kl: 100.0}"
     result = actvar("run", "ci", "--out", "made", "--quiet", *shrunk(limits))

@@ -16,6 +16,8 @@ from actvar_convert.report.quality_report import QualityReport
 
 CONFIG = TransformerConfig(depth=1, width=32, heads=2, hidden=64, sides=(1, 2, 4), vocab=16, z_channels=8, classes=3)
 
+NO_IMAGES = dict.fromkeys(("fid", "inception_score", "precision", "recall", "label_agreement", "extractor"))
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -115,6 +117,16 @@ def test_baseline_watches_the_kl(flops: FlopsReport) -> None:
     table = run_checks(Limits(), flops, quality(kl=0.034), quality(kl=0.03))
     assert [row.passed for row in table.rows] == [True, False]
     assert "baseline 0.0300 + noise 0.0028" in table.to_text()
+
+
+def test_without_images_the_kl_alone_is_watched(flops: FlopsReport) -> None:
+    now, before = (quality(kl=kl).model_copy(update={**NO_IMAGES, "images": 0}) for kl in (0.031, 0.03))
+    table = run_checks(Limits(max_kl=0.05), flops, now, before)
+    assert [(row.name, row.passed) for row in table.rows] == [("kl", True), ("kl", True)]
+    with pytest.raises(InputError, match=r"max_fid_increase needs a FID.*evaluate\.reference"):
+        run_checks(Limits(max_fid_increase=0.1), flops, now)
+    with pytest.raises(InputError, match=r"(?s)images: 5000 in the baseline, 0 now.*extractor: tiny in the baseline"):
+        run_checks(Limits(), flops, now, quality())
 
 
 def test_baseline_of_another_measurement_is_refused(flops: FlopsReport) -> None:

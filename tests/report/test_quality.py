@@ -98,6 +98,20 @@ def test_figures_of_two_models(tiny_model: VARModel, other: VARModel, extractor:
     assert report.label_agreement.dense_per_seed[1] == float((logits.argmax(1) == labels).double().mean())
 
 
+def test_without_images_there_are_kl_and_agreement(
+    tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor
+) -> None:
+    full = evaluate(other, tiny_model, extractor)
+    report = evaluate_models(other, tiny_model, extractor=None, images=0, batch=BATCH, held_out=HELD_OUT)
+    assert (report.kl, report.agreement, report.sampling) == (full.kl, full.agreement, full.sampling)
+    assert (report.images, report.extractor, report.fid, report.inception_score) == (0, None, None, None)
+    assert (report.precision, report.recall, report.label_agreement) == (None, None, None)
+    assert report.notes == ("no images were measured: there is no FID, and nothing else that is measured on images",)
+    assert QualityReport.model_validate_json(report.to_json()) == report
+    with pytest.raises(InputError, match="extractor: needed to measure images; without one give images 0"):
+        evaluate_models(other, tiny_model, extractor=None, images=IMAGES, batch=BATCH, held_out=HELD_OUT)
+
+
 def test_agreement_is_the_definition(tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor) -> None:
     report = evaluate(other, tiny_model, extractor)
     labels = balanced_labels(HELD_OUT, 5)

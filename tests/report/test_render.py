@@ -32,7 +32,7 @@ from actvar_convert.report.render import (
     render_quality_table,
     render_summary,
 )
-from actvar_convert.report.wording import Unit, change, digits, label, share
+from actvar_convert.report.wording import MISSING, Unit, change, digits, label, share
 
 SIDES = (1, 2, 4)
 CONFIG = TransformerConfig(depth=3, width=64, heads=2, hidden=256, sides=SIDES, vocab=32, z_channels=8, classes=5)
@@ -110,6 +110,21 @@ def figures(text: str, name: str) -> list[str]:
     """The columns of the first line of a table that begins with a name."""
     line = next(line for line in text.splitlines() if line.strip().startswith(name))
     return re.split(r"\s{2,}", line.strip())
+
+
+def test_what_was_measured_without_images_is_shown_without_them(flops, quality):
+    absent = dict.fromkeys(("fid", "inception_score", "precision", "recall", "label_agreement", "extractor"))
+    report = quality.model_copy(update={**absent, "images": 0, "plans": {"second": quality.model_copy(update=absent)}})
+    table = printed(render_quality_table(report), 120)
+    assert figures(table, "second") == ["second", MISSING, MISSING, MISSING, "0.0345", "91.0 %"]
+    assert "0.0399" in table and "inception" not in table and "classifier" not in table
+    shown = [table, printed(render_summary(flops, report)), report_html(flops, report), model_card("m", flops, report)]
+    for text in shown:
+        assert "None" not in text
+    for text in (*shown[:1], *shown[2:]):
+        said = " ".join(text.split())
+        assert "KL to the dense model 0.0345" in said and "Held-out pyramids drawn with guidance 1.5" in said
+    assert "<h3>Images" not in shown[2] and "| FID" not in shown[3] and "FID," not in shown[1]
 
 
 def test_flops_table(flops):
