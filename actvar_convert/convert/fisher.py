@@ -127,8 +127,12 @@ def output_metrics(
         if state is not None:
             write_whole(state, safetensors.torch.save(_tensors(moments, generator, number)))
         on_batch(len(tokens))
-    count = len(tokens_PL)
-    return [BlockMetrics(*(each.metric(count) for each in pair)) for pair in moments]
+    found, count = [], len(tokens_PL)
+    while moments:  # a block's sums go before the next block's roots come
+        ffn, own = moments.pop(0)
+        found.append(BlockMetrics(ffn.metric(count), own.metric(count)))
+        del ffn, own
+    return found
 
 
 def _tensors(moments: list[tuple[_Moments, _Moments]], generator: torch.Generator, batches: int) -> dict[str, Tensor]:
