@@ -3,9 +3,14 @@
     python benchmarks/gpu.py --out gpu.json
 
 The plain path starts every kernel from Python; the dense and the sparse model replay CUDA graphs. Random weights cost
-what real ones cost. Routing is measured balanced and skewed, at batch 1 and 64, with a plan of 40 % fewer transformer
-FLOPs. Times are of tokens, noise included. Before the table stand two choices that the code makes for a GPU, each
-beside its alternative, and whether the graphs draw the tokens of the same model without them.
+what real ones cost. Plans save 40 and 50 % of the transformer's FLOPs: with routing, which is measured balanced and
+skewed, and without (``static``: experts that every token runs, the baseline that routing has to beat). Times are of
+tokens, noise included. A side runs once per batch: the plain one at batch 1, and for d16 at the others too.
+
+Before the table stand two choices that the code makes for a GPU, each beside its alternative, and three checks: that
+the plain path draws the dense model's tokens in fp32, and that graphs draw what the dense and the sparse model draw
+without them. Rows are printed and written as they are finished; after --minutes no further one is begun, and what is
+left out is named. The last column says whether a row reaches what the project asks of an H200: see ``goals``.
 """
 
 from __future__ import annotations
@@ -14,33 +19,145 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from plain import PlainGeneration
-from sides import Row, measure, random_dense, random_sparse, recipe_plan, table, write_json
+from sides import (
+    Goal,
+    Results,
+    Row,
+    Timing,
+    alternate,
+    labels_of,
+    lean,
+    promised,
+    random_dense,
+    random_sparse,
+    recipe_plan,
+    same_tokens,
+)
 
 from actvar_convert.kernels.linear import linear_gelu, linear_gelu_reference
 from actvar_convert.models import vqvae
+from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
+from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.report.latency import hardware_name
 
+ROUTINGS = ("static", "balanced", "skewed")
 
-def rows_of(name: str, device: torch.device, batches: list[int], repeats: int, reduction: float) -> list[Row]:
-    """The rows of one model: per routing and batch size."""
+
+class Deadline:
+    """When no further row is begun, and what was left out, for that reason or another."""
+
+    def __init__(self, minutes: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._end = now, now() + 60 * minutes
+        self.left_out: list[str] = []
+
+    def allows(self, what: str) -> bool:
+        """Whether there is time; what there is none for is noted."""
+        if self._now() < self._end:
+            return True
+        self.left_out.append(f"{what} (no time)")
+        return False
+
+    @contextmanager
+    def memory_for(self, what: str) -> Iterator[None]:
+        """Work that may be too large for the device: the other rows are still worth having."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.left_out.append(f"{what} (out of memory)")
+
+
+class Settings(NamedTuple):
+    """What is measured of every model."""
+
+    batches: list[int]
+    repeats: int
+    reductions: list[float]
+
+
+def goals(batch: int) -> list[Goal]:
+    """What the project asks of a row: of few images the launches that graphs save, of many the arithmetic."""
+    if batch == 1:
+        return [Goal("dense/plain", 3.0), Goal("speed-up", 1.0)]
+    return [Goal("realised", 0.85)] if batch >= 64 else []
+
+
+def plan_of(config: TransformerConfig, name: str, reduction: float, *, routed: bool) -> SparsityPlan:
+    """A plan that saves a share of the transformer's FLOPs, with half of the active experts routed, or none.
+
+    Larger cuts gate more tokens, so that some experts are left for every block to choose from.
+    """
+    keep, scales = (0.6, 2) if reduction <= 0.42 else (0.5, 3)
+    share = () if routed else ("budget.prefix_share=1.0",)
+    settings = f"budget.reduction={reduction}", f"budget.gate_keep={keep}", f"budget.gate_scales={scales}", *share
+    return recipe_plan(config, f"var_{name}", settings)
+
+
+def rows_of(name: str, device: torch.device, settings: Settings, deadline: Deadline) -> Iterator[Row]:
+    """The rows of one model as they are finished: per plan, batch size and routing."""
+    if not deadline.allows(name):
+        return
     dense = random_dense(name, device, torch.bfloat16)
-    overrides = (f"budget.reduction={reduction}", "budget.gate_keep=0.6", "budget.gate_scales=2")
-    plan = recipe_plan(dense, f"var_{name}", overrides)
     plain = PlainGeneration(dense)
-    rows = []
-    for routing in ("balanced", "skewed"):
-        sparse = random_sparse(dense, plan, skewed=routing == "skewed")
-        for batch in batches:
-            rows.append(measure(name, "bf16", plain, dense, sparse, batch, repeats, graphs=True, routing=routing))
+    whole: dict[int, tuple[Timing | None, Timing]] = {}
+    for batch in settings.batches:
+        what = f"{name} dense, batch {batch}"
+        if deadline.allows(what):
+            with deadline.memory_for(what):
+                before, labels = None, labels_of(dense, batch)
+                if batch == 1 or name == "d16":
+                    before, _ = timed(lambda own=labels: plain.generate_tokens(own), settings, device)
+                whole[batch] = before, recorded(dense, batch, settings, device)[0]
             dense.recordings.clear()
-            sparse.recordings.clear()
-    return rows
+    for reduction in settings.reductions:
+        for routed in (False, True):
+            sparse = random_sparse(dense, plan_of(dense.transformer.config, name, reduction, routed=routed))
+            for batch, (plain_timing, dense_timing) in whole.items():
+                for routing in ROUTINGS[1:] if routed else ROUTINGS[:1]:
+                    what, measured = f"{name} {routing} {100 * reduction:.0f} %, batch {batch}", None
+                    if deadline.allows(what):
+                        with deadline.memory_for(what):
+                            lean(sparse, skewed=routing == "skewed")
+                            measured = recorded(sparse, batch, settings, device)
+                    if measured is None:
+                        continue
+                    sparse_timing, peak = measured
+                    timings = [timing for timing in (plain_timing, dense_timing, sparse_timing) if timing]
+                    yield Row(
+                        model=name,
+                        dtype="bf16",
+                        batch=batch,
+                        extent="tokens",
+                        routing=f"{routing} {100 * reduction:.0f} %",
+                        plain_ms=plain_timing.ms if plain_timing else None,
+                        dense_ms=dense_timing.ms,
+                        sparse_ms=sparse_timing.ms,
+                        promised=promised(sparse, False),
+                        spread=max(timing.spread for timing in timings),
+                        peak_memory_bytes=peak,
+                        repeats=settings.repeats,
+                    ).judged(goals(batch))
+                sparse.recordings.clear()
+
+
+def timed(run: Callable[[], object], settings: Settings, device: torch.device) -> tuple[Timing, int]:
+    """Time and peak memory of one side alone."""
+    torch.cuda.empty_cache()
+    timings, peak = alternate({"own": run}, {"own": settings.repeats}, device)
+    return timings["own"], peak
+
+
+def recorded(model: VARModel, batch: int, settings: Settings, device: torch.device) -> tuple[Timing, int]:
+    """Time and peak memory of tokens by CUDA graphs, which the warm-up records unless they are there already."""
+    labels = labels_of(model, batch)
+    return timed(lambda: model.generate_tokens(labels, chunk=batch, compile=True), settings, device)
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
@@ -57,16 +174,15 @@ def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
 
 
 @torch.inference_mode()
-def choices(device: torch.device) -> list[str]:
-    """Lines about what the code chooses on a GPU, with the shapes of d16."""
-    dense = random_dense("d16", device, torch.bfloat16)
-    ffn = dense.transformer.layers[0].ffn
+def choices(dense: VARModel) -> Iterator[str]:
+    """Lines about what the code chooses on a GPU, with the shapes of a model."""
+    ffn, device = dense.transformer.layers[0].ffn, dense.device
     x = torch.randn(64 * 2 * 256, dense.transformer.config.width, device=device, dtype=torch.bfloat16)
     fused, written = (
         milliseconds(lambda layer=layer: layer(x, ffn.fc1.weight, ffn.fc1.bias))
         for layer in (linear_gelu, linear_gelu_reference)
     )
-    lines = [f"linear layer with GELU, {len(x)} rows: fused {fused:.3f} ms, as written {written:.3f} ms"]
+    yield f"linear layer with GELU, {len(x)} rows: fused {fused:.3f} ms, as written {written:.3f} ms"
     for batch in (1, 16):
         tokens = torch.randint(dense.transformer.config.vocab, (batch, dense.transformer.config.pyramid.total))
         scales = dense.split(tokens.to(device))
@@ -74,16 +190,24 @@ def choices(device: torch.device) -> list[str]:
         for vqvae.CHANNELS_LAST in (kept, ()):
             times.append(milliseconds(lambda scales=scales: dense.tokenizer.images(scales)))
         vqvae.CHANNELS_LAST = kept
-        lines.append(f"decoder, batch {batch}: channels last {times[0]:.1f} ms, default {times[1]:.1f} ms")
-    return [*lines, agreement(dense)]
+        yield f"decoder in bf16, batch {batch}: channels last {times[0]:.1f} ms, default {times[1]:.1f} ms"
 
 
-def agreement(model: VARModel) -> str:
-    """How many tokens the graphs draw as the same model does without them."""
-    labels = list(range(4))
-    eager, replayed = (model.generate_tokens(labels, compile=graphs) for graphs in (False, True))
-    share = float((eager == replayed).double().mean())
-    return f"tokens that graphs draw as the model does without them: {100 * share:.2f} %"
+def checks(dense: VARModel, device: torch.device) -> Iterator[str]:
+    """Lines about whether the sides draw the same tokens."""
+    small = random_dense("d16", device, torch.float32, depth=2)
+    same = same_tokens(PlainGeneration(small), small, 4)
+    yield f"tokens that the plain path draws as the dense model does, fp32, 2 blocks: {100 * same:.2f} %"
+    sparse = random_sparse(dense, plan_of(dense.transformer.config, "d16", 0.4, routed=True))
+    for side, model in (("dense", dense), ("sparse", sparse)):
+        yield f"tokens that graphs draw as the {side} model does without them: {100 * agreement(model):.2f} %"
+        model.recordings.clear()
+
+
+def agreement(model: VARModel) -> float:
+    """Share of the tokens that the graphs draw as the same model does without them."""
+    eager, replayed = (model.generate_tokens(list(range(4)), compile=graphs) for graphs in (False, True))
+    return float((eager == replayed).double().mean())
 
 
 def main() -> None:
@@ -91,22 +215,29 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["d16", "d24", "d30"], choices=["d16", "d20", "d24", "d30"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64], help="images at once")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per side")
-    parser.add_argument("--reduction", type=float, default=0.4, help="share of the transformer's FLOPs that is saved")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--reductions", nargs="+", type=float, default=[0.4, 0.5], help="shares of the transformer's FLOPs to save"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which no further row is begun")
+    parser.add_argument("--out", type=Path, help="JSON file to write, after every row")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs a GPU: torch sees no CUDA device here. benchmarks/cpu.py measures the CPU.")
-    device = torch.device("cuda")
-    print("\n".join([*choices(device), ""]), flush=True)
-    torch.cuda.empty_cache()
-    rows: list[Row] = []
+    device, deadline = torch.device("cuda"), Deadline(given.minutes)
+    print(f"{hardware_name(device)}, torch {torch.__version__}\n", flush=True)
+    dense = random_dense("d16", device, torch.bfloat16)
+    for lines in (choices(dense), checks(dense, device)):
+        for line in lines:
+            print(line, flush=True)
+    print(flush=True)
+    del dense
+    results = Results(device, given.out)
+    settings = Settings(given.batches, given.repeats, given.reductions)
     for name in given.models:
-        rows += rows_of(name, device, given.batches, given.repeats, given.reduction)
         torch.cuda.empty_cache()
-    print(f"{hardware_name(device)}, torch {torch.__version__}\n")
-    print(table(rows))
-    if given.out is not None:
-        write_json(given.out, rows, device, given.repeats)
+        results.add(rows_of(name, device, settings, deadline))
+    if deadline.left_out:
+        print(f"\nleft out: {'; '.join(deadline.left_out)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""The speed benchmarks on the tiny model: what a row says, what is compared with what, and that no row is lost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import cpu
+import gpu
+import pytest
+import sides
+import torch
+from plain import PlainGeneration
+from sides import Goal, Results, Row, Timing
+
+from actvar_convert.checkpoint.official import official_config
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.vqvae import FAST_DECODERS
+from actvar_convert.report import costs
+
+CPU = torch.device("cpu")
+ROW = Row("d16", "bf16", 64, "tokens", "balanced", 300.0, 100.0, 80.0, 1.4, 0.02, 2**30, 3)
+
+
+def given(**changes: object) -> cpu.Given:
+    asked = {"extents": ["tokens", "images"], "repeats": 1, "sparse": None, "out": None}
+    return cpu.Given(**(asked | changes))
+
+
+def test_the_sides_of_a_row_are_one_model(tiny_model: VARModel, tiny_sparse: SparseVARModel) -> None:
+    plain = PlainGeneration(tiny_model)
+    assert sides.same_tokens(plain, tiny_model, 3) == 1
+    row = sides.measure("tiny", "fp32", plain, tiny_model, tiny_sparse, 2, 2, plain_repeats=1, routing="random")
+    assert min(row.plain_ms or 0, row.dense_ms, row.sparse_ms or 0) > 0
+    assert row.promised == sides.promised(tiny_sparse, False)
+    over_plain, speedup, realised = row.ratios.values()
+    assert over_plain == pytest.approx((row.plain_ms or 0) / row.dense_ms)
+    assert realised == pytest.approx((speedup or 0) / (row.promised or 1))
+    tiny_model.transformer.head.weight.mul_(-1)
+    changed = PlainGeneration(tiny_model)
+    assert sides.same_tokens(changed, tiny_model, 3) == 1
+    tiny_model.transformer.head.weight.mul_(-1)
+    assert sides.same_tokens(changed, tiny_sparse, 3) < 1, "another model draws other tokens"
+
+
+def test_a_side_runs_as_often_as_was_asked() -> None:
+    runs = []
+    named = {name: lambda name=name: runs.append(name) for name in ("plain", "dense")}
+    timings, peak = sides.alternate(named, {"plain": 1, "dense": 3}, CPU)
+    assert runs == ["plain", "dense"] * 2 + ["dense"] * 2
+    assert timings["plain"].spread == 0 and timings["dense"].ms > 0 and peak > 0
+
+
+def test_rows_say_whether_they_reach_their_goals() -> None:
+    assert ROW.goal == "-" and ROW.judged([]).goal == "-"
+    assert ROW.judged([Goal("realised", 0.85), Goal("dense/plain", 3.0)]).goal == "met"
+    missed = ROW.judged([Goal("realised", 0.9), Goal("speed-up", 1.0), Goal("dense/plain", 3.5)])
+    assert missed.goal == "missed: realised 0.9, dense/plain 3.5" and missed.cells[-1] == missed.goal
+    alone = Row("d16", "bf16", 1, "tokens", "-", None, 100.0, None, None, 0.0, 0, 3)
+    assert alone.judged([Goal("realised", 0.9), Goal("dense/plain", 3.0)]).goal == "-"
+    assert cpu.goals("fashion", 4, False) == [Goal("realised", 0.70)] and not cpu.goals("d16", 4, True)
+    assert cpu.goals("d16", 1, False) == [Goal("realised", 0.75), Goal("dense/plain", 1.25)]
+    assert [goal.measure for goal in gpu.goals(1)] == ["dense/plain", "speed-up"] and not gpu.goals(16)
+
+
+def test_finished_rows_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.json"
+    results = Results(CPU, out)
+
+    def rows() -> object:
+        yield ROW
+        assert len(json.loads(out.read_text())["rows"]) == 1
+        yield ROW
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        results.add(rows())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("| model | dtype |") and lines[2] == lines[3]
+    written = json.loads(out.read_text())
+    assert written["schema"] == "actvar.speed/1" and [row["dense_ms"] for row in written["rows"]] == [100.0, 100.0]
+
+
+def test_cpu_rows(tiny_model: VARModel, tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = cpu.in_format(tiny_sparse, "bf16")
+    dense = cpu.in_format(tiny_model, "bf16")
+    fast = torch.bfloat16 in FAST_DECODERS["cpu"]
+    assert dense.tokenizer.decoder_dtype == (torch.bfloat16 if fast else torch.float32)
+    assert cpu.in_format(tiny_model, "fp32") is tiny_model
+    plain = PlainGeneration(dense, tiny_model.tokenizer)
+    rows = cpu.rows_of("d16", dense, sparse, plain, "bf16", 1, given())
+    assert [(row.extent, row.goal == "-") for row in rows] == [("tokens", False), ("images", True)]
+    assert [row.extent for row in cpu.rows_of("d16", dense, sparse, plain, "bf16", 2, given())] == ["tokens"]
+    monkeypatch.setattr(cpu, "same_tokens", lambda *_: 0.9)
+    with pytest.raises(AssertionError, match="different tokens"):
+        cpu.rows_of("fashion", tiny_model, tiny_sparse, PlainGeneration(tiny_model), "fp32", 1, given())
+    assert [cpu.repeats_of(*each) for each in (("d16", "fp32", 16, False), ("d16", "bf16", 16, False))] == [1, 3]
+
+
+@pytest.fixture
+def gpu_on_cpu(tiny_model: VARModel, tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's rows with a tiny model, nothing recorded."""
+    monkeypatch.setattr(gpu, "random_dense", lambda *_, **__: tiny_model)
+    monkeypatch.setattr(gpu, "plan_of", lambda *_, **__: tiny_sparse.plan)
+    monkeypatch.setattr(gpu, "recorded", lambda *_: (Timing(2.0, 0.1), 7))
+
+
+def test_gpu_rows_share_what_is_dense(gpu_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(1, 9))
+    monkeypatch.setattr(gpu, "timed", lambda run, *_: (run(), (Timing(float(next(times)), 0.0), 0))[1])
+    deadline = gpu.Deadline(1)
+    rows = list(gpu.rows_of("d30", CPU, gpu.Settings([1, 3], 1, [0.4, 0.5]), deadline))
+    assert [(row.routing, row.batch) for row in rows[:6]] == [
+        ("static 40 %", 1),
+        ("static 40 %", 3),
+        *((f"{routing} 40 %", batch) for batch in (1, 3) for routing in ("balanced", "skewed")),
+    ]
+    assert len(rows) == 12 and not deadline.left_out
+    assert {(row.batch, row.plain_ms) for row in rows} == {(1, 1.0), (3, None)}, "plain alone is timed once, at batch 1"
+    assert {row.peak_memory_bytes for row in rows} == {7} and rows[0].goal == "missed: dense/plain 3"
+
+
+def test_gpu_rows_that_do_not_fit_are_named(gpu_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = gpu.Settings([1], 1, [0.4])
+    ticks = iter((0.0, 1.0, 2.0, 59.0, 61.0, 62.0))
+    late = gpu.Deadline(1, now=lambda: next(ticks))
+    assert len(list(gpu.rows_of("d16", CPU, settings, late))) == 1
+    assert late.left_out == ["d16 balanced 40 %, batch 1 (no time)", "d16 skewed 40 %, batch 1 (no time)"]
+
+    def full(model: VARModel, *_: object) -> tuple[Timing, int]:
+        if model.is_sparse:
+            raise torch.OutOfMemoryError
+        return Timing(2.0, 0.1), 7
+
+    monkeypatch.setattr(gpu, "recorded", full)
+    crowded = gpu.Deadline(1)
+    assert not list(gpu.rows_of("d16", CPU, settings, crowded))
+    assert len(crowded.left_out) == 3 and crowded.left_out[0] == "d16 static 40 %, batch 1 (out of memory)"
+
+
+@pytest.mark.parametrize("reduction", [0.4, 0.5])
+def test_gpu_plans_save_what_they_say_and_route(reduction: float) -> None:
+    for name in ("d16", "d24", "d30"):
+        config, _ = official_config(f"var-{name}")
+        last = config.pyramid.num_scales - 1
+        for routed in (False, True):
+            plan = gpu.plan_of(config, name, reduction, routed=routed)
+            saved = 1 - costs.transformer_macs(config, plan) / costs.transformer_macs(config, None)
+            assert reduction <= saved < reduction + 0.01
+            assert [plan.routes(block, last) for block in range(config.depth)] == [routed] * config.depth
+
+
+def test_routers_lean_in_place(tiny_sparse: SparseVARModel) -> None:
+    router = tiny_sparse.transformer.sparse_layers[0].ffn.router
+    assert router is not None
+    place = router.linear.bias.data_ptr()
+    sides.lean(tiny_sparse, skewed=True)
+    assert bool((router.linear.bias.diff() < 0).all()) and router.linear.bias.data_ptr() == place
+    sides.lean(tiny_sparse, skewed=False)
+    assert not router.linear.bias.any()
+
+
+def test_a_random_sparse_model_holds_the_dense_weights(tiny_model: VARModel, tiny_sparse: SparseVARModel) -> None:
+    made = sides.random_sparse(tiny_model, tiny_sparse.plan)
+    ours, theirs = made.transformer.layers[0].attn.mat_qkv.weight, tiny_model.transformer.layers[0].attn.mat_qkv.weight
+    assert ours.data_ptr() == theirs.data_ptr() and not any(each.requires_grad for each in made.parameters())
+    assert made.generate([0, 1]).isfinite().all()
+
+
+def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match=r"needs a GPU: torch sees no CUDA device here. benchmarks/cpu.py measures"):
+        gpu.main()
