@@ -27,7 +27,7 @@ from actvar_convert.checkpoint.zoo import bundled_folder, bundled_names
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.converter import convert_model
 from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, require_memory
-from actvar_convert.convert.search import plan_model, search_steps, searches
+from actvar_convert.convert.search import measure_metrics, plan_model, search_steps, searches
 from actvar_convert.distill.loop import distill_model
 from actvar_convert.distill.memory import estimate_distill
 from actvar_convert.distill.parallel import Processes, join, made_by_main
@@ -169,12 +169,24 @@ def convert(
 
     tokens, labels = store.tokens.long(), store.labels
     planned = None
-    if processes.main:
-        reporter = progress if searches(chosen) else SilentProgress()
-        with reporter.task("searching for a plan", search_steps(config, chosen)) as task:
-            planned = plan_model(
-                model, chosen, tokens, labels, state=kept.get("search"), on_step=task.advance
+    reporter = progress if searches(chosen) else SilentProgress()
+    with reporter.task("searching for a plan", search_steps(config, chosen)) as task:
+        metrics = None
+        if searches(chosen):
+            metrics = measure_metrics(
+                model,
+                chosen,
+                tokens,
+                labels,
+                state=kept.get("search") if processes.count == 1 else None,
+                on_step=task.advance,
+                rank=processes.rank,
+                processes=processes.count,
+                total=processes.total,
             )
+        if processes.main:
+            planned = plan_model(model, chosen, tokens, labels, metrics=metrics, on_step=task.advance)
+        del metrics
     plans, default = processes.from_main((planned.plans, planned.default) if planned is not None else ({}, ""))
 
     def make() -> SparseVARModel:

@@ -85,6 +85,9 @@ def output_metrics(
     autocast: torch.dtype | None = None,
     state: Path | None = None,
     on_batch: Callable[[int], None] = lambda pyramids: None,
+    rank: int = 0,
+    processes: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> list[BlockMetrics]:
     """The metrics of every block, measured on calibration pyramids.
 
@@ -100,6 +103,9 @@ def output_metrics(
         state: file in which sums are kept as batches are done; a call that finds it goes on from there, to the same
             result. It has to belong to the same model, pyramids and settings.
         on_batch: told the number of pyramids done.
+        rank, processes: this process among those that share the batches by turns; all draw the same codes. They cannot
+            go on from a ``state``.
+        total: the sum of a tensor over all processes.
     """
     transformer = model.transformer
     pyramid, width, depth = transformer.config.pyramid, transformer.config.width, transformer.config.depth
@@ -112,6 +118,10 @@ def output_metrics(
     if done:
         on_batch(sum(len(tokens) for tokens, _ in parts[:done]))
     for number, (tokens, label) in enumerate(parts[done:], start=done + 1):
+        if (number - 1) % processes != rank:
+            _noise(len(tokens) * pyramid.total, transformer.config.vocab, generator=generator)
+            on_batch(len(tokens))
+            continue
         with torch.autocast(model.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
             with torch.no_grad():
                 x, modulation = transformer.embed(label, model.teacher_forcing_input(tokens.to(model.device)))
@@ -127,11 +137,11 @@ def output_metrics(
         if state is not None:
             write_whole(state, safetensors.torch.save(_tensors(moments, generator, number)))
         on_batch(len(tokens))
+    for sums in (each for pair in moments for each in pair):
+        sums.moment, sums.size = total(sums.moment), total(sums.size)
     found, count = [], len(tokens_PL)
     while moments:  # a block's sums go before the next block's roots come
-        ffn, own = moments.pop(0)
-        found.append(BlockMetrics(ffn.metric(count), own.metric(count)))
-        del ffn, own
+        found.append(BlockMetrics(*(sums.metric(count) for sums in moments.pop(0))))
     return found
 
 
@@ -165,10 +175,14 @@ def _gradient_at_end(model: VARModel, x_BLC: Tensor, head_B2C: Tensor, generator
     with torch.enable_grad():
         x_BLC = x_BLC.detach().requires_grad_()
         logits = model.transformer.logits(x_BLC, head_B2C).flatten(0, 1).float()
-        noise = torch.empty(logits.shape).exponential_(1, generator=generator)
-        drawn = draw(logits.detach(), noise)
+        drawn = draw(logits.detach(), _noise(*logits.shape, generator=generator))
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), x_BLC)
     return gradient
+
+
+def _noise(tokens: int, vocab: int, *, generator: torch.Generator) -> Tensor:
+    """The exponential numbers [T, V] that one batch's codes are drawn with."""
+    return torch.empty(tokens, vocab).exponential_(1, generator=generator)
 
 
 def _through(

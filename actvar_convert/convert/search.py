@@ -29,7 +29,7 @@ from actvar_convert.convert.budget import (
     targets,
 )
 from actvar_convert.convert.experts import Partition
-from actvar_convert.convert.fisher import output_metrics
+from actvar_convert.convert.fisher import BlockMetrics, output_metrics
 from actvar_convert.convert.sensitivity import BlockSensitivity, expert_damage, gate_damage
 from actvar_convert.kernels.ways import FFNShape, ffn_seconds, product_flops
 from actvar_convert.models.config import TransformerConfig
@@ -78,7 +78,7 @@ def plan_model(
     tokens_PL: Tensor,
     labels_P: Tensor,
     *,
-    state: Path | None = None,
+    metrics: Sequence[BlockMetrics] | None = None,
     on_step: Callable[[int], None] = lambda steps: None,
 ) -> Planned:
     """The plans of a recipe for a dense model: those it states, uniform ones, or the result of a search.
@@ -88,8 +88,8 @@ def plan_model(
         recipe: with its budget.
         tokens_PL, labels_P: calibration pyramids [P, L] int64 and their classes; the search looks at the first
             ``budget.pyramids``.
-        state: file in which the unfinished search is kept, see ``output_metrics``.
-        on_step: told of steps done, ``search_steps`` in all.
+        metrics: what ``measure_metrics`` found for them; measured here where it is not given.
+        on_step: told of steps done, ``search_steps`` in all, those of ``measure_metrics`` included.
 
     Raises:
         RecipeError: the budget is out of reach.
@@ -98,7 +98,7 @@ def plan_model(
     if not searches(recipe):
         plans, default = recipe_plans(config, recipe)
         return Planned(plans, default, None, {})
-    sensitivities = measure_sensitivity(model, recipe, tokens_PL, labels_P, state=state, on_step=on_step)
+    sensitivities = measure_sensitivity(model, recipe, tokens_PL, labels_P, metrics=metrics, on_step=on_step)
     wanted, default = targets(recipe)
     device = model.device.type
     found = {name: search_plan(config, recipe, sensitivities, share, device) for name, share in wanted.items()}
@@ -120,7 +120,7 @@ def search_steps(config: TransformerConfig, recipe: Recipe) -> int:
     return min(recipe.budget.pyramids, recipe.calibration.pyramids) + config.depth if searches(recipe) else 0
 
 
-def measure_sensitivity(
+def measure_metrics(
     model: VARModel,
     recipe: Recipe,
     tokens_PL: Tensor,
@@ -128,22 +128,43 @@ def measure_sensitivity(
     *,
     state: Path | None = None,
     on_step: Callable[[int], None] = lambda steps: None,
-) -> list[BlockSensitivity]:
-    """Experts of every block, and the damage of every setting that a plan of the recipe may have."""
-    config = model.transformer.config
-    tokens_PL, labels_P = tokens_PL[: recipe.budget.pyramids], labels_P[: recipe.budget.pyramids]
-    batch = recipe.calibration.batch
+    rank: int = 0,
+    processes: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda own: own,
+) -> list[BlockMetrics]:
+    """What errors in every block cost the predictions, on the pyramids that the search looks at; see
+    ``output_metrics`` for all arguments."""
     metrics = output_metrics(
         model,
-        tokens_PL,
-        labels_P,
-        batch=batch,
+        tokens_PL[: recipe.budget.pyramids],
+        labels_P[: recipe.budget.pyramids],
+        batch=recipe.calibration.batch,
         seed=recipe.seed,
         autocast=autocast_dtype(recipe.calibration.dtype),
         state=state,
         on_batch=on_step,
+        rank=rank,
+        processes=processes,
+        total=total,
     )
     release_pages(model.transformer.state_dict().values())
+    return metrics
+
+
+def measure_sensitivity(
+    model: VARModel,
+    recipe: Recipe,
+    tokens_PL: Tensor,
+    labels_P: Tensor,
+    *,
+    metrics: Sequence[BlockMetrics] | None = None,
+    on_step: Callable[[int], None] = lambda steps: None,
+) -> list[BlockSensitivity]:
+    """Experts of every block, and the damage of every setting that a plan of the recipe may have."""
+    if metrics is None:
+        metrics = measure_metrics(model, recipe, tokens_PL, labels_P, on_step=on_step)
+    config, batch = model.transformer.config, recipe.calibration.batch
+    tokens_PL, labels_P = tokens_PL[: recipe.budget.pyramids], labels_P[: recipe.budget.pyramids]
     pyramid, levels = config.pyramid, keep_levels(recipe)
     scales = range(first_sparse_scale(config, recipe), pyramid.num_scales)
 

@@ -117,6 +117,33 @@ def test_an_interrupted_measurement_goes_on_to_the_same_metric(
     assert torch.equal(again[0].ffn.root, whole[0].ffn.root)
 
 
+def test_shared_batches_add_up_to_the_metric_of_one(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Two processes, one after the other here: the second one's sums meet those of the first."""
+    others: list[torch.Tensor] = []
+
+    def hand_over(own: torch.Tensor) -> torch.Tensor:
+        others.append(own.clone())
+        return own
+
+    whole = output_metrics(tiny_model, *calibration, batch=7, seed=0)
+    output_metrics(tiny_model, *calibration, batch=7, seed=0, rank=1, processes=2, total=hand_over)
+    waiting, done = iter(others), []
+
+
+    def meet(own: torch.Tensor) -> torch.Tensor:
+        return own + next(waiting)
+
+    shared = output_metrics(
+        tiny_model, *calibration, batch=7, seed=0, on_batch=done.append, processes=2, total=meet
+    )
+    assert done == [7, 7, 7, 3]
+    for one, other in zip(itertools.chain(*whole), itertools.chain(*shared), strict=True):
+        torch.testing.assert_close(other.root @ other.root.T, one.root @ one.root.T, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(other.scales, one.scales, rtol=1e-4, atol=1e-6)
+
+
 def test_half_precision_finds_nearly_the_same_metric(
     tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

@@ -167,6 +167,18 @@ def convert_and_distill(folder: Path) -> SparseVARModel:
     return pipeline.distill(sparse, teacher=given.teacher, recipe=given.recipe, out=folder / "distilled")
 
 
+def convert_searched(folder: Path) -> SparseVARModel:
+    """A conversion whose plan is found by a search, on three batches of calibration pyramids."""
+    chosen = RECIPES["all"]
+    searched = chosen.model_copy(
+        update={
+            "calibration": CalibrationRecipe(pyramids=14, batch=5),
+            "budget": BudgetRecipe(reduction=0.25, gate_keep=0.6),
+        }
+    )
+    return pipeline.convert(setting("all").teacher, recipe=searched, out=folder / "searched")
+
+
 class Scenario(NamedTuple):
     """One thing that the processes do together."""
 
@@ -206,6 +218,7 @@ def main(folder: Path) -> None:
     torch.save(store.tokens, folder / "sampling" / f"tokens-{both.rank}.pt")
     model = convert_and_distill(folder / "verbs")
     torch.save(model.transformer.state_dict(), folder / "verbs" / f"weights-{both.rank}.pt")
+    convert_searched(folder / "verbs")
     copied = torch.full((2, 3), float(both.rank)).t()
     both.copy_from_main([copied])
     assert copied.eq(0).all() and both.from_main(both.rank) == 0 and both.gather(both.rank) == [0, 1]
@@ -340,6 +353,13 @@ def test_two_processes_write_the_folders_of_one(runs: Path, tmp_path: Path) -> N
         weights = torch.load(runs / "verbs" / f"weights-{rank}.pt")
         assert all(torch.equal(weights[key], tensor) for key, tensor in found.items())
     assert len(lines(runs / "verbs" / "distilled")) == 2 * STEPS
+
+
+def test_two_processes_find_the_plan_of_one(runs: Path, tmp_path: Path) -> None:
+    """Each measures gradients on batches of its own; their sums lead to the same experts, gates and weights."""
+    expected, found = convert_searched(tmp_path), load_sparse(runs / "verbs" / "searched")
+    assert found.plan == expected.plan and found.plan.gated
+    torch.testing.assert_close(found.transformer.state_dict(), expected.transformer.state_dict(), rtol=0, atol=1e-5)
 
 
 def test_rows_are_shared_without_gap_or_overlap() -> None:
