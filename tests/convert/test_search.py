@@ -131,13 +131,10 @@ def test_shared_batches_add_up_to_the_metric_of_one(
     output_metrics(tiny_model, *calibration, batch=7, seed=0, rank=1, processes=2, total=hand_over)
     waiting, done = iter(others), []
 
-
     def meet(own: torch.Tensor) -> torch.Tensor:
         return own + next(waiting)
 
-    shared = output_metrics(
-        tiny_model, *calibration, batch=7, seed=0, on_batch=done.append, processes=2, total=meet
-    )
+    shared = output_metrics(tiny_model, *calibration, batch=7, seed=0, on_batch=done.append, processes=2, total=meet)
     assert done == [7, 7, 7, 3]
     for one, other in zip(itertools.chain(*whole), itertools.chain(*shared), strict=True):
         torch.testing.assert_close(other.root @ other.root.T, one.root @ one.root.T, rtol=1e-4, atol=1e-6)
