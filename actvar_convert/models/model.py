@@ -40,17 +40,19 @@ def generation_bytes(device: str | torch.device) -> int:
 
 
 def images_at_once(
-    config: TransformerConfig, tokenizer: TokenizerConfig, itemsize: int, device: str | torch.device
+    config: TransformerConfig, tokenizer: TokenizerConfig, itemsize: int, device: str | torch.device, rows: int = 2
 ) -> int:
     """Images that ``GENERATION_BYTES`` holds at once on a device (cpu, cuda), at least one.
 
-    An image costs 4 D L C numbers of ``itemsize`` bytes for its keys and values with guidance. To these come, at the
-    largest scale, the hidden states of a block, 2 L_s (2 H + 8 C) numbers, and the logits with what guidance, filters
-    and drawing make of them, 40 L_s V bytes. Afterwards the decoder takes six of its widest maps, in fp32.
+    An image of R ``rows`` (two with guidance, one where that is folded in) costs 2 R D L C numbers of ``itemsize``
+    bytes for its keys and values. To these come, at the largest scale, the hidden states of a block, R L_s (2 H + 8 C)
+    numbers, and the logits with what guidance, filters and drawing make of them, (12 R + 16) L_s V bytes. Afterwards
+    the decoder takes six of its widest maps, in fp32.
     """
     largest = max(config.pyramid.lengths)
-    cache = 4 * config.depth * config.pyramid.total * config.width * itemsize
-    states = 2 * largest * (2 * config.hidden + 8 * config.width) * itemsize + 40 * largest * config.vocab
+    cache = 2 * rows * config.depth * config.pyramid.total * config.width * itemsize
+    states = rows * largest * (2 * config.hidden + 8 * config.width) * itemsize
+    states += (12 * rows + 16) * largest * config.vocab
     maps = 6 * tokenizer.image_size**2 * tokenizer.ch * max(tokenizer.ch_mult[:2]) * 4
     return max(1, generation_bytes(device) // max(cache + states, maps))
 
@@ -195,7 +197,9 @@ class VARModel(nn.Module):
 
     def images_at_once(self) -> int:
         """Images that generation and decoding keep under way at once: those that ``GENERATION_BYTES`` holds."""
-        return images_at_once(self.transformer.config, self.tokenizer.config, self.dtype.itemsize, self.device)
+        transformer, itemsize = self.transformer, self.dtype.itemsize
+        rows = transformer.rows_per_image
+        return images_at_once(transformer.config, self.tokenizer.config, itemsize, self.device, rows)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor | Sequence[Tensor]) -> Tensor:

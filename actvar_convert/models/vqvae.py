@@ -210,7 +210,7 @@ class _SharedPhi(nn.Module):
         super().__init__()
         self.qresi_ls = nn.ModuleList(Phi(channels, residual_ratio) for _ in range(phis))
         margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
-        self.ticks = torch.linspace(margin, 1 - margin, phis, dtype=torch.float64).tolist()
+        self.ticks = torch.linspace(margin, 1 - margin, phis, dtype=torch.float64, device="cpu").tolist()
 
     def forward(self, h: Tensor, at: float) -> Tensor:
         nearest = min(range(len(self.ticks)), key=lambda i: abs(self.ticks[i] - at))
