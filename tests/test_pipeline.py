@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import actvar_convert as av
+from actvar_convert.errors import InputError
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
 from actvar_convert.progress import SilentProgress, Task
@@ -64,6 +65,21 @@ def test_a_classifier_that_may_know_other_images_is_named_as_such(tiny_model: VA
     assert any("the tiny classifier compares with the images it was trained on" in note for note in notes())
     tiny_model.origin = {"name": "fashion"}
     assert not any("trained on" in note for note in notes())
+
+
+def test_benchmark_takes_what_the_library_takes(tiny_model: VARModel) -> None:
+    given = {"batches": (1,), "repeats": 1, "with_decoder": (True,), "decoder_dtype": "bf16"}
+    assert [row.decoder_dtype for row in av.benchmark(tiny_model, compile=False, **given).rows] == ["bf16"]
+    with pytest.raises(InputError, match="CUDA graphs"):
+        av.benchmark(tiny_model, compile=True, **given)
+
+
+def test_a_model_is_loaded_with_its_decoder_in_another_format() -> None:
+    exact, low = (av.load("fashion", device="cpu", decoder_dtype=name) for name in (None, "bf16"))
+    assert (exact.tokenizer.decoder_dtype, low.tokenizer.decoder_dtype) == (torch.float32, torch.bfloat16)
+    assert low.origin == exact.origin and low.dtype == torch.float32
+    assert torch.equal(low.generate_tokens([3], seed=1), exact.generate_tokens([3], seed=1))
+    torch.testing.assert_close(low.generate([3], seed=1), exact.generate([3], seed=1), rtol=0, atol=0.05)
 
 
 def test_sampling_tells_of_every_chunk(tiny_model: VARModel) -> None:
