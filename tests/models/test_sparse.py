@@ -1,5 +1,7 @@
 """The sparse transformer: identity with the dense one, agreement of its two ways of running, plans."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from actvar_convert.models.attention import GenerationCache
 from actvar_convert.models.experts import select_experts, share_scores
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import BlockPlan, SparsityPlan
-from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import Span, VARTransformer
 
 
@@ -219,3 +221,24 @@ def test_plans_that_do_not_fit_are_named_together(tiny_model: VARModel) -> None:
     assert "3 blocks given, the model has 2" in text
     assert "blocks[0].keep: 3 given, the model has 4 scales" in text
     assert "prefix 8 + routed 0 at scale 0" in text
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 1), (torch.bfloat16, 0)])
+def test_a_static_plan_keeps_one_copy_of_a_weight_at_most(
+    tiny_sparse: SparseVARModel, dtype: torch.dtype, copies: int
+) -> None:
+    static = {"prefix": (8, 6, 4, 2), "routed": (0,) * 4}
+    blocks = tuple(each.model_copy(update=static) for each in tiny_sparse.plan.blocks)
+    plan = tiny_sparse.plan.model_copy(update={"blocks": blocks})
+    transformer = SparseVARTransformer(tiny_sparse.transformer.config, {"static": plan}, "static")
+    transformer.load_state_dict(tiny_sparse.transformer.state_dict(), strict=False)
+    model = SparseVARModel(transformer.to(dtype), tiny_sparse.tokenizer).eval().requires_grad_(False)
+    drawn = model.generate_tokens([0, 1, 2], seed=1)
+    ffn = model.transformer.sparse_layers[0].ffn
+    kept = [tensor for _, tensor in ffn._derived._kept.values()]
+    assert [tensor.shape for tensor in kept].count(ffn.fc2.weight.T.shape) == copies
+    assert not copy.deepcopy(model).transformer.sparse_layers[0].ffn._derived._kept
+    ffn.fc2.weight.mul_(-3)
+    fresh = copy.deepcopy(model)
+    changed = model.generate_tokens([0, 1, 2], seed=1)
+    assert torch.equal(changed, fresh.generate_tokens([0, 1, 2], seed=1)) and not torch.equal(changed, drawn)
