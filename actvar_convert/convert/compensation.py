@@ -67,7 +67,7 @@ def compensate(ffn: ExpertFFN, inputs: list[Tensor], *, centred: bool = True) ->
                     _add(ffn, plan, x, scale, gram, cross, weight, centred)
         gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + 1e-9)
         step = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram.double()))
-        ffn.fc2.weight.data += step.T.to(ffn.fc2.weight.dtype)
+        ffn.fc2.weight.add_(step.T.to(ffn.fc2.weight.dtype))
         if centred:
             for scale, x in enumerate(inputs):
                 if not own.runs_all(ffn.block, scale):
