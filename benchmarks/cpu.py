@@ -66,7 +66,7 @@ def models(name: str, sparse_folder: Path | None) -> tuple[VARModel, SparseVARMo
 
 
 def goals(name: str, batch: int, images: bool) -> list[Goal]:
-    """What a row has to reach: tokens the transformer's share of the promise, images of d16 a lead over the plain path."""
+    """What a row has to reach: tokens their share of the promise, images of d16 a lead over the plain path."""
     if images:
         return [Goal("dense/plain", DENSE_OVER_PLAIN[name])] if name in DENSE_OVER_PLAIN else []
     return [Goal("realised", least) for size, least in REALISED.get(name, {}).items() if size == batch]

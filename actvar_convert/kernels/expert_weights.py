@@ -20,9 +20,9 @@ TRANSPOSED: dict[Columns, tuple[torch.dtype, ...]] = {
 """Number formats in which a product on a CPU reads its columns of W2 from a transposed copy, where they are whole rows.
 
 oneDNN multiplies columns in place as it does rows, but only as a plain product; its fused operation, through which fp32
-goes, falls back to one that is a thousand times slower. A prefix gains nothing by a copy (``fashion`` at its recipe's plan,
-fp32, batch 1, 4 and 16: 55.6, 117.7 and 400.9 ms in place, 54.4, 115.9 and 417.7 ms from the copy; two cores), a single
-expert does. The copy serves every expert, so it takes the memory of one W2 however many of them a plan has.
+goes, falls back to one that is a thousand times slower. A prefix gains nothing by a copy (``fashion`` at its recipe's
+plan, fp32, batch 1, 4 and 16: 55.6, 117.7 and 400.9 ms in place, 54.4, 115.9 and 417.7 ms from the copy; two cores), a
+single expert does. The copy serves every expert, so it takes the memory of one W2 however many of them a plan has.
 """
 
 

@@ -17,7 +17,6 @@ from actvar_convert.distill.loop import distill_model
 from actvar_convert.errors import InputError
 from actvar_convert.models.model import VARModel
 from actvar_convert.progress import MetricsLog, Progress, SilentProgress
-from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report.features import state_fingerprint
 from rivals.method import CODE, Built, Level, Method
@@ -99,7 +98,9 @@ class Workshop:
     def _train(self, built: Built, recipe: Recipe, level: Level, key: str) -> None:
         """Runs one stage, going on where it was stopped."""
         other = "stage2" if _stage(level) == "stage1" else "stage1"
-        alone = load_recipe(recipe, [f"distill.{other}.steps=0"])
+        # unchecked: one stage alone need not be a recipe, as where guidance is folded in, which stage 2 has to teach
+        resting = getattr(recipe.distill, other).model_copy(update={"steps": 0})
+        alone = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={other: resting})})
         store = self.store(recipe)
         with MetricsLog(self.path(key).with_suffix(".jsonl")) as log:
             distill_model(

@@ -175,7 +175,8 @@ def test_the_prefix_alone(dtype: torch.dtype, prefix: int, transposed: bool, mon
     assert len(copied) == (transposed and prefix in (1, 3))
 
 
-def test_every_prefix_and_expert_reads_one_copy() -> None:
+def test_every_prefix_and_expert_reads_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRANSPOSED, "prefix", (torch.float32,))
     with torch.no_grad():
         weights = make_weights(6, 4, 2)._replace(derived=DerivedWeights())
         weights = weights.to(torch.float32)._replace(derived=weights.derived)
