@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py --out cpu.json
 
-Two cores take about fifteen minutes (estimated). Three sides alternate: the straightforward implementation
+Two cores take about twenty minutes. Three sides alternate: the straightforward implementation
 (``plain.py``), the dense model and a sparse one. ``fashion`` runs the plan of its recipe, or that of the folder given
 with --sparse; d16 has random weights and a plan of 40 % fewer transformer FLOPs. The extent ``images`` adds the decoder
 to ``tokens``; beside a transformer in bf16 it runs in bf16 too where that is faster (``vqvae.FAST_DECODERS``), that of

@@ -144,7 +144,7 @@ def expert_ffn_prefix(x_RC: Tensor, weights: ExpertWeights, prefix: int) -> Tens
     if not shared:
         return bias.expand(len(x_RC), -1).clone()
     hidden = linear_gelu(x_RC, weights.w1[:shared], weights.b1[:shared])
-    return linear(hidden, weights.columns(0, shared, "prefix"), bias)
+    return linear(hidden, weights.w2[:, :shared], bias)
 
 
 def expert_ffn_masked(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
@@ -170,9 +170,10 @@ def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF
     counts = torch.bincount(experts, minlength=routed_RF.shape[1]).tolist()
     for offset, own_rows in enumerate(torch.split(rows, counts)):
         if len(own_rows):
-            own = slice((prefix + offset) * N, (prefix + offset + 1) * N)
+            expert = prefix + offset
+            own = slice(expert * N, (expert + 1) * N)
             hidden = linear_gelu(x_RC.index_select(0, own_rows), weights.w1[own], weights.b1[own])
-            y.index_add_(0, own_rows, linear(hidden, weights.columns(own.start, own.stop, "expert"), None))
+            y.index_add_(0, own_rows, linear(hidden, weights.expert_columns(expert), None))
     return y
 
 

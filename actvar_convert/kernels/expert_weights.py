@@ -6,18 +6,13 @@ Shapes: C width, H hidden neurons = E experts of N = H / E, expert e owning neur
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Columns = Literal["prefix", "expert"]
-
-TRANSPOSED: dict[Columns, tuple[torch.dtype, ...]] = {
-    "prefix": (),
-    "expert": (torch.float32, torch.bfloat16),
-}
-"""Number formats in which a product on a CPU reads its columns of W2 from a transposed copy, where they are whole rows.
+TRANSPOSED = (torch.float32, torch.bfloat16)
+"""Number formats in which a single expert on a CPU reads its columns of W2 from a transposed copy, where they are rows.
 
 oneDNN multiplies columns in place as it does rows, but only as a plain product; its fused operation, through which fp32
 goes, falls back to one that is a thousand times slower. A prefix gains nothing by a copy (``fashion`` at its recipe's
@@ -99,9 +94,10 @@ class ExpertWeights(NamedTuple):
         w1, b1, w2, b2, inactive = (tensor.to(dtype) for tensor in self[:5])
         return ExpertWeights(w1, b1, w2, b2, inactive)
 
-    def columns(self, begin: int, end: int, of: Columns) -> Tensor:
-        """W2 [C, n] of the neurons ``begin`` to ``end``, those of the prefix or of one expert."""
-        if self.derived is not None and self.w2.dtype in TRANSPOSED[of] and end - begin < self.w2.shape[1]:
+    def expert_columns(self, expert: int) -> Tensor:
+        """W2 [C, N] of one expert."""
+        begin, end = expert * self.neurons, (expert + 1) * self.neurons
+        if self.derived is not None and self.w2.dtype in TRANSPOSED and self.experts > 1:
             w2_HC = self.derived.of("w2_HC", (self.w2,), lambda: self.w2.t().contiguous())
             if w2_HC is not None:
                 return w2_HC[begin:end].t()

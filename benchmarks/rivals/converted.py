@@ -62,14 +62,28 @@ class Conversion(Method):
 
 
 CONVERSIONS = (
-    Conversion("ours", "prefix, routed experts and token gate, as the recipe says", (), ("none", "stage1", "full")),
-    Conversion("experts", "ours without the token gate", ("budget.gate_keep=1.0",)),
+    Conversion("ours", "the recipe: experts per block and scale, token gates", (), ("none", "stage1", "full")),
+    Conversion("routed", "ours with half of the active experts routed per token", ("budget.prefix_share=0.5",)),
+    Conversion(
+        "experts",
+        "half of the active experts routed per token, no gate",
+        ("budget.prefix_share=0.5", "budget.gate_keep=1.0"),
+    ),
     Conversion(
         "static-width",
-        "the most important neurons, the same ones for every token; no router, no gate",
+        "a number of experts per block and scale, the same ones for every token; no router, no gate",
         ("budget.prefix_share=1.0", "budget.gate_keep=1.0"),
     ),
-    Conversion("routed", "ours with half of the active experts routed", ("budget.prefix_share=0.5",)),
+    Conversion(
+        "uniform-width",
+        "the most important neurons, as many in every block and at every scale; no router, no gate",
+        ("budget.search=uniform", "budget.first_scale=0", "budget.prefix_share=1.0", "budget.gate_keep=1.0"),
+    ),
+    Conversion(
+        "refitted",
+        "ours with output weights refitted for the experts that rest",
+        ("experts.compensation=least_squares",),
+    ),
     Conversion(
         "folded",
         "ours with guidance folded into the predictions, which saves half; what is asked beyond, experts and gate save",

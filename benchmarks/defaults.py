@@ -1,0 +1,205 @@
+"""What the settings of a conversion are worth: each changed on its own, KL to the teacher before any training.
+
+    python benchmarks/defaults.py --out runs/defaults
+
+Two bases on the bundled model, both at the cut of the recipe ``fashion``: its own plan (``static``) and one that routes
+half of the active experts (``routed``). Held-out pyramids are the same in every row. The table goes to stdout,
+``defaults.json`` to --out after every row; a row that is there is not computed again.
+
+About a minute and a half a row on one core. What training makes of a difference is another question:
+``quality.py`` answers it for the settings that matter most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import actvar_convert as av
+from actvar_convert.checkpoint.run_state import fingerprint_of
+from actvar_convert.files import write_whole
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.progress import Progress, SilentProgress
+from actvar_convert.recipe.load import load_recipe
+from actvar_convert.recipe.schema import Recipe
+from actvar_convert.report.features import state_fingerprint
+from actvar_convert.report.flops import count_flops
+from actvar_convert.report.latency import hardware_name
+from actvar_convert.runtime import limit_threads
+
+CODE = "1"
+"""Version of what a row shows; raised by hand when a change of the code changes results."""
+
+BASES: dict[str, tuple[str, ...]] = {"static": (), "routed": ("budget.prefix_share=0.5",)}
+
+CHANGES: dict[str, tuple[str, ...]] = {
+    "routed": (
+        "experts.clustering=weights",
+        "experts.clustering=random",
+        "experts.shared=experts",
+        "experts.importance=activation",
+        "experts.inactive=none",
+        "experts.inactive=mean",
+        "experts.router_width=32",
+        "experts.count=8",
+        "experts.count=32",
+        "experts.compensation=least_squares",
+        "calibration.pyramids=64",
+        "calibration.pyramids=512",
+    ),
+    "static": (
+        "experts.clustering=random",
+        "experts.count=32",
+        "experts.compensation=least_squares",
+        "budget.search=uniform",
+        "budget.pyramids=32",
+        "budget.gate_keep=1.0",
+        "budget.gate_keep=0.5",
+        "budget.gate_keep=0.1",
+        "budget.gate_scales=1",
+        "budget.gate_scales=3",
+        "gate.reconstruction=identity",
+        "gate.reconstruction=previous",
+        "gate.reconstruction=low_rank",
+        "gate.rank=4",
+        "gate.rank=64",
+        "gate.skipped_kv=dropped",
+    ),
+}
+"""One setting each, of those that act on a base before training."""
+
+HEADER = ("base", "changed", "cut %", "KL", "+-", "top-1", "against base %")
+QUICK = ("calibration.pyramids=16", "calibration.batch=16", "budget.pyramids=16", "evaluate.held_out=16")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversion; KL in nats per token, fractions as fractions.
+
+    Attributes:
+        key: identifies the teacher, the settings and the code.
+        change: the setting that differs from the base; empty for the base itself.
+        seconds: conversion and measurement together.
+    """
+
+    key: str
+    base: str
+    change: str
+    cut: float
+    kl: float
+    kl_error: float
+    top1: float
+    seconds: float
+
+    def cells(self, base: Row | None) -> list[str]:
+        against = f"{100 * (self.kl / base.kl - 1):+.1f}" if base is not None and self.change else "-"
+        figures = (f"{100 * self.cut:.1f}", f"{self.kl:.4f}", f"{self.kl_error:.4f}", f"{self.top1:.3f}", against)
+        return [self.base, self.change or "-", *figures]
+
+
+class Defaults:
+    """The rows of one teacher, kept in one folder."""
+
+    def __init__(self, teacher: VARModel, recipe: Recipe, folder: Path, progress: Progress | None = None) -> None:
+        self.teacher, self.recipe, self.folder = teacher, recipe, folder
+        self.progress = progress or SilentProgress()
+        self.path = folder / "defaults.json"
+        self._print = state_fingerprint(teacher)
+        stored = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if self.path.exists() else []
+        self._rows = {row["key"]: Row(**row) for row in stored}
+
+    def row(self, base: str, change: str) -> Row:
+        """The row, measured unless it was before."""
+        config = self.teacher.transformer.config
+        chosen = load_recipe(self.recipe, [*BASES[base], *([change] if change else [])], config=config)
+        key = fingerprint_of(CODE, self._print, chosen.model_dump_json())
+        if key not in self._rows:
+            self._rows[key] = self._measured(key, base, change, chosen)
+            self._write()
+        return self._rows[key]
+
+    def _measured(self, key: str, base: str, change: str, recipe: Recipe) -> Row:
+        begin = time.perf_counter()
+        work = self.folder / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        model: SparseVARModel = av.convert(self.teacher, recipe=recipe, work=work, progress=self.progress)
+        found = av.evaluate(
+            model,
+            teacher=self.teacher,
+            images=0,
+            held_out=recipe.evaluate.held_out,
+            cache=self.folder / "evaluation",
+            progress=self.progress,
+        )
+        config, tokenizer = self.teacher.transformer.config, self.teacher.tokenizer.config
+        counted = count_flops(config, tokenizer, {"plan": model.plan}, "plan").reduction
+        assert counted is not None
+        return Row(
+            key=key,
+            base=base,
+            change=change,
+            cut=counted.transformer,
+            kl=found.kl.mean,
+            kl_error=found.kl.standard_error,
+            top1=found.agreement.top1,
+            seconds=time.perf_counter() - begin,
+        )
+
+    def _write(self) -> None:
+        content = {
+            "schema": "actvar.defaults/1",
+            "date": time.strftime("%Y-%m-%d"),
+            "hardware": hardware_name(self.teacher.device),
+            "torch": torch.__version__,
+            "teacher": self._print,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "rows": [asdict(row) for row in self._rows.values()],
+        }
+        write_whole(self.path, json.dumps(content, indent=2) + "\n")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    bases = {row.base: row for row in rows if not row.change}
+    lines = [HEADER, ["---"] * len(HEADER), *(row.cells(bases.get(row.base)) for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+class Given(argparse.Namespace):
+    """The command line."""
+
+    out: Path
+    bases: list[str]
+    settings: list[str]
+    quick: bool
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/defaults"), help="folder of everything (runs/defaults)")
+    parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES), help="these bases alone")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="A.B=VALUE",
+                        help="any setting of the recipe fashion, in every row")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a tiny size that proves the command")
+    given = parser.parse_args(namespace=Given())
+    limit_threads()
+    recipe = load_recipe("fashion", [*(QUICK if given.quick else ()), *given.settings])
+    defaults = Defaults(av.load(recipe.model, device="cpu"), recipe, given.out)
+    print(f"{hardware_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    rows = []
+    for base in given.bases:
+        for change in ("", *CHANGES[base]):
+            rows.append(defaults.row(base, change))
+            print(f"{base} {change or 'itself'}: KL {rows[-1].kl:.4f}, {rows[-1].seconds:.0f} s", flush=True)
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Settings changed one at a time on the tiny model: rows are made once, and each change acts on its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import defaults
+import pytest
+from defaults import BASES, CHANGES, Defaults, table
+
+from actvar_convert.models.model import VARModel
+from actvar_convert.recipe.load import load_recipe
+from actvar_convert.recipe.schema import Recipe
+
+
+def test_rows_are_measured_once(
+    tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(tiny_recipe, ["budget.search=sensitivity", "budget.pyramids=16"])
+    made = Defaults(tiny_model, recipe, tmp_path)
+    rows = [made.row("routed", change) for change in ("", "experts.clustering=random", "experts.inactive=none")]
+    assert len({row.kl for row in rows}) == 3
+    assert all(row.cut == pytest.approx(0.2, abs=0.05) and row.kl > 0 and row.seconds > 0 for row in rows)
+
+    monkeypatch.delattr(Defaults, "_measured")
+    assert [Defaults(tiny_model, recipe, tmp_path).row("routed", row.change) for row in rows] == rows
+    content = json.loads((tmp_path / "defaults.json").read_text())
+    assert [row["key"] for row in content["rows"]] == [row.key for row in rows]
+    lines = table(rows).splitlines()
+    assert lines[2].startswith("| routed | - |") and lines[2].endswith("| - |")
+    assert f"| {100 * (rows[1].kl / rows[0].kl - 1):+.1f} |" in lines[3]
+
+
+@pytest.mark.parametrize(("base", "change"), [(base, change) for base in BASES for change in CHANGES[base]])
+def test_every_change_is_one(base: str, change: str) -> None:
+    """A row that says what the base says already would claim that the setting is worth nothing."""
+    recipe = load_recipe("fashion", BASES[base])
+    assert load_recipe(recipe, [change]) != recipe
+    assert set(defaults.CHANGES) == set(BASES)
