@@ -149,10 +149,12 @@ def make_optimizers(model: VARTransformer) -> list[torch.optim.Optimizer]:
 def var_loss(
     model: Callable[[Tensor, Tensor], Tensor], vae: VQVAE, tokens_BL: Tensor, labels: Tensor, smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy [L] of every position, in nats, teacher forcing."""
-    pieces = list(torch.split(tokens_BL, list(vae.config.pyramid.lengths), 1))
+    """Cross-entropy [L] of every position, in nats, teacher forcing; tokens may end after any scale but the first."""
+    pyramid = vae.config.pyramid
+    scales = pyramid.scales_in(tokens_BL.shape[1])
+    pieces = list(torch.split(tokens_BL, list(pyramid.lengths[:scales]), 1))
     with torch.no_grad():
-        inputs = vae.quantize.teacher_forcing_input(pieces)
+        inputs = vae.quantize.teacher_forcing_input(pieces[: scales - 1])
     logits = model(labels, inputs)
     loss = F.cross_entropy(logits.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing)
     return loss.view(tokens_BL.shape).mean(0)
@@ -244,8 +246,13 @@ def fit_var(
     compiled: bool,
     device: torch.device,
     every: int = 200,
+    coarse_until: int = 0,
+    coarse_scales: int = 0,
 ) -> None:
     """Cross-entropy over all scales; one label in ten is the null class; an average of the weights is kept.
+
+    The first steps may leave the finest scales out: most tokens are theirs, and what they are drawn from is learnt at
+    the coarse ones.
 
     Args:
         config: shape of the transformer.
@@ -259,16 +266,20 @@ def fit_var(
         compiled: compile the blocks.
         device: where to train.
         every: steps from one held-out measurement and checkpoint to the next; the last step has both.
+        coarse_until, coarse_scales: steps that train the first scales alone, and how many those are, two at least.
+            Held-out losses meanwhile are theirs.
     """
     run = VarRun(config, device, path, grow_at, compiled)
     generator, null = torch.Generator(), config.classes
+    coarse = sum(config.pyramid.lengths[:coarse_scales])
     for step in range(run.step, steps):
         if step >= grow_at and not run.deep:
             run.grow()
         generator.manual_seed(step)
         set_rate(run.optimizers, plateau(step, steps))
         tokens, labels = pyramids(step)
-        x = tokens.long().to(device)
+        tokens_kept = coarse if step < coarse_until else config.pyramid.total
+        x = tokens[:, :tokens_kept].long().to(device)
         y = torch.where(torch.rand(len(labels), generator=generator) < 0.1, null, labels).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             loss = var_loss(run.model, vae, x, y).mean()
@@ -283,6 +294,6 @@ def fit_var(
         if run.step % 20 == 0:
             log(stage="var", step=run.step, loss=float(loss.detach()), gradient=float(norm))
         if run.step % every == 0 or run.step == steps:
-            now, averaged = held_out_loss(run, vae, *held_out)
+            now, averaged = held_out_loss(run, vae, held_out[0][:, :tokens_kept], held_out[1])
             log(stage="var", step=run.step, held_out_loss=now, averaged_held_out_loss=averaged)
             run.save()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import _restart_unused, fit_var, fit_vqvae, grow
+from stages import _restart_unused, fit_var, fit_vqvae, grow, var_loss
 from torch import Tensor
 from training import Log, epoch_index, load_split
 
@@ -67,6 +67,8 @@ def var(folder: Path, stop: int | None = None) -> Path:
         compiled=False,
         device=CPU,
         every=2,
+        coarse_until=3,
+        coarse_scales=2,
     )
     return path
 
@@ -128,3 +130,16 @@ def test_images_are_padded_with_black(data: Path) -> None:
     assert pictures.shape == (IMAGES["train"], 1, 32, 32) and labels.tolist() == [i % 10 for i in range(160)]
     assert not pictures[:, :, :2].any() and not pictures[:, :, :, -2:].any()
     assert pictures[9, :, 2:-2, 2:-2].min() >= 180
+
+
+def test_the_first_scales_have_the_losses_that_they_have_among_all() -> None:
+    torch.manual_seed(0)
+    model, vae = VARTransformer(TRANSFORMER), VQVAE(TOKENIZER).eval()
+    model.initialise(torch.Generator().manual_seed(0))
+    x, labels = tokens(0), torch.tensor([0, 1, 2, 0, 1])
+    whole = var_loss(model, vae, x, labels)
+    begin = 0
+    for scale, length in enumerate(TRANSFORMER.pyramid.lengths):
+        begin += length
+        if scale:
+            torch.testing.assert_close(var_loss(model, vae, x[:, :begin], labels), whole[:begin])

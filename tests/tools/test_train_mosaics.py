@@ -33,7 +33,7 @@ CONFIG = tiny(train_mosaics.PRESETS["cpu"].transformer)
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU preset with a tiny transformer and a few steps, on little data."""
-    preset = train_mosaics.Preset(CONFIG, vqvae_steps=2, vqvae_batch=2, var_steps=3, grow_at=1, batch=2)
+    preset = train_mosaics.Preset(CONFIG, vqvae_steps=2, vqvae_batch=2, var_steps=3, grow_at=1, batch=2, coarse_until=2)
     monkeypatch.setitem(train_mosaics.PRESETS, "cpu", preset)
     monkeypatch.setattr(train_mosaics, "HELD_OUT", HELD_OUT)
     monkeypatch.setattr(train_mosaics, "HELD_OUT_MOSAICS", 4)
