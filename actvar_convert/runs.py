@@ -96,9 +96,10 @@ def run(
 
     def config_of(recipe: Recipe) -> TransformerConfig:
         place = Path(out) if out is not None else Path("runs") / recipe.name
-        made = any((each / "config.json").exists() for each in (place, work_folder(place) / "converted"))
-        due = None if made else recipe  # what is converted already needs no memory for it
-        teachers.append(pipeline.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due))
+        begun = any((each / "config.json").exists() for each in (place, work_folder(place) / "converted"))
+        due = None if begun else recipe  # what is converted already needs no memory for it
+        made = pipeline.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, **recipe.shape)
+        teachers.append(made)
         return teachers[-1].transformer.config
 
     chosen = load_recipe(recipe, overrides, config=config_of)

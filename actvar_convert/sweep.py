@@ -48,6 +48,7 @@ REPORT, TABLE, PICTURE = "sweep.json", "sweep.csv", "sweep.png"
 
 _UNUSED: dict[str, Any] = {
     **dict.fromkeys(("name", "description", "model", "vae", "device", "dtype"), True),
+    **dict.fromkeys(("heads", "sides", "residual_ratio"), True),
     **dict.fromkeys(("plans", "default_plan", "distill", "benchmark", "samples", "checks"), True),
     "budget": {"reduction", "plans", "guidance"},
     "data": {"source", "images", "pyramids", "null_share", "batch"},

@@ -23,10 +23,12 @@ from actvar_convert.models.config import MAX_BLOCKS, MAX_TOKENS, TokenizerConfig
 DEFAULT_RESIDUAL_RATIO = 0.5
 _HEAD_DIM = 64
 
-GIVE_HEADS = 'give them with --heads (heads=), or in a config.json beside the file: {"num_heads": ...}'
+GIVE_HEADS = (
+    "give them with --heads (heads=, or heads in a recipe), or in a config.json beside the file: " '{"num_heads": ...}'
+)
 GIVE_SIDES = (
-    "give the side of every scale with --sides 1,2,3,... (sides=), or in a config.json beside the file: "
-    '{"patch_nums": [1, 2, 3, ...]}'
+    "give the side of every scale with --sides 1,2,3,... (sides=, or sides in a recipe), or in a config.json beside "
+    'the file: {"patch_nums": [1, 2, 3, ...]}'
 )
 
 

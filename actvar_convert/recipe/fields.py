@@ -72,14 +72,14 @@ def nearest(path: Sequence[str | int]) -> str | None:
     *parents, last = path
     parent, name = find(parents), str(last)
     section = Recipe if not parents else parent.section if parent else None
-    if section is not None:
-        close = difflib.get_close_matches(name, list(section.model_fields), 1)
-        if close:
-            return ".".join(str(part) for part in [*parents, close[0]])
-    elif parent is not None:
+    if section is None and parent is not None:
         return parent.path
     everything = [setting.path for setting in settings()]
     same = [known for known in everything if known.rsplit(".", 1)[-1] == name]
+    if section is not None and not same:
+        close = difflib.get_close_matches(name, list(section.model_fields), 1)
+        if close:
+            return ".".join(str(part) for part in [*parents, close[0]])
     whole = ".".join(str(part) for part in path)
     return next(iter(difflib.get_close_matches(whole, same or everything, 1, 0.0 if same else 0.7)), None)
 

@@ -5,7 +5,7 @@ Nothing here reads files or knows a model; ``load`` reads, ``check`` compares wi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -290,6 +290,14 @@ class Recipe(Section):
     description: str = Field("", description="what the recipe is for, in one line")
     model: str = Field(min_length=1, description="dense model: a bundled name, an official name, or a path")
     vae: str | None = Field(None, description="tokenizer file, where the model's file does not bring its own")
+    heads: int | None = Field(None, ge=1, description="attention heads, where the model's file does not tell them")
+    sides: tuple[Positive, ...] | None = Field(
+        None, min_length=1, description="side of every scale, coarse to fine, where the model's file does not tell them"
+    )
+    residual_ratio: float | None = Field(
+        None, ge=0, le=1, description="share of the tokenizer's phi convolution in its output, which no file tells; "
+        "null: 0.5"
+    )
     seed: int = Field(0, ge=0, description="seed of calibration, clustering and distillation")
     device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU where there is one")
     dtype: DtypeName = Field("fp32", description="number format of the forward pass in distillation (autocast)")
@@ -314,3 +322,8 @@ class Recipe(Section):
     benchmark: BenchmarkRecipe = Field(BenchmarkRecipe(), description="what is timed")
     samples: SamplesRecipe = Field(SamplesRecipe(), description="the picture of dense and sparse images side by side")
     checks: ChecksRecipe | None = Field(None, description="limits that a run has to keep, else exit code 3; null: none")
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the recipe knows of its model's shape: ``heads``, ``sides`` and ``residual_ratio``."""
+        return {"heads": self.heads, "sides": self.sides, "residual_ratio": self.residual_ratio}

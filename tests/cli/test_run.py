@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from actvar_convert.checkpoint.run_state import RunState, save_run_state
 
 from .conftest import Actvar
@@ -42,6 +44,25 @@ def test_fashion_leaves_a_complete_folder_and_ends_with_one_table(actvar: Actvar
     assert "distilling" not in more.stderr and "benchmark" in more.stderr
     assert json.loads(Path("made/eval.json").read_text())["kl"]["pyramids"] == 6
     assert json.loads(Path("made/benchmark.json").read_text())["repeats"] == 2
+
+
+def test_a_recipe_tells_what_its_file_does_not(actvar: Actvar, dense_file: Path) -> None:
+    tensors = {name: tensor for name, tensor in load_file(dense_file).items() if "scale_mul" not in name}
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lvl_1L"}, dense_file)
+    settings = "experts: {count: 8}\ngate: {rank: 4}\nbudget: {reduction: 0.1}\n"
+    Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\n{settings}")
+    for command in (["recipes", "validate", "mine.yaml"], ["run", "mine.yaml", "--out", "made", *shrunk()]):
+        silent = actvar(*command)
+        assert silent.exit_code == 2 and "sides in a recipe" in silent.stderr, silent.output
+    with Path("mine.yaml").open("a") as recipe:
+        recipe.write("heads: 4\nsides: [1, 2, 3, 4]\nresidual_ratio: 0.25\n")
+    assert actvar("recipes", "validate", "mine.yaml").exit_code == 0
+    result = actvar("run", "mine.yaml", "--out", "made", *shrunk())
+    assert result.exit_code == 0, result.output
+    recorded = json.loads(Path("made/config.json").read_text())["provenance"]
+    assert (recorded["heads"], recorded["sides"], recorded["residual_ratio"]) == (4, [1, 2, 3, 4], 0.25)
+    again = actvar("run", "mine.yaml", "--out", "made", *shrunk())
+    assert again.exit_code == 0 and again.stdout == result.stdout and "distilling" not in again.stderr
 
 
 def test_a_model_that_no_bundled_classifier_knows_is_run_without_fid(actvar: Actvar, dense_file: Path) -> None:
