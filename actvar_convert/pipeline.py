@@ -187,16 +187,22 @@ def convert(
         if processes.main:
             planned = plan_model(model, chosen, tokens, labels, metrics=metrics, on_step=task.advance)
         del metrics
-    plans, default = processes.from_main((planned.plans, planned.default) if planned is not None else ({}, ""))
 
     def make() -> SparseVARModel:
         assert planned is not None
         with progress.task("converting blocks", config.depth) as task:
             return convert_model(
-                model, plans, default, chosen, tokens, labels, partitions=planned.partitions, on_block=task.advance
+                model,
+                planned.plans,
+                planned.default,
+                chosen,
+                tokens,
+                labels,
+                partitions=planned.partitions,
+                on_block=task.advance,
             )
 
-    sparse = made_by_main(make, model, plans, default, processes)
+    sparse = made_by_main(make, model, processes)
     sparse.origin = {}
     release_pages(model.transformer.state_dict().values())
     if out is not None and processes.main:

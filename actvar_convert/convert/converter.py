@@ -22,6 +22,7 @@ from actvar_convert.convert.experts import (
     start_router,
 )
 from actvar_convert.convert.gates import first_needed_scale, start_gate
+from actvar_convert.convert.thresholds import set_thresholds
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
@@ -49,7 +50,8 @@ def convert_model(
 
     Args:
         dense: the model to convert; left as it is, no tensor of the result shares memory with it but the tokenizer's.
-        plans, default: what the result can execute, and which plan is in force.
+        plans, default: what the result can execute, and which plan is in force; with ``experts.selection`` threshold
+            the result's plans state the thresholds.
         recipe: the settings of the method.
         tokens_PL, labels_P: calibration pyramids and their classes.
         partitions: of every block's neurons, where a search has made them; else they are made here.
@@ -74,8 +76,17 @@ def convert_model(
         del record
         release_pages(block.state_dict().values())
         on_block()
+    if recipe.experts.selection == "threshold":
+        transformer.replace_plans({name: _stated_by_blocks(transformer, name) for name in plans})
     transformer.requires_grad_(False)
     return SparseVARModel(transformer, dense.tokenizer, dense.sampling).train(dense.training)
+
+
+def _stated_by_blocks(transformer: SparseVARTransformer, name: str) -> SparsityPlan:
+    """A plan whose blocks are each as the FFN of that block states them."""
+    layers = transformer.sparse_layers
+    blocks = tuple(layer.ffn.plans[name].blocks[layer.index] for layer in layers)
+    return transformer.plans[name].model_copy(update={"blocks": blocks})
 
 
 def _fill(module: nn.Module, given: Mapping[str, Tensor], like: Tensor, but: tuple[str, ...]) -> None:
@@ -123,6 +134,8 @@ def _convert_block(
     _fill(sparse, block.state_dict(), block.ffn.fc1.weight, but=("ffn.fc1.", "ffn.fc2.", "ffn.permutation"))
     install_experts(ffn, block.ffn, partition)
     start_router(ffn, torch.cat([record.ffn_input[s] for s in routed]))
+    if recipe.experts.selection == "threshold":
+        set_thresholds(ffn, record.ffn_input)
     calibrate_inactive(ffn, record.ffn_input, recipe.experts.inactive)
     if recipe.experts.compensation == "least_squares":
         compensate(ffn, record.ffn_input, centred=recipe.experts.inactive != "none")

@@ -8,7 +8,7 @@ of all processes, and the gradients of the shares, add up to those of one proces
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -19,7 +19,6 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object, re
 from torch import Tensor, nn
 
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 
 if TYPE_CHECKING:
@@ -153,8 +152,6 @@ def join(device: torch.device, *, shard: bool = False) -> Processes:
 def made_by_main(
     make: Callable[[], SparseVARModel],
     dense: VARModel,
-    plans: Mapping[str, SparsityPlan],
-    default: str,
     processes: Processes,
 ) -> SparseVARModel:
     """The model that the main process makes from a dense one, in all processes: the others get copies of its tensors.
@@ -162,12 +159,11 @@ def made_by_main(
     Args:
         make: makes it.
         dense: what it is made from; gives tokenizer and device.
-        plans, default: what it can execute, and which plan is in force.
         processes: those that want it.
     """
-    if processes.main:
-        model = make()
-    else:
+    model = make() if processes.main else None
+    plans, default = processes.from_main(({}, "") if model is None else (model.plans, model.plan_name))
+    if model is None:
         with torch.device("meta"):
             transformer = SparseVARTransformer(dense.transformer.config, plans, default)
         model = SparseVARModel(transformer, dense.tokenizer, dense.sampling)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from actvar_convert.report.charts import Bar, HeatCell, Series, bar_table, heat_map, line_chart, plain_table
 from actvar_convert.report.flops import Cell, Cost, FlopsReport, ModelCost
 from actvar_convert.report.latency import BenchmarkReport
-from actvar_convert.report.quality_report import QualityReport
+from actvar_convert.report.quality_report import QualityReport, RoutingLoad
 from actvar_convert.report.wording import (
     MISSING,
     Unit,
@@ -202,8 +202,41 @@ def _quality_sections(report: QualityReport) -> list[str]:
         "<h2>Quality</h2>",
         *([plain_table("Images", ["", "dense", "sparse", "change"], rows)] if rows else []),
         bar_table("Against the dense model", ["KL, nats per token", "same likeliest token"], scales, ["KL"]),
+        *_routing_maps(report.routing, len(report.kl.per_scale)),
         f"<ul>{notes}</ul>",
     ]
+
+
+def _routing_maps(loads: Sequence[RoutingLoad], scales: int) -> list[str]:
+    """How evenly routers share tokens out, and how many experts they run, by block and scale; nothing without."""
+    if not loads:
+        return []
+    known = {(each.block, each.scale): each for each in loads}
+    blocks, columns = sorted({each.block for each in loads}), [f"scale {scale}" for scale in range(scales)]
+
+    def cells(block: int, show: Callable[[RoutingLoad], tuple[float, str]]) -> list[HeatCell]:
+        found = []
+        for scale in range(scales):
+            each = known.get((block, scale))
+            if each is None:
+                found.append(HeatCell(0.0, MISSING, f"block {block}, scale {scale}: nothing is routed"))
+                continue
+            hint = (
+                f"block {block}, scale {scale}: {len(each.load)} experts, run by {share(min(each.load))} to "
+                f"{share(max(each.load))} of the tokens"
+            )
+            found.append(HeatCell(*show(each), hint))
+        return found
+
+    def drawn(caption: str, show: Callable[[RoutingLoad], tuple[float, str]]) -> str:
+        return heat_map(caption, "block", columns, [(str(block), cells(block, show)) for block in blocks])
+
+    balance = drawn("Balance of the routers, 1: all experts alike", lambda each: (each.balance, f"{each.balance:.2f}"))
+    active = drawn(
+        "Routed experts per token",
+        lambda each: (each.active / len(each.load), f"{each.active:.1f} of {len(each.load)}"),
+    )
+    return [f'<div class="maps">{balance}{active}</div>']
 
 
 def _benchmark_sections(report: BenchmarkReport) -> list[str]:

@@ -45,6 +45,7 @@ from actvar_convert.report.quality_report import (
     QualityReport,
     SamplingSettings,
 )
+from actvar_convert.report.routing import off_plan, watched_routing
 
 
 class _Generations:
@@ -135,10 +136,10 @@ def evaluate_models(
         seen: dict[str, Any] = {}
         if judge is not None and dense is not None:
             seen = _of_images(dense, generations(model, what, judge), judge, tokenizer)
-        with progress.task(f"agreement of the {what}", held_out) as task:
+        with progress.task(f"agreement of the {what}", held_out) as task, watched_routing(model) as watch:
             agreement = compare_logits(model, teacher, tokens, pyramid_labels, task)
         kl, top1 = agreement_quality(agreement)
-        return PlanQuality(**seen, kl=kl, agreement=top1)
+        return PlanQuality(**seen, kl=kl, agreement=top1, routing=watch.loads(model))
 
     own = model.plan_name if isinstance(model, SparseVARModel) else None
     main = measure("sparse model" if own is not None else "model")
@@ -150,6 +151,7 @@ def evaluate_models(
         notes.append("one seed set: fid.standard_error needs two; fid.jackknife_error stands in")
     if model.transformer.rows_per_image == 1:
         notes.append("guidance is folded into the sparse model: its KL and top-1 are to the dense model's guided ones")
+    notes += off_plan(main.routing)
     return QualityReport(
         **dict(main),
         images=images,

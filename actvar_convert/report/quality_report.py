@@ -63,6 +63,18 @@ class AgreementQuality(_Value):
     standard_error: float | None = Field(None, description="of ``top1``, over pyramids; None in older reports")
 
 
+class RoutingLoad(_Value):
+    """What the router of one block chose at one scale, over the computed tokens of the held-out pyramids."""
+
+    block: int
+    scale: int
+    tokens: int = Field(description="that were counted")
+    load: tuple[float, ...] = Field(description="share of the tokens that run each expert after the prefix")
+    active: float = Field(description="experts after the prefix that a token runs, on average")
+    planned: float = Field(description="the same as the plan states it, which FLOPs are counted by")
+    balance: float = Field(description="entropy of the load over its largest: 1 all alike, 0 one expert alone")
+
+
 class PlanQuality(_Value):
     """Everything measured for one plan; where no images were, what is measured on images is None."""
 
@@ -75,6 +87,7 @@ class PlanQuality(_Value):
     )
     kl: KLQuality
     agreement: AgreementQuality
+    routing: tuple[RoutingLoad, ...] = Field((), description="by block and scale; empty where nothing is routed")
 
 
 class QualityReport(PlanQuality):

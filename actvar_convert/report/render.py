@@ -15,7 +15,7 @@ from rich.text import Text
 
 from actvar_convert.report.flops import Cell, Cost, FlopsReport, ModelCost
 from actvar_convert.report.latency import BenchmarkReport, BenchmarkRow
-from actvar_convert.report.quality_report import QualityReport
+from actvar_convert.report.quality_report import QualityReport, RoutingLoad
 from actvar_convert.report.sweep_report import SweepPoint, SweepReport
 from actvar_convert.report.wording import (
     MISSING,
@@ -54,6 +54,8 @@ def render_quality_table(report: QualityReport) -> RenderableType:
     of_images = quality_rows(report)
     parts: list[RenderableType] = [_summary_table(_titled("quality", report.plan), of_images)] if of_images else []
     parts.append(per_scale)
+    if report.routing:
+        parts.append(_routing_table(report.routing))
     if report.plans:
         others = _table("other plans", "plan", "FID dense", "FID sparse", "change", "KL", "top-1 agreement")
         for name, each in report.plans.items():
@@ -64,6 +66,28 @@ def render_quality_table(report: QualityReport) -> RenderableType:
             others.add_row(name, *figures, f"{each.kl.mean:.4f}", share(each.agreement.top1))
         parts.append(others)
     return Group(*parts, *(_note(note) for note in (*quality_notes(report), *report.notes)))
+
+
+def _routing_table(loads: Sequence[RoutingLoad]) -> Table:
+    """What the routers of each block chose, over the scales that it routes."""
+    heads = "block", "scales", "experts\nper token", "planned", "least\nbalance", "least\nload", "most\nload"
+    table = _table("routed experts", *heads)
+    for block in sorted({each.block for each in loads}):
+        own = [each for each in loads if each.block == block]
+        tokens = sum(each.tokens for each in own)
+        active, planned = (
+            sum(getattr(each, name) * each.tokens for each in own) / tokens for name in ("active", "planned")
+        )
+        loaded = [load for each in own for load in each.load]
+        scales = ", ".join(str(each.scale) for each in own)
+        table.add_row(
+            str(block),
+            scales,
+            *(f"{value:.2f}" for value in (active, planned, min(each.balance for each in own))),
+            share(min(loaded)),
+            share(max(loaded)),
+        )
+    return table
 
 
 def render_benchmark_table(report: BenchmarkReport) -> RenderableType:

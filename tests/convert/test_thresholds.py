@@ -1,0 +1,79 @@
+"""Thresholds that meet a plan's numbers of experts on average."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import actvar_convert as av
+from actvar_convert.convert.thresholds import threshold_for
+from actvar_convert.models.experts import select_experts
+from actvar_convert.models.model import VARModel
+from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
+
+
+@pytest.mark.parametrize("routed", [2, 3, 6])
+def test_a_threshold_runs_the_wanted_number_on_average(routed: int) -> None:
+    score = torch.rand(500, 7, generator=torch.Generator().manual_seed(0)) + 0.05
+    tau, mean = threshold_for(score, routed)
+    chosen = select_experts(score, 0, tau)
+    assert 0 < tau < 1 and mean == pytest.approx(routed, abs=0.01)
+    assert float(chosen.sum(-1).float().mean()) == pytest.approx(mean)
+    assert 1 <= int(chosen.sum(-1).min()) < routed + 1 < 1 + int(chosen.sum(-1).max()), "tokens differ"
+
+
+def test_one_expert_is_the_best_one() -> None:
+    score = torch.rand(50, 7, generator=torch.Generator().manual_seed(0))
+    assert threshold_for(score, 1) == (0.0, 1.0)
+
+
+def test_scores_below_zero_never_run() -> None:
+    score = torch.tensor([[1.0, 0.5, -0.5, -1.0], [2.0, -0.1, -0.2, -0.3]])
+    tau, mean = threshold_for(score, 3)
+    assert tau == 1.0 and mean == 1.5
+
+
+def recipe(**experts: object) -> Recipe:
+    return Recipe(
+        name="tiny",
+        model="tiny",
+        experts=ExpertsRecipe(count=8, **experts),
+        calibration=CalibrationRecipe(pyramids=32, batch=8),
+        budget=BudgetRecipe(
+            reduction=0.25, search="uniform", plans={"light": 0.15}, prefix_share=0.0, gate_keep=0.75, gate_blocks=(1,)
+        ),
+        gate=GateRecipe(rank=4),
+    )
+
+
+@pytest.mark.parametrize("neighbourhood", [1, 2])
+def test_a_conversion_states_its_thresholds(tiny_model: VARModel, tmp_path: Path, neighbourhood: int) -> None:
+    fixed = av.convert(tiny_model, recipe=recipe(neighbourhood=neighbourhood))
+    chosen = recipe(neighbourhood=neighbourhood, selection="threshold")
+    made = av.convert(tiny_model, recipe=chosen, out=tmp_path / "made")
+    assert made.plans.keys() == fixed.plans.keys() and len(made.plans) == 2
+    routed = 0
+    for name, plan in made.plans.items():
+        for index, (block, before) in enumerate(zip(plan.blocks, fixed.plans[name].blocks, strict=True)):
+            assert (block.prefix, block.routed, block.keep) == (before.prefix, before.routed, before.keep)
+            for scale in range(4):
+                if fixed.plans[name].routes(index, scale):
+                    routed += 1
+                    assert block.threshold is not None
+                    assert before.routed[scale] > 1 and 0 < (block.threshold[scale] or 0) <= 1
+                    assert block.routed_cost(scale) == pytest.approx(before.routed[scale], abs=0.3)
+                else:
+                    assert block.threshold is None or block.threshold[scale] is None
+    assert routed >= 4
+    loaded = av.load(tmp_path / "made", device="cpu")
+    assert loaded.plans == made.plans
+    labels = torch.tensor([0, 1, 2])
+    inputs = tiny_model.teacher_forcing_input(tiny_model.generate_tokens(labels, seed=3))
+    with torch.no_grad():
+        logits = [model.transformer(labels, inputs) for model in (fixed, made, loaded)]
+    assert torch.equal(logits[1], logits[2]) and not torch.allclose(logits[0], logits[1], atol=1e-3)
+    assert torch.equal(made.generate_tokens(labels, seed=4), loaded.generate_tokens(labels, seed=4))
+    costs = [av.report_flops(model).sparse for model in (fixed, made)]
+    assert costs[0] and costs[1] and costs[1].transformer.flops == pytest.approx(costs[0].transformer.flops, rel=0.02)
