@@ -1,13 +1,14 @@
-"""What the settings of a conversion are worth: each changed on its own, KL to the teacher before any training.
+"""What the settings of a recipe are worth: each changed on its own, KL to the teacher.
 
     python benchmarks/defaults.py --out runs/defaults
 
-Two bases on the bundled model, both at the cut of the recipe ``fashion``: its own plan (``static``) and one that routes
-half of the active experts (``routed``). Held-out pyramids are the same in every row. The table goes to stdout,
-``defaults.json`` to --out after every row; a row that is there is not computed again.
+Three bases on the bundled model, at the cut of the recipe ``fashion``. Two show a conversion before any training: the
+recipe's own plan (``static``), and one that routes half of the active experts (``routed``). The third, ``trained``, is
+the first one after a short training, for the settings of the distillation. Held-out pyramids are the same in every row.
+The table goes to stdout, ``defaults.json`` to --out after every row; a row that is there is not computed again, and a
+training that was stopped goes on.
 
-About a minute and a half a row on one core. What training makes of a difference is another question:
-``quality.py`` answers it for the settings that matter most.
+About a minute and a half a row on one core, four minutes with training.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rivals import METHODS
+from rivals.training import Workshop
 
 import actvar_convert as av
 from actvar_convert.checkpoint.run_state import fingerprint_of
@@ -37,7 +40,11 @@ from actvar_convert.runtime import limit_threads
 CODE = "1"
 """Version of what a row shows; raised by hand when a change of the code changes results."""
 
-BASES: dict[str, tuple[str, ...]] = {"static": (), "routed": ("budget.prefix_share=0.5",)}
+BASES: dict[str, tuple[str, ...]] = {
+    "static": (),
+    "routed": ("budget.prefix_share=0.5",),
+    "trained": ("distill.stage1.steps=10", "distill.stage2.steps=60", "distill.stage2.warmup=10"),
+}
 
 CHANGES: dict[str, tuple[str, ...]] = {
     "routed": (
@@ -73,11 +80,34 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "gate.rank=64",
         "gate.skipped_kv=dropped",
     ),
+    "trained": (
+        "distill.stage1.steps=0",
+        "distill.stage2.optimizer=adamw",
+        "distill.stage2.learning_rate=0.0003",
+        "distill.stage2.learning_rate=0.002",
+        "distill.stage2.temperature=2.0",
+        "distill.stage2.hidden=0.0",
+        "distill.stage2.hidden=1.0",
+        "distill.stage2.scale_weights=[4, 3, 2, 1.5, 1, 1]",
+        "distill.stage2.ema=0.95",
+        "distill.stage2.trainable=experts",
+        "distill.stage2.trainable=lora",
+        "distill.stage2.trainable=none",
+        "distill.stage2.gate=frozen",
+        "distill.stage2.straight_through=0.0",
+        "distill.stage2.straight_through_end=0.0",
+        "distill.stage2.on_policy=0.3",
+        "data.null_share=0.0",
+        "experts.compensation=least_squares",
+    ),
 }
-"""One setting each, of those that act on a base before training."""
+"""One setting each, of those that act on a base. The learning rates are those beside the recipe's."""
 
 HEADER = ("base", "changed", "cut %", "KL", "+-", "top-1", "against base %")
-QUICK = ("calibration.pyramids=16", "calibration.batch=16", "budget.pyramids=16", "evaluate.held_out=16")
+QUICK = (
+    *("calibration.pyramids=16", "calibration.batch=16", "budget.pyramids=16", "evaluate.held_out=16"),
+    *("data.pyramids=16", "distill.stage1.batch=4", "distill.stage2.batch=4"),
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +117,7 @@ class Row:
     Attributes:
         key: identifies the teacher, the settings and the code.
         change: the setting that differs from the base; empty for the base itself.
-        seconds: conversion and measurement together.
+        seconds: all of it, less what earlier rows had made already.
     """
 
     key: str
@@ -113,6 +143,7 @@ class Defaults:
         self.progress = progress or SilentProgress()
         self.path = folder / "defaults.json"
         self._print = state_fingerprint(teacher)
+        self._workshop = Workshop(teacher, folder, self.progress)
         stored = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if self.path.exists() else []
         self._rows = {row["key"]: Row(**row) for row in stored}
 
@@ -128,9 +159,7 @@ class Defaults:
 
     def _measured(self, key: str, base: str, change: str, recipe: Recipe) -> Row:
         begin = time.perf_counter()
-        work = self.folder / "work"
-        work.mkdir(parents=True, exist_ok=True)
-        model: SparseVARModel = av.convert(self.teacher, recipe=recipe, work=work, progress=self.progress)
+        model = self._trained(recipe) if base == "trained" else self._converted(recipe)
         found = av.evaluate(
             model,
             teacher=self.teacher,
@@ -152,6 +181,17 @@ class Defaults:
             top1=found.agreement.top1,
             seconds=time.perf_counter() - begin,
         )
+
+    def _converted(self, recipe: Recipe) -> SparseVARModel:
+        work = self.folder / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        return av.convert(self.teacher, recipe=recipe, work=work, progress=self.progress)
+
+    def _trained(self, recipe: Recipe) -> SparseVARModel:
+        """After both stages; conversions that rows share are made once."""
+        method, cut = METHODS["ours"], recipe.budget.reduction
+        chosen = method.recipe(recipe, cut, self.teacher.transformer.config)
+        return self._workshop.make(method, chosen, cut, "full").student
 
     def _write(self) -> None:
         content = {

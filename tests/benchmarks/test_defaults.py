@@ -32,6 +32,17 @@ def test_rows_are_measured_once(
     assert f"| {100 * (rows[1].kl / rows[0].kl - 1):+.1f} |" in lines[3]
 
 
+def test_trained_rows_share_their_conversion(tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    small = load_recipe(tiny_recipe, ["distill.stage1.batch=4", "distill.stage2.batch=4"])
+    made = Defaults(tiny_model, small, tmp_path)
+    itself, longer, untrained = (
+        made.row("trained", change) for change in ("", "distill.stage2.hidden=1.0", "distill.stage2.trainable=none")
+    )
+    assert len({row.kl for row in (itself, longer, untrained)}) == 3 and itself.cut == longer.cut
+    stored = [path for path in (tmp_path / "models").glob("*.safetensors") if "state" not in path.name]
+    assert len(stored) == 1 + 1 + 3, "one conversion, one first stage, three second stages"
+
+
 @pytest.mark.parametrize(("base", "change"), [(base, change) for base in BASES for change in CHANGES[base]])
 def test_every_change_is_one(base: str, change: str) -> None:
     """A row that says what the base says already would claim that the setting is worth nothing."""
