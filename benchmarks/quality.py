@@ -262,6 +262,7 @@ def drawn(rows: Sequence[Row]) -> bytes:
     left.set_yscale("symlog", linthresh=5)
     right.set(ylabel="KL to the teacher, nats per token", yscale="log")
     for panel in (left, right):
+        panel.margins(0.08)
         panel.set_xlabel("transformer FLOPs saved, %")
         panel.grid(alpha=0.3)
     if names:
