@@ -95,7 +95,7 @@ def plan_of(config: TransformerConfig, name: str, reduction: float, *, routed: b
     Larger cuts gate more tokens, so that some experts are left for every block to choose from.
     """
     keep, scales = (0.6, 2) if reduction <= 0.42 else (0.5, 3)
-    share = () if routed else ("budget.prefix_share=1.0",)
+    share = (f"budget.prefix_share={0.5 if routed else 1.0}",)
     settings = f"budget.reduction={reduction}", f"budget.gate_keep={keep}", f"budget.gate_scales={scales}", *share
     return recipe_plan(config, f"var_{name}", settings)
 
