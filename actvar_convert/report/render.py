@@ -16,6 +16,7 @@ from rich.text import Text
 from actvar_convert.report.flops import Cell, Cost, FlopsReport, ModelCost
 from actvar_convert.report.latency import BenchmarkReport, BenchmarkRow
 from actvar_convert.report.quality_report import QualityReport, RoutingLoad
+from actvar_convert.report.routing import experts_per_token
 from actvar_convert.report.sweep_report import SweepPoint, SweepReport
 from actvar_convert.report.wording import (
     MISSING,
@@ -74,10 +75,7 @@ def _routing_table(loads: Sequence[RoutingLoad]) -> Table:
     table = _table("routed experts", *heads)
     for block in sorted({each.block for each in loads}):
         own = [each for each in loads if each.block == block]
-        tokens = sum(each.tokens for each in own)
-        active, planned = (
-            sum(getattr(each, name) * each.tokens for each in own) / tokens for name in ("active", "planned")
-        )
+        active, planned = experts_per_token(own)
         loaded = [load for each in own for load in each.load]
         scales = ", ".join(str(each.scale) for each in own)
         table.add_row(

@@ -58,11 +58,16 @@ def _evenness(load_F: Tensor) -> float:
     return float(torch.special.entr(share).sum()) / math.log(len(share)) if len(share) > 1 else 1.0
 
 
-def off_plan(loads: Sequence[RoutingLoad]) -> list[str]:
-    """A sentence where thresholds let more or fewer experts run than the FLOPs are counted by; else nothing."""
+def experts_per_token(loads: Sequence[RoutingLoad]) -> tuple[float, float]:
+    """Routed experts per token over some blocks and scales: as they ran, and as the plan states them."""
     tokens = max(1, sum(each.tokens for each in loads))
     active = sum(each.active * each.tokens for each in loads) / tokens
-    planned = sum(each.planned * each.tokens for each in loads) / tokens
+    return active, sum(each.planned * each.tokens for each in loads) / tokens
+
+
+def off_plan(loads: Sequence[RoutingLoad]) -> list[str]:
+    """A sentence where thresholds let more or fewer experts run than the FLOPs are counted by; else nothing."""
+    active, planned = experts_per_token(loads)
     if abs(active - planned) <= DRIFT * planned:
         return []
     counted = "under" if active > planned else "over"
