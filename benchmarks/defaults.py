@@ -64,6 +64,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     ),
     "static": (
         "experts.clustering=random",
+        "experts.inactive=none",
         "experts.count=32",
         "experts.compensation=least_squares",
         "budget.search=uniform",
