@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from rivals import METHODS
+from rivals.method import saved
 from rivals.training import Workshop
 
 import actvar_convert as av
@@ -32,8 +33,8 @@ from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import Progress, SilentProgress
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.report import costs
 from actvar_convert.report.features import state_fingerprint
-from actvar_convert.report.flops import count_flops
 from actvar_convert.report.latency import hardware_name
 from actvar_convert.runtime import limit_threads
 
@@ -169,14 +170,12 @@ class Defaults:
             cache=self.folder / "evaluation",
             progress=self.progress,
         )
-        config, tokenizer = self.teacher.transformer.config, self.teacher.tokenizer.config
-        counted = count_flops(config, tokenizer, {"plan": model.plan}, "plan").reduction
-        assert counted is not None
+        config = self.teacher.transformer.config
         return Row(
             key=key,
             base=base,
             change=change,
-            cut=counted.transformer,
+            cut=saved(config, costs.transformer_macs(config, model.plan)),
             kl=found.kl.mean,
             kl_error=found.kl.standard_error,
             top1=found.agreement.top1,

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actvar_convert.convert.experts import as_maps
 from actvar_convert.convert.least_squares import CHUNK
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.plan import SparsityPlan
@@ -122,8 +123,7 @@ def _under(
         hidden = F.gelu(ffn.fc1(x), approximate="tanh").float().view(len(x), experts, -1)
         runs = x.new_ones(len(x), experts, dtype=torch.bool)
         if not plan.runs_all(ffn.block, scale):
-            maps = x.view(-1, length if plan.neighbourhood > 1 else len(x), x.shape[1])
-            runs[:, prefix:] = ffn.route(maps, scale).flatten(0, 1)
+            runs[:, prefix:] = ffn.route(as_maps(ffn, x, scale), scale).flatten(0, 1)
         rests = (~runs).float()
         lost = (hidden * rests.unsqueeze(-1)).flatten(1) @ weight - rests @ ffn.inactive[scale].float()
         yield _Lost((hidden * runs.unsqueeze(-1)).flatten(1), lost, rests.sum(1))

@@ -158,13 +158,18 @@ def calibrate_inactive(ffn: ExpertFFN, inputs: list[Tensor], kind: str) -> None:
         ffn.plan = own
 
 
+def as_maps(ffn: ExpertFFN, x_TC: Tensor, scale: int) -> Tensor:
+    """Tokens [T, C] of one scale as the router takes them: maps [M, L, C] where neighbours share, else one row."""
+    length = ffn.config.pyramid.lengths[scale] if ffn.plan.neighbourhood > 1 else len(x_TC)
+    return x_TC.view(-1, length, x_TC.shape[1])
+
+
 def _constants(ffn: ExpertFFN, x_TC: Tensor, scale: int, kind: str) -> tuple[Tensor, Tensor]:
     """Constants [F, C] of the experts after the prefix under the plan in force, and which of them ever rest [F]."""
     prefix = ffn.plan.blocks[ffn.block].prefix[scale]
-    length = ffn.config.pyramid.lengths[scale] if ffn.plan.neighbourhood > 1 else len(x_TC)
     hidden = F.gelu(ffn.fc1(x_TC), approximate="tanh").view(len(x_TC), ffn.experts, -1)[:, prefix:]
     w = ffn.fc2.weight.T.reshape(ffn.experts, hidden.shape[2], -1)[prefix:]
-    skips = (~ffn.route(x_TC.view(-1, length, x_TC.shape[1]), scale).flatten(0, 1)).to(hidden.dtype)
+    skips = (~ffn.route(as_maps(ffn, x_TC, scale), scale).flatten(0, 1)).to(hidden.dtype)
     if kind == "mean":
         mean = hidden.mean(0)
     else:

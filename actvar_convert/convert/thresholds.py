@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from actvar_convert.convert.experts import as_maps
 from actvar_convert.models.experts import ExpertFFN, select_experts
 
 
@@ -41,8 +42,7 @@ def set_thresholds(ffn: ExpertFFN, inputs: list[Tensor]) -> None:
         means = [block.routed_cost(scale) for scale in scales]
         for scale, x in enumerate(inputs):
             if taus[scale] is None and plan.routes(ffn.block, scale):
-                length = ffn.config.pyramid.lengths[scale] if plan.neighbourhood > 1 else len(x)
-                score = ffn.scores(x.view(-1, length, x.shape[1]), scale).flatten(0, 1)
+                score = ffn.scores(as_maps(ffn, x, scale), scale).flatten(0, 1)
                 taus[scale], means[scale] = threshold_for(score, block.routed[scale])
         if any(tau is not None for tau in taus):
             dynamic = block.model_copy(update={"threshold": tuple(taus), "mean_routed": tuple(means)})

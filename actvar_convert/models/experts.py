@@ -134,8 +134,12 @@ class ExpertFFN(nn.Module):
         if not self.plan.routes(self.block, scale):
             free = self.experts - plan.prefix[scale]
             return x_BLC.new_full((*x_BLC.shape[:2], free), plan.routed[scale] > 0, dtype=torch.bool)
-        score = self.scores(x_BLC, scale, position_BL)
-        return select_experts(score, plan.routed[scale], plan.threshold[scale] if plan.threshold else None)
+        return self.select(self.scores(x_BLC, scale, position_BL), scale)
+
+    def select(self, score_BLF: Tensor, scale: int) -> Tensor:
+        """Boolean choice [B, L, E - n] that the plan makes by the scores of tokens of one scale."""
+        plan = self.plan.blocks[self.block]
+        return select_experts(score_BLF, plan.routed[scale], plan.tau(scale))
 
     def forward(self, x_BLC: Tensor, span: Span, positions: Sequence[Tensor | None] | None = None) -> Tensor:
         """FFN output [B, L, C]; ``positions`` tells, per scale, which tokens of the map are in hand (None: all)."""
@@ -151,7 +155,7 @@ class ExpertFFN(nn.Module):
             return linear(linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias), self.fc2.weight, self.fc2.bias)
         weights = self.weights(scale)
         rows, prefix, routed = x_BLC.flatten(0, 1), plan.prefix[scale], plan.routed[scale]
-        if plan.threshold is not None and plan.threshold[scale] is not None:
+        if plan.tau(scale) is not None:
             selected = self.route(x_BLC, scale, position_BL).flatten(0, 1)
             return expert_ffn_selected(rows, weights, prefix, selected).view_as(x_BLC)
         if routed:

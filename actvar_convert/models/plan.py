@@ -37,9 +37,13 @@ class BlockPlan(BaseModel):
         None, description="mean K that the thresholds lead to on calibration tokens; what pricing uses with thresholds"
     )
 
+    def tau(self, scale: int) -> float | None:
+        """The threshold at one scale; None where K is fixed."""
+        return None if self.threshold is None else self.threshold[scale]
+
     def routed_cost(self, scale: int) -> float:
         """Routed experts per token that a FLOPs count charges at one scale."""
-        if self.mean_routed is not None and self.threshold is not None and self.threshold[scale] is not None:
+        if self.mean_routed is not None and self.tau(scale) is not None:
             return self.mean_routed[scale]
         return float(self.routed[scale])
 
@@ -108,24 +112,20 @@ class SparsityPlan(BaseModel):
         """Whether the router of a block has anything to choose at a scale."""
         plan = self.blocks[block]
         free = self.experts - plan.prefix[scale]
-        if self._thresholds(block)[scale] is not None:
+        if plan.tau(scale) is not None:
             return free > 0
         return 0 < plan.routed[scale] < free
 
     def runs_all(self, block: int, scale: int) -> bool:
         """Whether every token runs every expert of a block at a scale."""
         plan = self.blocks[block]
-        fixed = self._thresholds(block)[scale] is None
+        fixed = plan.tau(scale) is None
         return plan.prefix[scale] == self.experts or (fixed and plan.prefix[scale] + plan.routed[scale] == self.experts)
 
     def active(self, block: int, scale: int) -> float:
         """Experts per token that run at a scale: prefix and (mean) routed."""
         plan = self.blocks[block]
         return plan.prefix[scale] + plan.routed_cost(scale)
-
-    def _thresholds(self, block: int) -> tuple[float | None, ...]:
-        plan = self.blocks[block]
-        return plan.threshold if plan.threshold is not None else (None,) * len(plan.prefix)
 
     def problems(self, config: TransformerConfig) -> list[str]:
         """Everything that keeps a model of this shape from executing the plan; empty when it fits."""
@@ -156,7 +156,7 @@ class SparsityPlan(BaseModel):
                     )
                 if not 0 <= block.keep[s] <= 1:
                     found.append(f"{where}.keep[{s}]: {block.keep[s]} is not within 0 to 1")
-                tau = self._thresholds(index)[s]
+                tau = block.tau(s)
                 if tau is not None and not 0 <= tau <= 1:
                     found.append(f"{where}.threshold[{s}]: {tau} is not within 0 to 1")
         if self.neighbourhood > config.pyramid.sides[-1]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from actvar_convert.models.experts import ExpertFFN, select_experts
+from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.report.quality_report import RoutingLoad
@@ -97,9 +97,7 @@ def _watching(ffn: ExpertFFN, watch: RoutingWatch) -> Callable[..., Tensor]:
     @functools.wraps(scores)
     def watching(x_BLC: Tensor, scale: int, position_BL: Tensor | None = None) -> Tensor:
         score = scores(x_BLC, scale, position_BL)
-        plan = ffn.plan.blocks[ffn.block]
-        threshold = plan.threshold[scale] if plan.threshold else None
-        watch.add(ffn.block, scale, select_experts(score, plan.routed[scale], threshold).flatten(0, 1))
+        watch.add(ffn.block, scale, ffn.select(score, scale).flatten(0, 1))
         return score
 
     return watching

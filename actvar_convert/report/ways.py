@@ -53,7 +53,7 @@ def plan_ways(
         for index, block in enumerate(plan.blocks):
             if plan.runs_all(index, scale):
                 continue
-            dynamic = block.threshold is not None and block.threshold[scale] is not None
+            dynamic = block.tau(scale) is not None
             shape = FFNShape(
                 device=device,
                 dtype=dtype,
