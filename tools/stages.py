@@ -7,6 +7,8 @@ stopped and ends with the weights of an uninterrupted run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import Log, cosine, plateau, save, set_rate, to_float
 
+from actvar_convert.kernels.linear import linear
+from actvar_convert.models.attention import SelfAttention
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
@@ -160,6 +164,39 @@ def var_loss(
     return loss.view(tokens_BL.shape).mean(0)
 
 
+def attend_by_scale(
+    attention: SelfAttention,
+    lengths: tuple[int, ...],
+    q_BHLd: Tensor,
+    k_BHLd: Tensor,
+    v_BHLd: Tensor,
+    mask_LL: Tensor,
+) -> Tensor:
+    """``SelfAttention.attend`` of teacher forcing that leaves out what the mask leaves out: each large scale by itself,
+    with the keys up to its own, in two products.
+
+    For training on a CPU, where a masked SDPA computes every pair of 680 tokens: a step of the mosaics' transformer
+    takes 5.5 s instead of 7.3 s, one thread. Under autocast the scores are rounded to bf16 before their softmax.
+
+    Args:
+        attention: whose output projection follows.
+        lengths: tokens of every scale.
+        q_BHLd, k_BHLd, v_BHLd: of tokens that may end after any scale.
+        mask_LL: additive mask of these tokens.
+    """
+    queries, out, begin = q_BHLd * attention.scale, [], 0
+    ends = [end for end in accumulate(lengths) if end <= q_BHLd.shape[2]]
+    few = max(1, sum(4 * end <= ends[-1] for end in ends))  # together, masked
+    for end in ends[few - 1 :]:
+        scores = queries[:, :, begin:end] @ k_BHLd[:, :, :end].transpose(-1, -2)
+        if begin == 0:
+            scores = scores + mask_LL[..., :end, :end]
+        out.append(scores.softmax(-1).to(v_BHLd.dtype) @ v_BHLd[:, :, :end])
+        begin = end
+    joined = torch.cat(out, 2).transpose(1, 2).flatten(2)
+    return linear(joined, attention.proj.weight, attention.proj.bias)
+
+
 class VarRun:
     """The transformer in training: model, averaged weights, optimisers, at half depth before step ``grow_at``."""
 
@@ -186,6 +223,10 @@ class VarRun:
         self.model = VARTransformer(self.config.model_copy(update={"depth": depth}))
         self.model.initialise(torch.Generator().manual_seed(0))
         self.model.to(self.device)
+        if self.device.type == "cpu":
+            for block in self.model.blocks:
+                attend = partial(attend_by_scale, block.attn, self.config.pyramid.lengths)
+                block.attn.attend = attend  # type: ignore[method-assign]
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizers = make_optimizers(self.model)
         if self.compiled:

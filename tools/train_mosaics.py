@@ -4,7 +4,8 @@
 
 ``--data`` holds the four files of Fashion-MNIST. ``--work`` receives one checkpoint and one log per stage; the same
 command goes on where it stopped. ``tools/bundle_mosaics.py`` then measures the result and writes the files that the
-package carries. ``tools/mosaics.py`` says what a mosaic is. Every step draws new ones, so there is no token store.
+package carries. ``tools/mosaics.py`` says what a mosaic is. Every step of the VQVAE draws new ones; the transformer
+goes round a pool.
 
 The VQVAE starts from that of the bundled model ``fashion``: the quadrants are images that it knows, and only its
 pyramid is new. The classifier that judges the quadrants is that of ``fashion`` as it is.
@@ -13,10 +14,10 @@ Presets, by the device unless named:
 
 gpu   8 blocks of width 256, the shape of ``fashion``; 4,000 steps of 128 mosaics. Some 20 PFLOP by count: minutes on
       a data-centre GPU; not timed yet.
-cpu   6 blocks of width 192; 3,000 steps of 32 mosaics, the first 2,000 of the first eight scales alone (a third of
-      the tokens), the first 1,200 of half the blocks. For the background: about two hours and a half on two cores
-      (AVX-512 with bf16; estimated by 0.85 s a step of the VQVAE, 4.2 s a step of the whole transformer on all
-      scales).
+cpu   6 blocks of width 192; 2,440 steps of 32 mosaics, the first 1,800 of the first eight scales alone (a third of
+      the tokens), the first 1,300 of half the blocks. For the background: about two hours on one core (AVX-512 with
+      bf16, ``OMP_NUM_THREADS=1``, ``--compile``), 1.7 s a step of the VQVAE, 5 s a step of the whole transformer on
+      all scales.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -46,6 +48,10 @@ SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 TOKENIZER = SINGLE_TOKENIZER.model_copy(update={"sides": SIDES})
 HELD_OUT_MOSAICS = HELD_OUT // 4
 """Mosaics of held-out images for the validation losses."""
+
+POOL = 600
+"""Batches of mosaics that the transformer sees again and again: to encode one takes as long as a tenth of a step of
+the whole transformer, or half a step at the beginning."""
 
 COARSE_SCALES = 8
 """Scales that are trained first: up to 10 x 10, 255 of 680 tokens."""
@@ -84,7 +90,7 @@ def shape(depth: int, width: int) -> TransformerConfig:
 PRESETS = {
     "gpu": Preset(shape(8, 256), vqvae_steps=4000, vqvae_batch=64, var_steps=4000, grow_at=0, batch=128),
     "cpu": Preset(
-        shape(6, 192), vqvae_steps=1200, vqvae_batch=32, var_steps=3000, grow_at=1200, batch=32, coarse_until=2000
+        shape(6, 192), vqvae_steps=500, vqvae_batch=32, var_steps=2440, grow_at=1300, batch=32, coarse_until=1800
     ),
 }
 
@@ -171,13 +177,17 @@ def train_var(
     every: int,
     compiled: bool,
 ) -> None:
-    """The transformer, on new mosaics in every step; see ``fit_var``."""
+    """The transformer, on a pool of mosaics; see ``fit_var``."""
     train, held_out = train_and_held_out(data)
     vae = load_vae(work, device)
 
+    @cache
+    def stored(number: int) -> tuple[Tensor, Tensor]:
+        images, classes = train.draw(batch, VAR_SEED + number)
+        return tokens_of(vae, images, device).to(torch.int16), classes
+
     def pyramids(step: int) -> tuple[Tensor, Tensor]:
-        images, classes = train.draw(batch, VAR_SEED + step)
-        return tokens_of(vae, images, device), classes
+        return stored(step % POOL)
 
     fit_var(
         config,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import _restart_unused, fit_var, fit_vqvae, grow, var_loss
+from stages import _restart_unused, attend_by_scale, fit_var, fit_vqvae, grow, var_loss
 from torch import Tensor
 from training import Log, epoch_index, load_split
 
@@ -101,6 +101,22 @@ def test_growing_doubles_the_depth_and_halves_the_gates() -> None:
         before, after = state[name.format(block // 2)], grown[name.format(block)]
         assert torch.equal(after[:64], before[:64] * 0.5) and torch.equal(after[64:], before[64:])
         assert torch.equal(grown[f"blocks.{block}.ffn.fc1.weight"], state[f"blocks.{block // 2}.ffn.fc1.weight"])
+
+
+@pytest.mark.parametrize(("sides", "tokens"), [((1, 2, 3, 5), 39), ((1, 2, 3, 5), 14), ((3, 4), 25), ((1,), 1)])
+def test_attention_by_scale_is_masked_attention(sides: tuple[int, ...], tokens: int) -> None:
+    torch.manual_seed(0)
+    model = VARTransformer(TRANSFORMER.model_copy(update={"sides": sides, "heads": 2, "width": 128}))
+    attention, mask = model.blocks[0].attn, model.attn_bias_for_masking[..., :tokens, :tokens]
+    inputs = [torch.randn(2, 2, tokens, 64, requires_grad=True) for _ in range(3)]
+    whole = attention.attend(inputs[0], inputs[1], inputs[2], mask)
+    parts = attend_by_scale(attention, model.config.pyramid.lengths, inputs[0], inputs[1], inputs[2], mask)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=3e-5)
+    weight = torch.randn_like(whole)
+    for part, reference in zip(
+        torch.autograd.grad(parts, inputs, weight), torch.autograd.grad(whole, inputs, weight), strict=True
+    ):
+        torch.testing.assert_close(part, reference, rtol=1e-4, atol=3e-5)
 
 
 def test_only_unused_codes_restart() -> None:
