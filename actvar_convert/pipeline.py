@@ -25,7 +25,7 @@ from actvar_convert.checkpoint.sparse import refuse_foreign, save_sparse
 from actvar_convert.checkpoint.sparse_config import Provenance
 from actvar_convert.checkpoint.zoo import bundled_folder, bundled_names
 from actvar_convert.convert.budget import recipe_plans
-from actvar_convert.convert.converter import convert_model
+from actvar_convert.convert.converter import conversion_steps, convert_model
 from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, require_memory
 from actvar_convert.convert.search import measure_metrics, plan_model, search_steps, searches
 from actvar_convert.distill.loop import distill_model
@@ -190,7 +190,7 @@ def convert(
 
     def make() -> SparseVARModel:
         assert planned is not None
-        with progress.task("converting blocks", config.depth) as task:
+        with progress.task("converting blocks", conversion_steps(config, chosen)) as task:
             return convert_model(
                 model,
                 planned.plans,

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from actvar_convert import pipeline
 from actvar_convert.convert.budget import uniform_plan
-from actvar_convert.convert.converter import convert_model
+from actvar_convert.convert.converter import conversion_steps, convert_model
 from actvar_convert.convert.memory import require_memory
 from actvar_convert.convert.search import Planned, plan_model, search_steps, searches
 from actvar_convert.distill.data import TokenStore
@@ -225,7 +225,8 @@ def _planned(
 def _converted(
     model: VARModel, recipe: Recipe, target: float, planned: Planned, store: TokenStore, progress: Progress
 ) -> SparseVARModel:
-    with progress.task(f"converting, {100 * target:g} % fewer FLOPs", model.transformer.config.depth) as task:
+    steps = conversion_steps(model.transformer.config, recipe)
+    with progress.task(f"converting, {100 * target:g} % fewer FLOPs", steps) as task:
         return convert_model(
             model,
             {"default": planned.plans[str(target)]},

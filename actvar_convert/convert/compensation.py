@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from actvar_convert.convert.experts import as_maps
+from actvar_convert.convert.experts import active_neurons, as_maps
 from actvar_convert.convert.least_squares import CHUNK
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.plan import SparsityPlan
@@ -114,16 +113,12 @@ def _under(
 ) -> Iterator[_Lost]:
     """The tokens of one scale in pieces, under a plan; ``step_HC`` has been added to W2 already."""
     ffn.plan = plan
-    experts, prefix = ffn.experts, plan.blocks[ffn.block].prefix[scale]
     length = ffn.config.pyramid.lengths[scale] if plan.neighbourhood > 1 else 1
     weight = ffn.fc2.weight.float().T
     if step_HC is not None:
         weight = weight - step_HC
     for x in torch.split(x_TC, max(1, CHUNK // length) * length):
-        hidden = F.gelu(ffn.fc1(x), approximate="tanh").float().view(len(x), experts, -1)
-        runs = x.new_ones(len(x), experts, dtype=torch.bool)
-        if not plan.runs_all(ffn.block, scale):
-            runs[:, prefix:] = ffn.route(as_maps(ffn, x, scale), scale).flatten(0, 1)
+        hidden, runs = (found.flatten(0, 1) for found in active_neurons(ffn, as_maps(ffn, x, scale), scale))
         rests = (~runs).float()
         lost = (hidden * rests.unsqueeze(-1)).flatten(1) @ weight - rests @ ffn.inactive[scale].float()
         yield _Lost((hidden * runs.unsqueeze(-1)).flatten(1), lost, rests.sum(1))

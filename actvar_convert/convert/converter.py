@@ -22,7 +22,9 @@ from actvar_convert.convert.experts import (
     start_router,
 )
 from actvar_convert.convert.gates import first_needed_scale, start_gate
+from actvar_convert.convert.propagation import refit_in_order
 from actvar_convert.convert.thresholds import set_thresholds
+from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
@@ -55,7 +57,7 @@ def convert_model(
         recipe: the settings of the method.
         tokens_PL, labels_P: calibration pyramids and their classes.
         partitions: of every block's neurons, where a search has made them; else they are made here.
-        on_block: called after every block.
+        on_block: called after every block, ``conversion_steps`` times.
     """
     with NoWeights():
         transformer = SparseVARTransformer(dense.transformer.config, plans, default)
@@ -79,7 +81,15 @@ def convert_model(
     if recipe.experts.selection == "threshold":
         transformer.replace_plans({name: _stated_by_blocks(transformer, name) for name in plans})
     transformer.requires_grad_(False)
-    return SparseVARModel(transformer, dense.tokenizer, dense.sampling).train(dense.training)
+    sparse = SparseVARModel(transformer, dense.tokenizer, dense.sampling).train(dense.training)
+    if recipe.experts.compensation == "sequential":
+        refit_in_order(dense, sparse, tokens_PL, labels_P, batch=recipe.calibration.batch, on_block=on_block)
+    return sparse
+
+
+def conversion_steps(config: TransformerConfig, recipe: Recipe) -> int:
+    """How often ``convert_model`` calls ``on_block``."""
+    return config.depth * (2 if recipe.experts.compensation == "sequential" else 1)
 
 
 def _stated_by_blocks(transformer: SparseVARTransformer, name: str) -> SparsityPlan:
@@ -116,7 +126,8 @@ def _partial_scales(block: SparseBlock) -> list[int]:
 
 def wanted_of(block: SparseBlock, recipe: ExpertsRecipe) -> Wanted:
     """What the conversion of a block needs to see of the dense one."""
-    scales = _partial_scales(block) if recipe.compensation == "none" else range(len(block.config.sides))
+    refits = recipe.compensation == "least_squares"
+    scales = range(len(block.config.sides)) if refits else _partial_scales(block)
     return Wanted(frozenset(scales), first_needed_scale(block))
 
 

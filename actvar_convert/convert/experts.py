@@ -164,6 +164,17 @@ def as_maps(ffn: ExpertFFN, x_TC: Tensor, scale: int) -> Tensor:
     return x_TC.view(-1, length, x_TC.shape[1])
 
 
+def active_neurons(
+    ffn: ExpertFFN, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden activations [B, L, E, N] of all experts in fp32, and which of these the plan in force runs, [B, L, E]."""
+    hidden = F.gelu(ffn.fc1(x_BLC), approximate="tanh").float().view(*x_BLC.shape[:2], ffn.experts, -1)
+    runs = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=x_BLC.device)
+    if not ffn.plan.runs_all(ffn.block, scale):
+        runs[..., ffn.plan.blocks[ffn.block].prefix[scale] :] = ffn.route(x_BLC, scale, position_BL)
+    return hidden, runs
+
+
 def _constants(ffn: ExpertFFN, x_TC: Tensor, scale: int, kind: str) -> tuple[Tensor, Tensor]:
     """Constants [F, C] of the experts after the prefix under the plan in force, and which of them ever rest [F]."""
     prefix = ffn.plan.blocks[ffn.block].prefix[scale]

@@ -107,7 +107,11 @@ def estimate_convert(
       arrays of C^2;
       refitting output weights: moments of H^2 in fp32 and twice in fp64, of C H in both, CHUNK tokens with six arrays
       of H;
-      the least squares of a gate: twelve fp64 arrays of C^2 and three of CHUNK tokens.
+      the least squares of a gate: twelve fp64 arrays of C^2 and three of CHUNK tokens;
+    - refitting block after block: the sparse weights and one dense block; P (L + 1) C of states and conditions of the
+      dense model, twice in a block, and of the sparse one under each plan; moments of H^2 in fp32 and twice in fp64, of
+      C H likewise and once more; and a batch: in one block, B L (2 H + 14 C), or four arrays of H at the last scale, or
+      three of logits, all fp32, or the least squares of a gate as above.
 
     Args:
         config, tokenizer: shape of the dense model.
@@ -156,6 +160,9 @@ def estimate_convert(
         "one block at work": max(steps.values()),
     }
     phases = [phase("sampling", sampling), phase("converting", converting)]
+    if recipe.experts.compensation == "sequential":
+        walked = {"sparse weights": sparse, "dense weights that are read": min(read, block_weights)}
+        phases.append(phase("refitting", {**walked, **_refitting(config, recipe, len(plans), itemsize)}))
     if searches(recipe):
         phases.append(phase("searching", {"dense weights that are read": read, **_searching(config, recipe, itemsize)}))
     return fullest(*phases)
@@ -177,6 +184,20 @@ def _searching(config: TransformerConfig, recipe: Recipe, itemsize: int) -> dict
         "a batch of pyramids backwards": max(0, backwards - sum(records.values()) - work),
         **records,
         "one block at work": work,
+    }
+
+
+def _refitting(config: TransformerConfig, recipe: Recipe, plans: int, itemsize: int) -> dict[str, int]:
+    pyramid, width, hidden = config.pyramid, config.width, config.hidden
+    pyramids, batch = recipe.calibration.pyramids, min(recipe.calibration.batch, recipe.calibration.pyramids)
+    through = batch * pyramid.total * (2 * hidden + 14 * width) * itemsize
+    gate = 12 * 8 * width * width + 3 * 8 * CHUNK * width
+    added = 4 * batch * pyramid.lengths[-1] * (4 * hidden + 2 * width)
+    logits = 4 * batch * pyramid.total * 3 * config.vocab
+    solved = 20 * hidden * hidden + 28 * hidden * width
+    return {
+        "states of the calibration pyramids": (2 + plans) * pyramids * (pyramid.total + 1) * width * itemsize,
+        "one block at work": max(through, added, logits, gate) + solved,
     }
 
 

@@ -129,9 +129,11 @@ class SelfAttention(nn.Module):
     def attend(self, q_BHLd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, mask_LT: Tensor | None) -> Tensor:
         """Attention output [B, L, C]; ``mask_LT`` is boolean (True: attends) or an additive bias, None: all attend."""
         out = F.scaled_dot_product_attention(q_BHLd, k_BHTd, v_BHTd, attn_mask=mask_LT, scale=self.scale)
-        B, _, L, _ = out.shape
-        joined = out.transpose(1, 2).reshape(B, L, self.heads * self.head_dim)
-        return linear(joined, self.proj.weight, self.proj.bias)
+        return self.project(out.transpose(1, 2).flatten(2))
+
+    def project(self, x_BLC: Tensor) -> Tensor:
+        """The output projection of what the heads found, side by side."""
+        return linear(x_BLC, self.proj.weight, self.proj.bias)
 
 
 def _stretched(x_BLhd: Tensor, length_h1: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B rows, L tokens in hand, K kept tokens, C width, S scales.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -90,9 +91,8 @@ class SparseBlock(Block):
     ) -> Tensor:
         assert self.gate is not None and self.reconstruction is not None
         pieces = torch.split(x_BLC, list(span.counts), dim=1)
-        choices = [self._choose(x, count) for x, count in zip(pieces, kept, strict=True)]
-        begins = [sum(span.counts[:i]) for i in range(len(pieces))]
-        rows = torch.cat([choice.kept + begin for choice, begin in zip(choices, begins, strict=True)], dim=1)
+        choices = self._choices(x_BLC, span)
+        rows = _rows(choices, span)
         computed = self._compute(x_BLC, rows, modulation_B6C, span, kept, choices, mask_LL, cache)
         update = cache.updates[self.index] if cache is not None else None
         outputs = []
@@ -110,10 +110,19 @@ class SparseBlock(Block):
             update = y - x
         return torch.cat(outputs, dim=1)
 
+    def computed_rows(self, x_BLC: Tensor, span: Span) -> Tensor:
+        """Which of the tokens in hand the block computes, [B, K] int64."""
+        return _rows(self._choices(x_BLC, span), span)
+
+    def _choices(self, x_BLC: Tensor, span: Span) -> list[TokenChoice]:
+        """Which tokens of every scale of the span are computed."""
+        pieces = torch.split(x_BLC, list(span.counts), dim=1)
+        return [self._choose(x, count) for x, count in zip(pieces, self.kept_counts(span), strict=True)]
+
     def _choose(self, x_BLC: Tensor, count: int) -> TokenChoice:
-        assert self.gate is not None
         B, L, _ = x_BLC.shape
         if count < L:
+            assert self.gate is not None
             return self.gate.choose(x_BLC, count)
         everything = torch.arange(L, device=x_BLC.device).expand(B, -1)
         return TokenChoice(everything, everything[:, :0], x_BLC.new_zeros(B, L))
@@ -171,6 +180,12 @@ class SparseBlock(Block):
             return torch.cat([torch.full((count,), scale, device=device) for scale, count in enumerate(counts)])
 
         return level(queries).unsqueeze(1) >= level(context).unsqueeze(0)
+
+
+def _rows(choices: list[TokenChoice], span: Span) -> Tensor:
+    """Kept tokens [B, K] of all scales of a span, counted from its first token."""
+    begins = accumulate(span.counts, initial=0)
+    return torch.cat([choice.kept + begin for choice, begin in zip(choices, begins, strict=False)], dim=1)
 
 
 class SparseVARTransformer(VARTransformer):

@@ -60,10 +60,11 @@ class ExpertsRecipe(Section):
         "skipped_mean",
         description="what an expert that is not run adds: nothing, its mean, or its mean over the tokens that skip it",
     )
-    compensation: Literal["none", "least_squares"] = Field(
+    compensation: Literal["none", "least_squares", "sequential"] = Field(
         "none",
-        description="whether the output weights are refitted, by least squares, to make up for experts that rest; for "
-        "models that are used untrained. An export of such a model is no longer bit-equal to its source",
+        description="whether weights are refitted, by least squares, to make up for what is left out: not; the FFNs' "
+        "output weights, each block by itself; or block after block, on the states that the sparse model has, with "
+        "attention's output projections and the head. An export of such a model is no longer bit-equal to its source",
     )
     selection: Literal["fixed", "threshold"] = Field(
         "fixed",

@@ -57,6 +57,22 @@ def test_converting_takes_what_was_estimated(
     assert 0.5 * expected < memory_watch.peak < expected
 
 
+@pytest.mark.parametrize(("width", "depth", "pyramids", "batch"), [(64, 3, 1024, 4), (128, 2, 64, 32)])
+def test_refitting_in_order_takes_what_was_estimated(
+    memory_watch: Any, width: int, depth: int, pyramids: int, batch: int
+) -> None:
+    dense, chosen = model(width, depth), recipe(pyramids, batch)
+    chosen = chosen.model_copy(update={"experts": ExpertsRecipe(count=8, compensation="sequential")})
+    config = dense.transformer.config
+    estimate = estimate_convert(config, dense.tokenizer.config, chosen)
+    assert estimate.phase == "refitting"
+    tokens = torch.randint(0, config.vocab, (pyramids, config.pyramid.total))
+    with memory_watch:
+        convert_model(dense, *recipe_plans(config, chosen), chosen, tokens, torch.arange(pyramids) % 10)
+    expected = estimate.total - memory.PROGRAM
+    assert 0.5 * expected < memory_watch.peak < expected
+
+
 @pytest.mark.parametrize(("width", "depth", "pyramids", "batch"), [(64, 3, 32, 16), (128, 2, 16, 16)])
 def test_searching_takes_what_was_estimated(
     memory_watch: Any, width: int, depth: int, pyramids: int, batch: int
