@@ -57,7 +57,7 @@ class ExpertsRecipe(Section):
     )
     projection: int = Field(64, ge=1, description="dimensions that a random projection keeps of an activation profile")
     inactive: Literal["none", "mean", "skipped_mean"] = Field(
-        "skipped_mean",
+        "none",
         description="what an expert that is not run adds: nothing, its mean, or its mean over the tokens that skip it",
     )
     compensation: Literal["none", "least_squares", "sequential"] = Field(
