@@ -81,8 +81,8 @@ CONVERSIONS = (
     ),
     Conversion(
         "refitted",
-        "ours with output weights refitted for the experts that rest",
-        ("experts.compensation=least_squares",),
+        "ours with weights refitted block after block before the training",
+        ("experts.compensation=sequential",),
     ),
     Conversion(
         "folded",
