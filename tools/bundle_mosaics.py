@@ -135,7 +135,8 @@ def card(of: Measured, config: TransformerConfig, errors: Sequence[float], machi
         "",
         "No top-k, no top-p; balanced classes, seed 0, chunk 64; precision and recall with three neighbours on at most",
         f"5,000 vectors of each side. Chosen: the lowest FID among strengths with a label agreement of "
-        f"{LABEL_AGREEMENT:g} (0.9 in each quadrant) or more.",
+        f"{LABEL_AGREEMENT:g} (0.9 in each quadrant) or more"
+        + (", which none reached: the lowest of all." if chosen.label_agreement < LABEL_AGREEMENT else "."),
         "",
         *guidance_table(of),
         "",
