@@ -100,6 +100,21 @@ def calibration_labels(labels_P: Tensor, null_class: int) -> Tensor:
     return labels
 
 
+@torch.no_grad()
+def first_states(
+    model: VARModel, tokens_PL: Tensor, labels_P: Tensor, batch: int
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]]]:
+    """Batch by batch, the states [B, L, C] before the first block and what the blocks' modulations are made from."""
+    transformer = model.transformer
+    labels = calibration_labels(labels_P.to(model.device), transformer.null_class)
+    states, conditions = [], []
+    for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
+        inputs = model.teacher_forcing_input(tokens.to(model.device))
+        states.append(transformer.embed(label, inputs)[0])
+        conditions.append(transformer.condition(label))
+    return states, conditions
+
+
 def _chosen(pyramids: int, length: int, count: int, whole_maps: bool, generator: torch.Generator) -> Tensor:
     """Numbers of the sampled tokens among those of one scale, all pyramids laid end to end."""
     if not whole_maps:
@@ -135,13 +150,7 @@ def record_blocks(
             depends on a token's neighbours.
     """
     transformer, pyramid = model.transformer, model.transformer.config.pyramid
-    labels = calibration_labels(labels_P.to(model.device), transformer.null_class)
-    states, conditions = [], []
-    with torch.no_grad():
-        for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
-            inputs = model.teacher_forcing_input(tokens.to(model.device))
-            states.append(transformer.embed(label, inputs)[0])
-            conditions.append(transformer.condition(label))
+    states, conditions = first_states(model, tokens_PL, labels_P, batch)
     generator = torch.Generator().manual_seed(seed)
     choice = [
         _chosen(len(tokens_PL), length, tokens_per_scale, whole_maps, generator).to(model.device)

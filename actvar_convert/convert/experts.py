@@ -178,9 +178,9 @@ def active_neurons(
 def _constants(ffn: ExpertFFN, x_TC: Tensor, scale: int, kind: str) -> tuple[Tensor, Tensor]:
     """Constants [F, C] of the experts after the prefix under the plan in force, and which of them ever rest [F]."""
     prefix = ffn.plan.blocks[ffn.block].prefix[scale]
-    hidden = F.gelu(ffn.fc1(x_TC), approximate="tanh").view(len(x_TC), ffn.experts, -1)[:, prefix:]
-    w = ffn.fc2.weight.T.reshape(ffn.experts, hidden.shape[2], -1)[prefix:]
-    skips = (~ffn.route(as_maps(ffn, x_TC, scale), scale).flatten(0, 1)).to(hidden.dtype)
+    hidden, runs = (found.flatten(0, 1)[:, prefix:] for found in active_neurons(ffn, as_maps(ffn, x_TC, scale), scale))
+    w = ffn.fc2.weight.float().T.reshape(ffn.experts, hidden.shape[2], -1)[prefix:]
+    skips = (~runs).float()
     if kind == "mean":
         mean = hidden.mean(0)
     else:

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.convert.activations import BlockRecord, States, calibration_labels
+from actvar_convert.convert.activations import BlockRecord, States, first_states
 from actvar_convert.convert.experts import active_neurons
 from actvar_convert.convert.gates import start_gate
 from actvar_convert.kernels.token_gate import take
@@ -39,10 +39,6 @@ from actvar_convert.runtime import release_pages
 
 RIDGE = 0.1
 """Strength of the pull towards the dense weights, in units of the mean square of an input."""
-
-Condition = tuple[Tensor, Tensor | None]
-"""What the modulations of a batch are made from."""
-
 
 class _GatedMoments:
     """Sums over tokens from which the step of one linear layer behind a gate follows; fp32, the solution in fp64."""
@@ -121,16 +117,10 @@ class _Walk:
     """The calibration pyramids on their way through the dense model and, plan by plan, through the sparse one."""
 
     def __init__(self, dense: VARModel, sparse: SparseVARTransformer, tokens_PL: Tensor, labels_P: Tensor, batch: int):
-        transformer, pyramid = dense.transformer, dense.transformer.config.pyramid
-        self.span, self.pyramid = Span(0, pyramid.lengths), pyramid
-        labels = calibration_labels(labels_P.to(dense.device), transformer.null_class)
-        self.dense: list[Tensor] = []
-        self.conditions: list[Condition] = []
-        for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
-            inputs = dense.teacher_forcing_input(tokens.to(dense.device))
-            self.dense.append(transformer.embed(label, inputs)[0])
-            self.conditions.append(transformer.condition(label))
-        self.mask = transformer.attn_bias_for_masking.to(self.dense[0].dtype)
+        self.pyramid = dense.transformer.config.pyramid
+        self.span = Span(0, self.pyramid.lengths)
+        self.dense, self.conditions = first_states(dense, tokens_PL, labels_P, batch)
+        self.mask = dense.transformer.attn_bias_for_masking.to(self.dense[0].dtype)
         self.between: list[Tensor] = []
         self.sparse = {name: list(self.dense) for name in sparse.plans}
 
@@ -250,10 +240,8 @@ def refit_in_order(
 
 def _whole(block: SparseBlock) -> bool:
     """Whether every plan of the block runs all experts and computes all tokens at every scale."""
-    scales = range(len(block.config.sides))
-    plans = block.ffn.plans.values()
+    index, scales = block.index, range(len(block.config.sides))
     return all(
-        plan.runs_all(block.index, scale) and plan.blocks[block.index].keep[scale] == 1
-        for plan in plans
-        for scale in scales
+        not plan.block_gated(index) and all(plan.runs_all(index, scale) for scale in scales)
+        for plan in block.ffn.plans.values()
     )
