@@ -53,7 +53,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "experts.clustering=random",
         "experts.shared=experts",
         "experts.importance=activation",
-        "experts.inactive=skipped_mean",
+        "experts.inactive=none",
         "experts.inactive=mean",
         "experts.router_width=32",
         "experts.selection=threshold",
@@ -66,7 +66,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     ),
     "static": (
         "experts.clustering=random",
-        "experts.inactive=skipped_mean",
+        "experts.inactive=none",
         "experts.count=32",
         "experts.compensation=least_squares",
         "experts.compensation=sequential",
@@ -102,7 +102,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "distill.stage2.straight_through_end=0.0",
         "distill.stage2.on_policy=0.3",
         "data.null_share=0.0",
-        "experts.inactive=skipped_mean",
+        "experts.inactive=none",
         "experts.compensation=sequential",
     ),
 }
