@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import Log, cosine, plateau, save, set_rate, to_float
 
-from actvar_convert.kernels.linear import linear
 from actvar_convert.models.attention import SelfAttention
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.var import VARTransformer
@@ -193,8 +192,7 @@ def attend_by_scale(
             scores = scores + mask_LL[..., :end, :end]
         out.append(scores.softmax(-1).to(v_BHLd.dtype) @ v_BHLd[:, :, :end])
         begin = end
-    joined = torch.cat(out, 2).transpose(1, 2).flatten(2)
-    return linear(joined, attention.proj.weight, attention.proj.bias)
+    return attention.project(torch.cat(out, 2).transpose(1, 2).flatten(2))
 
 
 class VarRun:
