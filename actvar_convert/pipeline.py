@@ -26,11 +26,13 @@ from actvar_convert.checkpoint.sparse_config import Provenance
 from actvar_convert.checkpoint.zoo import bundled_folder, bundled_names
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.converter import conversion_steps, convert_model
-from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, require_memory
+from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, fullest, require_memory
 from actvar_convert.convert.search import measure_metrics, plan_model, search_steps, searches
+from actvar_convert.distill.data import TokenStore
 from actvar_convert.distill.loop import distill_model
-from actvar_convert.distill.memory import estimate_distill
-from actvar_convert.distill.parallel import Processes, join, made_by_main
+from actvar_convert.distill.memory import estimate_distill, estimate_sparsify
+from actvar_convert.distill.parallel import ALONE, Processes, join, made_by_main
+from actvar_convert.distill.sparsify import mean_used_share, sparsify_model
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files import write_whole
 from actvar_convert.models.casting import cast
@@ -121,9 +123,10 @@ def _require_memory_by_shape(
             return
         held = shape.held_bytes(device.type)
         estimate = estimate_convert(shape.transformer, shape.tokenizer, chosen, held=held, device=device.type)
+        training = estimate_sparsify(shape.transformer, shape.tokenizer, chosen, device=device.type)
     except InputError:
         return
-    require_memory(estimate, device)
+    require_memory(fullest(estimate, training), device)
 
 
 def convert(
@@ -156,18 +159,20 @@ def convert(
         refuse_foreign(out)
     config = model.transformer.config
     recipe_plans(config, chosen)
-    require_memory(conversion_memory(model, chosen), model.device)
+    require_memory(conversion_memory(model, chosen, processes), model.device)
     origin = provenance(model, chosen) if out is not None else None
     release_pages(model.tokenizer.state_dict().values())
     kept = {}
     if work is not None:
         name = run_fingerprint(model, chosen)[:12]
-        kept = {what: Path(work) / f"{what}-{name}" for what in ("calibration", "search")}
+        kept = {what: Path(work) / f"{what}-{name}" for what in ("calibration", "search", "sparsify")}
+        kept["tokens"] = _data_path(Path(work), name)
     store = calibration_store(
         model, chosen, path=kept.get("calibration"), progress=progress, processes=processes
     )
 
     tokens, labels = store.tokens.long(), store.labels
+    dense, model = model, _sparsified(model, chosen, store, kept, progress, processes)
     planned = None
     reporter = progress if searches(chosen) else SilentProgress()
     with reporter.task("searching for a plan", search_steps(config, chosen)) as task:
@@ -204,23 +209,57 @@ def convert(
 
     sparse = made_by_main(make, model, processes)
     sparse.origin = {}
-    release_pages(model.transformer.state_dict().values())
+    release_pages(dense.transformer.state_dict().values())
     if out is not None and processes.main:
         save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
     return sparse
 
 
-def conversion_memory(model: VARModel, recipe: Recipe) -> MemoryEstimate:
+def _data_path(work: Path, name: str) -> Path:
+    """Where an unfinished run keeps the pyramids that it trains on; ``name`` is its fingerprint's beginning."""
+    return work / f"tokens-{name}.bin"
+
+
+def _sparsified(
+    model: VARModel,
+    recipe: Recipe,
+    calibration: TokenStore,
+    kept: Mapping[str, Path],
+    progress: Progress,
+    processes: Processes,
+) -> VARModel:
+    """The dense model to convert: the given one, trained for sparser activations where the recipe says so."""
+    if not recipe.sparsify.steps:
+        return model
+    store = distillation_store(model, recipe, path=kept.get("tokens"), progress=progress, processes=processes)
+    if "sparsify" in kept:
+        kept["sparsify"].parent.mkdir(parents=True, exist_ok=True)
+    result = sparsify_model(
+        model,
+        recipe,
+        store,
+        state_path=kept.get("sparsify"),
+        fingerprint=run_fingerprint(model, recipe),
+        progress=progress,
+        processes=processes,
+    )
+    few = slice(recipe.calibration.batch)
+    tokens, labels = calibration.tokens[few].long(), calibration.labels[few]
+    shares = [mean_used_share(each, tokens, labels) for each in (model, result)]
+    progress.say(f"neurons that a token uses: {100 * shares[0]:.1f} % before, {100 * shares[1]:.1f} % after")
+    return result
+
+
+def conversion_memory(model: VARModel, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
     """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
     transformer, weights = model.transformer, list(model.transformer.state_dict().values())
-    held = size_of(model.transformer.state_dict()) - mapped_bytes(weights)
-    return estimate_convert(
-        transformer.config,
-        model.tokenizer.config,
-        recipe,
-        held=held,
-        itemsize=model.dtype.itemsize,
-        device=model.device.type,
+    config, tokenizer, device = transformer.config, model.tokenizer.config, model.device.type
+    held = size_of(model.transformer.state_dict())
+    if not recipe.sparsify.steps:
+        held -= mapped_bytes(weights)
+    converting = estimate_convert(config, tokenizer, recipe, held=held, itemsize=model.dtype.itemsize, device=device)
+    return fullest(
+        converting, estimate_sparsify(config, tokenizer, recipe, processes=processes.count, device=device)
     )
 
 
@@ -276,7 +315,7 @@ def distill(
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(folder, fingerprint)
     work.mkdir(parents=True, exist_ok=True)
-    path = work / f"tokens-{fingerprint[:12]}.bin"
+    path = _data_path(work, fingerprint[:12])
     store = distillation_store(teacher, chosen, path=path, progress=progress, processes=processes)
     log = MetricsLog(work / "metrics.jsonl") if processes.main else None
     with log or nullcontext():

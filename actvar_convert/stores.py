@@ -30,9 +30,9 @@ def calibration_store(
 
 
 def distillation_store(
-    teacher: VARModel, recipe: Recipe, *, path: Path, progress: Progress, processes: Processes = ALONE
+    teacher: VARModel, recipe: Recipe, *, path: Path | None, progress: Progress, processes: Processes = ALONE
 ) -> TokenStore:
-    """The pyramids that a distillation replays; kept in ``path`` as they come."""
+    """The pyramids that a distillation replays; kept in ``path`` as they come, where given."""
     return _store(
         teacher,
         recipe.data,

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -211,17 +211,20 @@ def distill_model(
     recipe: Recipe,
     store: TokenStore,
     *,
-    state_path: Path,
+    state_path: Path | None,
     fingerprint: str,
     log: MetricsLog | None,
     progress: Progress,
     processes: Processes | None = None,
+    stages: Sequence[tuple[Stage, StageRecipe]] | None = None,
 ) -> None:
-    """Runs both stages on ``model`` in place; goes on where ``state_path`` stopped.
+    """Runs stages on ``model`` in place; goes on where ``state_path`` stopped.
 
     Args:
+        state_path: file that keeps what is done; None: nothing is kept.
         log: gets a line per step; None in all but the main process.
         processes: those that share the work; the state is the same for any number of them.
+        stages: what runs, with its settings; by default both stages of the recipe.
 
     Raises:
         Interrupted: after Ctrl-C, with everything done so far on disk.
@@ -229,22 +232,24 @@ def distill_model(
         InputError: a batch has fewer pyramids than there are processes, or a student that is split would have to draw
             pyramids.
     """
-    names = list(STAGES)
+    if stages is None:
+        stages = [(stage, getattr(recipe.distill, name)) for name, stage in STAGES.items()]
+    names = [stage.name for stage, _ in stages]
     processes = processes or Processes(device=model.device)
-    _require_rows(recipe, store, processes)
-    _require_whole_student(recipe, processes)
+    _require_rows(stages, store, processes)
+    _require_whole_student(stages, processes)
     plan = model.plan_name
-    state = load_run_state(state_path, fingerprint) if processes.from_main(state_path.exists()) else None
+    found = processes.from_main(state_path is not None and state_path.exists())
+    state = load_run_state(state_path, fingerprint) if found and state_path is not None else None
     begin = names.index(str(state.scalars["stage"])) if state is not None else 0
     if state is None and log is not None:
         log.rewind(-1)
     teacher.transformer.requires_grad_(False)
     with StopRequest().listening() as stop:
-        for index, name in enumerate(names[begin:], start=begin):
-            stage_recipe: StageRecipe = getattr(recipe.distill, name)
-            run = StageRun(model, STAGES[name], stage_recipe, recipe.seed + index, state, processes)
+        for index, (stage, stage_recipe) in enumerate(stages[begin:], start=begin):
+            run = StageRun(model, stage, stage_recipe, recipe.seed + index, state, processes)
             if state is not None and log is not None:
-                log.rewind(run.step, stage=name)
+                log.rewind(run.step, stage=stage.name)
             state = None
             try:
                 _run_stage(run, teacher, recipe, store, state_path, fingerprint, log, progress, stop)
@@ -254,13 +259,13 @@ def distill_model(
     model.use_plan(model.plan_name)
 
 
-def _require_rows(recipe: Recipe, store: TokenStore, processes: Processes) -> None:
+def _require_rows(stages: Sequence[tuple[Stage, StageRecipe]], store: TokenStore, processes: Processes) -> None:
     """Raises InputError where a batch has fewer pyramids than there are processes."""
-    problems = []
-    for name in STAGES:
-        stage: StageRecipe = getattr(recipe.distill, name)
-        if stage.steps and min(stage.batch, len(store)) < processes.count:
-            problems.append(f"distill.{name}.batch: {min(stage.batch, len(store))} pyramids per step")
+    problems = [
+        f"{stage.section}.batch: {min(own.batch, len(store))} pyramids per step"
+        for stage, own in stages
+        if own.steps and min(own.batch, len(store)) < processes.count
+    ]
     if problems:
         raise InputError(
             f"{processes.count} processes share every batch, and some would get nothing; raise the batch in the recipe "
@@ -269,19 +274,18 @@ def _require_rows(recipe: Recipe, store: TokenStore, processes: Processes) -> No
         )
 
 
-def _require_whole_student(recipe: Recipe, processes: Processes) -> None:
+def _require_whole_student(stages: Sequence[tuple[Stage, StageRecipe]], processes: Processes) -> None:
     """Raises InputError where a student that is split over the processes would have to draw pyramids, or its matrices
     be whole for Muon."""
-    stages: dict[str, StageRecipe] = {name: getattr(recipe.distill, name) for name in STAGES}
     problems = [
-        f"distill.{name}.on_policy: given {stage.on_policy}, allowed: 0"
-        for name, stage in stages.items()
-        if stage.steps and stage.on_policy
+        f"{stage.section}.on_policy: given {own.on_policy}, allowed: 0"
+        for stage, own in stages
+        if own.steps and own.on_policy
     ]
     problems += [
-        f"distill.{name}.optimizer: given muon, allowed: adamw"
-        for name, stage in stages.items()
-        if stage.steps and stage.optimizer == "muon"
+        f"{stage.section}.optimizer: given muon, allowed: adamw"
+        for stage, own in stages
+        if own.steps and own.optimizer == "muon"
     ]
     if processes.shard and problems:
         raise InputError(
@@ -296,7 +300,7 @@ def _run_stage(
     teacher: VARModel,
     recipe: Recipe,
     store: TokenStore,
-    state_path: Path,
+    state_path: Path | None,
     fingerprint: str,
     log: MetricsLog | None,
     progress: Progress,
@@ -309,13 +313,15 @@ def _run_stage(
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=not processes.shard)
 
     def save() -> None:
+        if state_path is None:
+            return
         scalars: dict[str, Scalar] = {"stage": run.stage.name, "step": run.step}
         tensors = run.tensors()
         if processes.main:
             save_run_state(state_path, RunState(tensors=tensors, scalars=scalars, fingerprint=fingerprint))
         processes.wait()
 
-    with progress.task(f"distilling, {run.stage.name}", steps) as task:
+    with progress.task(run.stage.task, steps) as task:
         task.advance(run.step)
         saved_at = time.monotonic()
         while run.step < steps:
@@ -343,4 +349,5 @@ def _run_stage(
                 save()
                 saved_at = time.monotonic()
             if stopping:
-                raise Interrupted(f"stopped in {run.stage.name} after step {run.step} of {steps}; all of it is kept")
+                kept = "nothing" if state_path is None else "all"
+                raise Interrupted(f"stopped in {run.stage.name} after step {run.step} of {steps}; {kept} of it is kept")

@@ -12,6 +12,7 @@ from actvar_convert.checkpoint.skeleton import NoWeights
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.memory import PROGRAM, MemoryEstimate, fullest, sampling_memory
 from actvar_convert.distill.lora import lora_targets
+from actvar_convert.distill.sparsify import one_expert_plans, stage_recipe
 from actvar_convert.distill.stages import trainable_parameters
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.sparse import SparseVARTransformer
@@ -30,6 +31,8 @@ class _Activations(NamedTuple):
 
 
 _JOINT = {"fp32": _Activations(110, 30, 8), "bf16": _Activations(71, 30, 8), "fp16": _Activations(71, 30, 8)}
+_MEASURED = {"fp32": 16, "bf16": 12, "fp16": 12}
+"""Bytes per token, block and hidden neuron of the activations that sparsify measures."""
 _LOCAL = {"fp32": _Activations(62, 0, 32), "bf16": _Activations(41, 0, 32), "fp16": _Activations(41, 0, 32)}
 
 
@@ -72,19 +75,7 @@ def estimate_distill(
         student = SparseVARTransformer(config, plans, default)
     numbers = sum(tensor.numel() for tensor in student.state_dict().values())
     weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
-    phases = []
-    if recipe.data.source == "teacher":
-        batch = min(recipe.data.batch, recipe.data.pyramids)
-        itemsize = DTYPES[recipe.data.dtype].itemsize
-        sampling = {
-            **weights,
-            "weights in half precision": 0 if itemsize == FP32 else itemsize * numbers,
-            **sampling_memory(config, tokenizer, batch, itemsize, device),
-        }
-        phases.append(MemoryEstimate("distill", "sampling from the teacher", sampling, ("data.batch",)))
-    else:
-        maps = {"feature maps": 6 * FP32 * recipe.data.batch * tokenizer.ch * tokenizer.image_size**2}
-        phases.append(MemoryEstimate("distill", "tokenising images", {**weights, **maps}, ("data.batch",)))
+    phases = [_data_phase("distill", config, tokenizer, recipe, weights, numbers, device)]
     for name, stage, table in (("stage1", recipe.distill.stage1, _LOCAL), ("stage2", recipe.distill.stage2, _JOINT)):
         if stage.steps:
             own = stage.model_copy(update={"batch": -(-stage.batch // processes)})
@@ -100,6 +91,56 @@ def estimate_distill(
                 drawn = sampling_memory(config, tokenizer, own.batch, FP32, device)
                 parts = {name: size for name, size in parts.items() if name not in step} | drawn
                 phases.append(MemoryEstimate("distill", f"{name}, sampling from the student", parts, lower[:1]))
+    return fullest(*phases)
+
+
+def _data_phase(
+    work: str,
+    config: TransformerConfig,
+    tokenizer: TokenizerConfig,
+    recipe: Recipe,
+    weights: dict[str, int],
+    numbers: int,
+    device: str,
+) -> MemoryEstimate:
+    """Making the pyramids to train on, beside weights of which a model of ``numbers`` draws."""
+    if recipe.data.source == "images":
+        maps = {"feature maps": 6 * FP32 * recipe.data.batch * tokenizer.ch * tokenizer.image_size**2}
+        return MemoryEstimate(work, "tokenising images", {**weights, **maps}, ("data.batch",))
+    batch, itemsize = min(recipe.data.batch, recipe.data.pyramids), DTYPES[recipe.data.dtype].itemsize
+    sampling = {
+        **weights,
+        "weights in half precision": 0 if itemsize == FP32 else itemsize * numbers,
+        **sampling_memory(config, tokenizer, batch, itemsize, device),
+    }
+    return MemoryEstimate(work, "sampling from the teacher", sampling, ("data.batch",))
+
+
+def estimate_sparsify(
+    config: TransformerConfig, tokenizer: TokenizerConfig, recipe: Recipe, *, processes: int = 1, device: str = "cpu"
+) -> MemoryEstimate:
+    """Peak memory of the training for sparse activations; nothing where the recipe has none.
+
+    As in stage 2 of ``estimate_distill`` with all weights, and the hidden activations once more: B L D H numbers in
+    fp32 beside those in the number format of the recipe.
+    """
+    chosen = stage_recipe(recipe.sparsify)
+    if not chosen.steps:
+        return MemoryEstimate("convert", "nothing", {}, ())
+    with NoWeights():
+        student = SparseVARTransformer(config, *one_expert_plans(config))
+    numbers = sum(tensor.numel() for tensor in student.state_dict().values())
+    weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
+    own = chosen.model_copy(update={"batch": -(-chosen.batch // processes)})
+    measured = own.batch * config.pyramid.total * config.depth * config.hidden * _MEASURED[recipe.dtype]
+    parts = {
+        **weights,
+        **_training(student, chosen, recipe.dtype),
+        **_forward(config, own, _JOINT[recipe.dtype]),
+        "measured activations": measured,
+    }
+    phases = [_data_phase("convert", config, tokenizer, recipe, weights, numbers, device)]
+    phases.append(MemoryEstimate("convert", "sparsify", parts, ("sparsify.batch",)))
     return fullest(*phases)
 
 

@@ -42,12 +42,16 @@ class Stage:
 
     Attributes:
         name: in logs and run states.
+        section: of the recipe, where its settings are.
+        task: what it is called while it runs.
         objective: the losses of a step on this process's rows, each already weighted; their sum over all processes is
             minimised.
         joint: whether blocks run as a whole; else FFNs alone, where token gates play no part.
     """
 
     name: str
+    section: str
+    task: str
     objective: Objective
     joint: bool
 
@@ -212,4 +216,8 @@ def gate_regression(block: SparseBlock, seen: Trace, total: Total = alone) -> Te
     return torch.stack(losses).mean()
 
 
-STAGES = {"stage1": Stage("stage1", stage1, joint=False), "stage2": Stage("stage2", stage2, joint=True)}
+STAGES = {
+    "stage1": Stage("stage1", "distill.stage1", "distilling, stage1", stage1, joint=False),
+    "stage2": Stage("stage2", "distill.stage2", "distilling, stage2", stage2, joint=True),
+}
+"""Of a distillation, in order."""

@@ -68,7 +68,7 @@ def find(path: Sequence[str | int]) -> Setting | None:
 
 
 def nearest(path: Sequence[str | int]) -> str | None:
-    """The valid path that somebody who wrote this one most likely meant."""
+    """The valid path that somebody who wrote this one most likely meant; of a bare name all that end with it."""
     *parents, last = path
     parent, name = find(parents), str(last)
     section = Recipe if not parents else parent.section if parent else None
@@ -76,6 +76,8 @@ def nearest(path: Sequence[str | int]) -> str | None:
         return parent.path
     everything = [setting.path for setting in settings()]
     same = [known for known in everything if known.rsplit(".", 1)[-1] == name]
+    if not parents and same:
+        return " or ".join(same)
     if section is not None and not same:
         close = difflib.get_close_matches(name, list(section.model_fields), 1)
         if close:

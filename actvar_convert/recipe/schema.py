@@ -149,6 +149,10 @@ class DataRecipe(Section):
 Trainable = Literal["none", "lora", "experts", "all"]
 Steps = Annotated[int, Field(ge=0, description="optimiser steps; 0 leaves the stage out")]
 Rate = Annotated[float, Field(gt=0, description="peak learning rate")]
+OptimizerName = Annotated[
+    Literal["adamw", "muon"],
+    Field(description="what takes the steps: AdamW, or Muon for the blocks' weight matrices and AdamW for the rest"),
+]
 Trained = Annotated[
     Trainable, Field(description="weights trained beside routers and gates: none, low-rank additions, experts, all")
 ]
@@ -171,10 +175,7 @@ class StageRecipe(Section):
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 1e-3
     warmup: int = Field(20, ge=0, description="steps over which the learning rate rises")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="what takes the steps: AdamW, or Muon for the blocks' weight matrices and AdamW for the rest",
-    )
+    optimizer: OptimizerName = "adamw"
     trainable: Trained = "experts"
     router: RouterMode = "frozen"
     gate: GateMode = "frozen"
@@ -241,6 +242,23 @@ class DistillRecipe(Section):
 
     stage1: RouterStage = Field(RouterStage(), description="routers and experts, every FFN apart")
     stage2: JointStage = Field(JointStage(), description="gates and all the rest, jointly")
+
+
+class SparsifyRecipe(Section):
+    """A short fine-tune of the dense model before its neurons are clustered, for fewer active neurons per token."""
+
+    steps: int = Field(0, ge=0, description="optimiser steps, on the pyramids of data; 0 leaves the model as it is")
+    batch: int = Field(32, ge=1, description="token pyramids per step")
+    learning_rate: Rate = 3e-4
+    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises")
+    optimizer: OptimizerName = "adamw"
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="weight of the share of neurons that a token uses, (sum |a|)^2 / (H sum a^2) of its H activations, "
+        "beside the KL to the model before, in nats per token",
+    )
+    checkpoint_every: int = Field(50, ge=1, description="steps between two states that a resumed run goes on from")
 
 
 class EvaluateRecipe(Section):
@@ -323,6 +341,11 @@ class Recipe(Section):
     )
     default_plan: str | None = Field(None, description="which of the plans a model starts with; null: the first")
     data: DataRecipe = Field(DataRecipe(), description="the token pyramids that distillation replays")
+    sparsify: SparsifyRecipe = Field(
+        SparsifyRecipe(),
+        description="a fine-tune for sparser activations, before neurons are clustered. An export of such a model is "
+        "no longer bit-equal to its source",
+    )
     distill: DistillRecipe = Field(DistillRecipe(), description="two-stage distillation from the dense model")
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="how quality is measured")
     benchmark: BenchmarkRecipe = Field(BenchmarkRecipe(), description="what is timed")

@@ -85,7 +85,10 @@ def test_overrides_reach_into_plans() -> None:
     ("override", "said"),
     [
         ("distill.stage2.stpes=3", "distill.stage2.stpes: unknown setting; did you mean distill.stage2.steps?"),
-        ("steps=3", "steps: unknown setting; did you mean distill.stage2.steps?"),
+        (
+            "steps=3",
+            "steps: unknown setting; did you mean sparsify.steps or distill.stage1.steps or distill.stage2.steps?",
+        ),
         ("distill.stage2", "--set distill.stage2: give it as path=value, such as distill.stage2.steps=500"),
         ("experts.count.x=1", "experts.count.x: unknown setting; did you mean experts.count?"),
         ("evaluate.seeds.5=1", "evaluate.seeds.5: there is no such entry in the recipe"),
