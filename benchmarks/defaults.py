@@ -44,11 +44,13 @@ CODE = "1"
 BASES: dict[str, tuple[str, ...]] = {
     "static": (),
     "routed": ("budget.prefix_share=0.5",),
+        "experts.clustering=gradient",
     "trained": ("distill.stage1.steps=10", "distill.stage2.steps=60", "distill.stage2.warmup=10"),
 }
 
 CHANGES: dict[str, tuple[str, ...]] = {
     "routed": (
+        "experts.clustering=gradient",
         "experts.clustering=weights",
         "experts.clustering=random",
         "experts.shared=experts",

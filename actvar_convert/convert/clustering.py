@@ -35,6 +35,21 @@ def kmeans(
     activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int
 ) -> IntArray:
     """Neurons that fire together: k-means on standardised activation profiles, projected to ``projection`` numbers."""
+    return balanced_kmeans(_profiles(activations_TH, projection, seed, standard=True), experts, seed)
+
+
+def contributions(
+    activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int
+) -> IntArray:
+    """Neurons that matter together: the same on profiles as large as they are given, so that large ones decide.
+
+    Activations are to be given times what one unit of them moves the predictions.
+    """
+    return balanced_kmeans(_profiles(activations_TH, projection, seed, standard=False), experts, seed)
+
+
+def _profiles(activations_TH: Measured, projection: int, seed: int, *, standard: bool) -> FloatArray:
+    """Centred activation profiles [H, min(projection, T)], of variance 1 each if ``standard``, by a random projection."""
     tokens, neurons = activations_TH.shape
     random: FloatArray | None = None
     if projection < tokens:
@@ -43,9 +58,10 @@ def kmeans(
     for first in range(0, neurons, PROFILES):
         profile = activations_TH[:, first : first + PROFILES].astype(np.float64)
         profile -= profile.mean(0)
-        profile /= profile.std(0) + 1e-8
+        if standard:
+            profile /= profile.std(0) + 1e-8
         pieces.append(profile.T if random is None else profile.T @ random)
-    return balanced_kmeans(np.concatenate(pieces), experts, seed)
+    return np.concatenate(pieces)
 
 
 def weights(activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int) -> IntArray:
@@ -62,7 +78,12 @@ def random(activations_TH: Measured, weights_HC: Measured, experts: int, project
     return np.random.default_rng(seed).permutation(label).astype(np.int64)
 
 
-METHODS: dict[str, Clustering] = {"kmeans": kmeans, "weights": weights, "random": random}
+METHODS: dict[str, Clustering] = {
+    "kmeans": kmeans,
+    "gradient": contributions,
+    "weights": weights,
+    "random": random,
+}
 
 
 def balanced_kmeans(points_HD: FloatArray, experts: int, seed: int, rounds: int = 4) -> IntArray:

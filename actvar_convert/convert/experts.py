@@ -41,9 +41,15 @@ def neuron_importance(ffn: FFN, hidden_TH: Tensor, root_CC: Tensor | None = None
 
     With ``root_CC`` the norm is that of R' w: how much the addition matters to the loss (``fisher.OutputMetric``).
     """
-    w2_CH = ffn.fc2.weight if root_CC is None else root_CC.T @ ffn.fc2.weight.float()
-    size: Tensor = torch.linalg.vector_norm(hidden_TH, dim=0) * torch.linalg.vector_norm(w2_CH, dim=0)
+    size: Tensor = torch.linalg.vector_norm(hidden_TH, dim=0) * output_norms(ffn, root_CC)
     return size / math.sqrt(len(hidden_TH))
+
+
+def output_norms(ffn: FFN, root_CC: Tensor | None = None) -> Tensor:
+    """Norms [H] of the neurons' output weights w, or of R' w; see ``neuron_importance``."""
+    w2_CH = ffn.fc2.weight if root_CC is None else root_CC.T @ ffn.fc2.weight.float()
+    norms: Tensor = torch.linalg.vector_norm(w2_CH, dim=0)
+    return norms
 
 
 def partition_neurons(
@@ -59,7 +65,7 @@ def partition_neurons(
             one by one, and only the others are clustered; with ``"experts"`` all neurons are clustered and the most
             important clusters come first.
         seed: of the clustering.
-        root_CC: see ``neuron_importance``.
+        root_CC: see ``neuron_importance``; also what clustering by ``gradient`` weighs activations with.
     """
     hidden = activations(ffn, x_TC)
     importance = neuron_importance(ffn, hidden, root_CC if recipe.importance == "gradient" else None)
@@ -70,10 +76,12 @@ def partition_neurons(
     tail = ranked[len(head) :].sort().values
     groups = [head.view(-1, size)] if len(head) else []
     if len(tail):
-        measured = _array(hidden[:, tail])
+        measured = hidden[:, tail]
         del hidden
+        if recipe.clustering == "gradient":
+            measured *= output_norms(ffn, root_CC)[tail]
         weights = _array(ffn.fc1.weight.detach()[tail])
-        label = METHODS[recipe.clustering](measured, weights, len(tail) // size, recipe.projection, seed)
+        label = METHODS[recipe.clustering](_array(measured), weights, len(tail) // size, recipe.projection, seed)
         members = tail[torch.from_numpy(np.argsort(label, kind="stable")).to(tail.device)].view(-1, size)
         energy = importance.square()[members].sum(1)
         groups.append(members[energy.argsort(descending=True, stable=True)])

@@ -61,3 +61,17 @@ def test_neurons_that_fire_together_end_together() -> None:
 
 def test_one_expert_needs_no_clustering() -> None:
     assert balanced_kmeans(np.zeros((5, 2)), 1, seed=0).tolist() == [0] * 5
+
+
+def test_large_contributions_decide_where_they_count() -> None:
+    """Two strong pairs of neurons, and weak ones that would rather follow other drivers: each pair stays together."""
+    random = np.random.default_rng(5)
+    drivers = random.standard_normal((400, 2))
+    strong = 100 * drivers[:, [0, 0, 1, 1]]
+    weak = random.standard_normal((400, 4))
+    activations = np.concatenate([strong, weak], axis=1)
+    label = METHODS["gradient"](activations, random.standard_normal((8, 3)), 2, 400, seed=0)
+    assert label[0] == label[1] != label[2] == label[3]
+    scaled = activations / activations.std(0)
+    equal = METHODS["kmeans"](activations, np.ones((8, 3)), 2, 400, seed=0)
+    assert (METHODS["gradient"](scaled, np.ones((8, 3)), 2, 400, seed=0) == equal).all()

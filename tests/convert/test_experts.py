@@ -1,14 +1,17 @@
 """Partition, router start and constants of one FFN."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from actvar_convert.convert.clustering import METHODS
 from actvar_convert.convert.experts import (
     calibrate_inactive,
     expert_sizes,
     install_experts,
     neuron_importance,
+    output_norms,
     partition_neurons,
     start_router,
 )
@@ -38,7 +41,7 @@ def make(tiny_model: VARModel, recipe: ExpertsRecipe, shared: int = 2) -> tuple[
 
 
 @pytest.mark.parametrize("shared", ["neurons", "experts"])
-@pytest.mark.parametrize("clustering", ["kmeans", "weights", "random"])
+@pytest.mark.parametrize("clustering", ["kmeans", "gradient", "weights", "random"])
 @torch.no_grad()
 def test_partition_is_a_permutation_that_keeps_the_function(
     tiny_model: VARModel, shared: str, clustering: str
@@ -48,6 +51,22 @@ def test_partition_is_a_permutation_that_keeps_the_function(
     everything = sparse.fc2(F.gelu(sparse.fc1(x), approximate="tanh"))
     expected = dense(x.unsqueeze(0), Span(3, (len(x),)))[0]
     torch.testing.assert_close(everything, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_clustering_by_gradient_weighs_activations_with_what_they_move(tiny_model: VARModel) -> None:
+    dense, _, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    hidden = F.gelu(dense.fc1(x), approximate="tanh")
+    recipe = ExpertsRecipe(count=EXPERTS, clustering="gradient", projection=8)
+    width = dense.fc2.out_features
+    root = torch.randn(width, width, generator=torch.Generator().manual_seed(2))
+    norms = output_norms(dense, root)
+    torch.testing.assert_close(norms, torch.stack([(root.T @ w).norm() for w in dense.fc2.weight.T]))
+    found = partition_neurons(dense, x, recipe, 0, seed=1, root_CC=root)
+    label = METHODS["gradient"]((hidden * norms).numpy(), dense.fc1.weight.numpy(), EXPERTS, 8, 1)
+    groups = {frozenset(np.flatnonzero(label == expert).tolist()) for expert in range(EXPERTS)}
+    size = dense.fc1.out_features // EXPERTS
+    assert {frozenset(part.tolist()) for part in found.permutation.split(size)} == groups
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def test_the_stages_differ_in_what_trains() -> None:
         ("budget.reduction", "a number of more than 0 and less than 1"),
         ("budget.first_scale", "a whole number of at least 0, or null"),
         ("budget.gate_blocks", "a list of whole numbers of at least 0, or null"),
-        ("experts.clustering", "one of kmeans, weights, random"),
+        ("experts.clustering", "one of kmeans, gradient, weights, random"),
         ("benchmark.dtypes", "a list of any of fp32, bf16, fp16, 1 or more"),
         ("distill.stage2.learning_rate", "a number of more than 0"),
         ("samples", "a section with the keys per_class, seed"),
