@@ -44,7 +44,6 @@ CODE = "1"
 BASES: dict[str, tuple[str, ...]] = {
     "static": (),
     "routed": ("budget.prefix_share=0.5",),
-        "experts.clustering=gradient",
     "trained": ("distill.stage1.steps=10", "distill.stage2.steps=60", "distill.stage2.warmup=10"),
 }
 
@@ -87,6 +86,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "gate.skipped_kv=dropped",
     ),
     "trained": (
+        "gate.skipped_kv=dropped",
+        "budget.gate_keep=1.0",
         "distill.stage1.steps=0",
         "distill.stage2.optimizer=adamw",
         "distill.stage2.learning_rate=0.0003",

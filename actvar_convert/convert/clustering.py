@@ -49,7 +49,7 @@ def contributions(
 
 
 def _profiles(activations_TH: Measured, projection: int, seed: int, *, standard: bool) -> FloatArray:
-    """Centred activation profiles [H, min(projection, T)], of variance 1 each if ``standard``, by a random projection."""
+    """Centred activation profiles [H, min(projection, T)] by a random projection; ``standard``: each of variance 1."""
     tokens, neurons = activations_TH.shape
     random: FloatArray | None = None
     if projection < tokens:
