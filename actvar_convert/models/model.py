@@ -67,13 +67,22 @@ def guided_logits(
         labels_B, inputs_BLz: see ``VARTransformer.forward``.
         conditional_BLV: the predictions with the class, where they are known.
     """
-    transformer, pyramid = model.transformer, model.transformer.config.pyramid
+    transformer = model.transformer
     conditional = transformer(labels_B, inputs_BLz) if conditional_BLV is None else conditional_BLV
     unconditional = transformer(torch.full_like(labels_B, transformer.null_class), inputs_BLz)
-    scales = pyramid.scales_in(conditional.shape[1])
+    return guided_as_sampled(model, torch.cat((conditional, unconditional)))
+
+
+def guided_as_sampled(model: VARModel, logits_2BLV: Tensor) -> Tensor:
+    """Predictions [B, L, V] guided as the model samples by default, from those with and then those without the class.
+
+    Their tokens may end after any scale.
+    """
+    pyramid = model.transformer.config.pyramid
+    scales = pyramid.scales_in(logits_2BLV.shape[1])
     strengths = torch.tensor([model.sampling.strength(scale, pyramid.num_scales) for scale in range(scales)])
     strength = strengths.repeat_interleave(torch.tensor(pyramid.lengths[:scales])).unsqueeze(-1)
-    return guided(torch.cat((conditional, unconditional)), strength.to(conditional.device))
+    return guided(logits_2BLV, strength.to(logits_2BLV.device))
 
 
 class VARModel(nn.Module):

@@ -32,9 +32,9 @@ CONFIG = TransformerConfig(
 TOKENIZER = TokenizerConfig(ch=32, ch_mult=(1,), res_blocks=1, vocab=256, z_channels=8, sides=SIDES)
 
 
-def recipe(stage: str, dtype: str, trainable: str) -> Recipe:
-    stages = {name: {"steps": 0, "batch": 8} for name in STAGES}
-    stages[stage] = {"steps": 9, "batch": 8, "trainable": trainable}  # type: ignore[dict-item]
+def recipe(stage: str, dtype: str, trainable: str, guided_kl: float = 0.0) -> Recipe:
+    stages: dict[str, dict[str, object]] = {name: {"steps": 0, "batch": 8} for name in STAGES}
+    stages[stage] = {"steps": 9, "batch": 8, "trainable": trainable, "guided_kl": guided_kl}
     return Recipe.model_validate(
         {
             "name": "x",
@@ -49,17 +49,21 @@ def recipe(stage: str, dtype: str, trainable: str) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "trainable"),
+    ("stage", "dtype", "trainable", "guided_kl"),
     [
-        ("stage1", "fp32", "experts"),
-        ("stage1", "bf16", "experts"),
-        ("stage2", "fp32", "all"),
-        ("stage2", "bf16", "all"),
-        ("stage2", "bf16", "lora"),
+        ("stage1", "fp32", "experts", 0.0),
+        ("stage1", "bf16", "experts", 0.0),
+        ("stage2", "fp32", "all", 0.0),
+        ("stage2", "bf16", "all", 0.0),
+        ("stage2", "bf16", "lora", 0.0),
+        ("stage2", "fp32", "all", 1.0),
+        ("stage2", "bf16", "all", 1.0),
     ],
 )
-def test_a_step_takes_what_was_estimated(memory_watch: Any, stage: str, dtype: str, trainable: str) -> None:
-    chosen = recipe(stage, dtype, trainable)
+def test_a_step_takes_what_was_estimated(
+    memory_watch: Any, stage: str, dtype: str, trainable: str, guided_kl: float
+) -> None:
+    chosen = recipe(stage, dtype, trainable, guided_kl)
     torch.manual_seed(0)
     dense = VARTransformer(CONFIG)
     dense.initialise(torch.Generator().manual_seed(0))
