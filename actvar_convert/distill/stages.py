@@ -186,10 +186,9 @@ def stage2(
     divergence = kl_per_token(seen.logits, own.logits, recipe.temperature)
     losses = {"kl": recipe.kl * weighted_mean(divergence, weight, total)}
     if recipe.guided_kl:
-        sampled = [guided_as_sampled(teacher, logits) for logits in (seen.logits, own.logits)]
-        losses["guided_kl"] = recipe.guided_kl * weighted_mean(
-            kl_per_token(*sampled, recipe.temperature), weight, total
-        )
+        wanted, found = (guided_as_sampled(teacher, logits) for logits in (seen.logits, own.logits))
+        divergence = kl_per_token(wanted, found, recipe.temperature)
+        losses["guided_kl"] = recipe.guided_kl * weighted_mean(divergence, weight, total)
     if recipe.hidden:
         errors = [relative_error(a, b, total, weight) for a, b in zip(own.hidden[1:], seen.hidden[1:], strict=True)]
         losses["hidden"] = recipe.hidden * torch.stack(errors).mean()
