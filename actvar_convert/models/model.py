@@ -73,14 +73,18 @@ def guided_logits(
     return guided_as_sampled(model, torch.cat((conditional, unconditional)))
 
 
-def guided_as_sampled(model: VARModel, logits_2BLV: Tensor) -> Tensor:
-    """Predictions [B, L, V] guided as the model samples by default, from those with and then those without the class.
+def guided_as_sampled(model: VARModel, logits_2BLV: Tensor, sampling: Sampling | None = None) -> Tensor:
+    """Predictions [B, L, V] guided as in sampling, from those with and then those without the class.
 
-    Their tokens may end after any scale.
+    Args:
+        model: whose scales they are of; tokens may end after any scale.
+        logits_2BLV: B rows with the class, then the same without.
+        sampling: that gives the strength; by default the model's own.
     """
+    sampling = sampling or model.sampling
     pyramid = model.transformer.config.pyramid
     scales = pyramid.scales_in(logits_2BLV.shape[1])
-    strengths = torch.tensor([model.sampling.strength(scale, pyramid.num_scales) for scale in range(scales)])
+    strengths = torch.tensor([sampling.strength(scale, pyramid.num_scales) for scale in range(scales)])
     strength = strengths.repeat_interleave(torch.tensor(pyramid.lengths[:scales])).unsqueeze(-1)
     return guided(logits_2BLV, strength.to(logits_2BLV.device))
 

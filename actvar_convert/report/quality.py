@@ -137,9 +137,12 @@ def evaluate_models(
         if judge is not None and dense is not None:
             seen = _of_images(dense, generations(model, what, judge), judge, tokenizer)
         with progress.task(f"agreement of the {what}", held_out) as task, watched_routing(model) as watch:
-            agreement = compare_logits(model, teacher, tokens, pyramid_labels, task)
-        kl, top1 = agreement_quality(agreement)
-        return PlanQuality(**seen, kl=kl, agreement=top1, routing=watch.loads(model))
+            paired = model.transformer.rows_per_image > 1 and chosen.cfg > 0
+            guided = chosen if paired else None
+            found = compare_logits(model, teacher, tokens, pyramid_labels, task, guided=guided)
+        kl, top1 = agreement_quality(found)
+        guided_kl = None if found.guided_kl_NS is None else kl_quality(found.guided_kl_NS, found)
+        return PlanQuality(**seen, kl=kl, guided_kl=guided_kl, agreement=top1, routing=watch.loads(model))
 
     own = model.plan_name if isinstance(model, SparseVARModel) else None
     main = measure("sparse model" if own is not None else "model")
@@ -210,20 +213,25 @@ def held_out_pyramids(
 
 def agreement_quality(found: LogitsAgreement) -> tuple[KLQuality, AgreementQuality]:
     """KL and top-1 agreement over all tokens, with standard errors over the pyramids."""
-    kl, top1 = found.per_token(found.kl_NS), found.per_token(found.top1_NS)
-    root = len(kl) ** 0.5
+    top1 = found.per_token(found.top1_NS)
     return (
-        KLQuality(
-            mean=float(kl.mean()),
-            per_scale=tuple(found.kl_NS.mean(0).tolist()),
-            standard_error=float(kl.std() / root),
-            pyramids=len(kl),
-        ),
+        kl_quality(found.kl_NS, found),
         AgreementQuality(
             top1=float(top1.mean()),
             per_scale=tuple(found.top1_NS.mean(0).tolist()),
-            standard_error=float(top1.std() / root),
+            standard_error=float(top1.std() / len(top1) ** 0.5),
         ),
+    )
+
+
+def kl_quality(kl_NS: Tensor, found: LogitsAgreement) -> KLQuality:
+    """One of the KL of an agreement over all tokens, with its standard error over the pyramids."""
+    kl = found.per_token(kl_NS)
+    return KLQuality(
+        mean=float(kl.mean()),
+        per_scale=tuple(kl_NS.mean(0).tolist()),
+        standard_error=float(kl.std() / len(kl) ** 0.5),
+        pyramids=len(kl),
     )
 
 

@@ -64,7 +64,8 @@ class AgreementQuality(_Value):
 
 
 class RoutingLoad(_Value):
-    """What the router of one block chose at one scale, over the computed tokens of the held-out pyramids."""
+    """What the router of one block chose at one scale, over the computed tokens of the held-out pyramids, each of which
+    runs with its class and, where guided predictions are compared, without."""
 
     block: int
     scale: int
@@ -86,6 +87,11 @@ class PlanQuality(_Value):
         None, description="share of images classified as their label; None also where the extractor knows other classes"
     )
     kl: KLQuality
+    guided_kl: KLQuality | None = Field(
+        None,
+        description="of guided predictions, which images are drawn from; None where nothing is guided or guidance is "
+        "folded in, and in older reports",
+    )
     agreement: AgreementQuality
     routing: tuple[RoutingLoad, ...] = Field((), description="by block and scale; empty where nothing is routed")
 

@@ -121,9 +121,10 @@ def quality_notes(quality: QualityReport) -> list[str]:
             f"FID changes by {100 * fid.increase:+.2f} % with a standard error of {100 * fid.noise:.2f} percentage "
             "points.",
         ]
+    guided = "" if quality.guided_kl is None else f", of guided predictions {quality.guided_kl.mean:.4f},"
     notes.append(
-        f"KL to the dense model {quality.kl.mean:.4f} nats per token on {quality.kl.pyramids} held-out pyramids; "
-        f"the likeliest token is the same for {share(quality.agreement.top1)}."
+        f"KL to the dense model {quality.kl.mean:.4f} nats per token{guided} on {quality.kl.pyramids} held-out "
+        f"pyramids; the likeliest token is the same for {share(quality.agreement.top1)}."
     )
     if fid is not None and fid.tokenizer is not None:
         notes.append(f"FID of the tokenizer's reconstructions: {fid.tokenizer:.3f}.")

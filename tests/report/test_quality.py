@@ -22,6 +22,7 @@ from actvar_convert.report.features import ClassifierExtractor, state_fingerprin
 from actvar_convert.report.generation import balanced_labels, chunks, model_fingerprint
 from actvar_convert.report.quality import evaluate_models
 from actvar_convert.report.quality_report import QualityReport, load_quality
+from actvar_convert.report.wording import quality_notes
 
 IMAGES, BATCH, HELD_OUT = 40, 8, 12
 
@@ -129,6 +130,31 @@ def test_agreement_is_the_definition(tiny_model: VARModel, other: VARModel, extr
         assert report.kl.per_scale[scale] == pytest.approx(float(kl[:, part].mean()), rel=1e-4)
         assert report.agreement.per_scale[scale] == pytest.approx(float(same[:, part].mean()))
     assert report.kl.standard_error == pytest.approx(float(kl.mean(1).std()) / HELD_OUT**0.5, rel=1e-4)
+
+
+def test_guided_predictions_are_compared_as_they_are_sampled(
+    tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor
+) -> None:
+    """With the strength of this evaluation's sampling, not the model's own; not where nothing is guided."""
+    sampling = tiny_model.sampling._replace(cfg=3.0)
+    report = evaluate(other, tiny_model, extractor, sampling=sampling)
+    labels = balanced_labels(HELD_OUT, 5)
+    tokens = tiny_model.generate_tokens(labels, seed=HELD_OUT_SEED, chunk=BATCH, cfg=3.0)
+    lengths = tiny_model.transformer.config.pyramid.lengths
+    strength = torch.cat([torch.full((n, 1), 3.0 * scale / (len(lengths) - 1)) for scale, n in enumerate(lengths)])
+    with torch.inference_mode():
+        inputs = tiny_model.teacher_forcing_input(tokens)
+        p, q = (
+            (1 + strength) * m.transformer(labels, inputs).double()
+            - strength * m.transformer(torch.full_like(labels, 5), inputs).double()
+            for m in (tiny_model, other)
+        )
+    kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    assert report.guided_kl is not None
+    assert report.guided_kl.mean == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert report.guided_kl.mean != pytest.approx(report.kl.mean, rel=1e-2)
+    assert f"of guided predictions {report.guided_kl.mean:.4f}" in " ".join(quality_notes(report))
+    assert evaluate(other, tiny_model, extractor, sampling=sampling._replace(cfg=0.0)).guided_kl is None
 
 
 def test_chunks_are_those_of_one_call(tiny_model: VARModel) -> None:

@@ -24,7 +24,8 @@ def report(tiny_sparse: SparseVARModel, tiny_model: VARModel) -> QualityReport:
 def test_every_choice_is_counted_once(report: QualityReport, tiny_sparse: SparseVARModel) -> None:
     assert [(each.block, each.scale) for each in report.routing] == [(0, 2), (0, 3), (1, 2), (1, 3)]
     for each in report.routing:
-        assert each.tokens == 6 * (9 if each.scale == 2 else 8), "the gate computes half of the last scale"
+        rows = 2 * 6  # with the class and without
+        assert each.tokens == rows * (9 if each.scale == 2 else 8), "the gate computes half of the last scale"
         assert len(each.load) == 6 and sum(each.load) == pytest.approx(2)
         assert each.active == pytest.approx(2) and each.planned == 2
         assert 0 < each.balance <= 1
