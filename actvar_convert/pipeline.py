@@ -315,8 +315,11 @@ def distill(
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(folder, fingerprint)
     work.mkdir(parents=True, exist_ok=True)
-    path = _data_path(work, fingerprint[:12])
-    store = distillation_store(teacher, chosen, path=path, progress=progress, processes=processes)
+    if chosen.distill.stage1.steps or chosen.distill.stage2.steps:
+        path = _data_path(work, fingerprint[:12])
+        store = distillation_store(teacher, chosen, path=path, progress=progress, processes=processes)
+    else:
+        store = TokenStore(torch.empty(0, teacher.transformer.config.pyramid.total), torch.empty(0))
     log = MetricsLog(work / "metrics.jsonl") if processes.main else None
     with log or nullcontext():
         distill_model(

@@ -111,6 +111,19 @@ def test_a_finished_distillation_is_found_and_leaves_nothing_beside_it(tiny_mode
     assert progress.heard and not progress.said
 
 
+def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: VARModel, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(TINY | {"distill": {stage: {"steps": 0} for stage in ("stage1", "stage2")}})
+    start = av.convert(tiny_model, recipe=recipe)
+    before = {name: tensor.clone() for name, tensor in start.transformer.state_dict().items()}
+    progress = Listener()
+    model = av.distill(start, teacher=tiny_model, recipe=recipe, out=tmp_path / "out", progress=progress)
+    assert [(task, total) for task, total, _ in progress.heard] == [
+        ("distilling, stage1", 0),
+        ("distilling, stage2", 0),
+    ]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.transformer.state_dict().items())
+
+
 def test_an_interrupted_conversion_goes_on_from_what_is_kept(tiny_model: VARModel, tmp_path: Path) -> None:
     budget = {"search": "sensitivity", "reduction": 0.1, "pyramids": 4}
     recipe = Recipe.model_validate(TINY | {"budget": budget, "calibration": {"pyramids": 6, "batch": 2}})

@@ -245,10 +245,10 @@ def require_memory(estimate: MemoryEstimate, device: torch.device | None = None)
     if estimate.total <= free:
         return
     where = f"of the memory of {device}" if device is not None and device.type == "cuda" else "of memory"
+    lower = f"Lower {' or '.join(estimate.lower)} in the recipe (--set), or use" if estimate.lower else "Use"
     parts = sorted(estimate.parts.items(), key=lambda part: -part[1])
     raise InputError(
         f"{estimate.work} needs about {memory_text(estimate.total)} {where} ({estimate.phase}), and "
-        f"{memory_text(free)} are free. Lower {' or '.join(estimate.lower)} in the recipe (--set), or use a larger "
-        "machine. The largest parts:",
+        f"{memory_text(free)} are free. {lower} a larger machine. The largest parts:",
         [f"{name}: {memory_text(size)}" for name, size in parts[:4] if size],
     )

@@ -50,8 +50,8 @@ def estimate_distill(
     With W_t and W_s the numbers of teacher and student, T those that a stage trains, B its batch, L tokens, D blocks, C
     width, V codes:
 
-    - sampling (where data come from the teacher): 4 (W_t + W_s), 2 W_t more where the recipe draws in half precision,
-      and ``sampling_memory``.
+    - sampling (where something is trained, on data from the teacher): 4 (W_t + W_s), 2 W_t more where the recipe draws
+      in half precision, and ``sampling_memory``.
     - a stage: weights 4 (W_t + W_s), in half precision 2 W_s more for the copies that autocast keeps, with low-rank
       updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps
       (counted for Muon too, whose matrices need half of it); averaged weights 4 T where the recipe has ``ema``;
@@ -76,7 +76,9 @@ def estimate_distill(
         student = SparseVARTransformer(config, plans, default)
     numbers = sum(tensor.numel() for tensor in student.state_dict().values())
     weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
-    phases = [_data_phase("distill", config, tokenizer, recipe, weights, numbers, device)]
+    phases = [MemoryEstimate("distill", "nothing", weights, ())]
+    if recipe.distill.stage1.steps or recipe.distill.stage2.steps:
+        phases.append(_data_phase("distill", config, tokenizer, recipe, weights, numbers, device))
     for name, stage, table in (("stage1", recipe.distill.stage1, _LOCAL), ("stage2", recipe.distill.stage2, _JOINT)):
         if stage.steps:
             own = stage.model_copy(update={"batch": -(-stage.batch // processes)})

@@ -129,7 +129,8 @@ def test_d36_on_one_gpu_as_its_recipe_says() -> None:
 @pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
 def test_large_batches_of_samples_cost_what_is_under_way_at_once(dtype: str, itemsize: int) -> None:
     config, tokenizer = official_config("var-d36")
-    settings = ["data.batch=64", f"data.dtype={dtype}", "distill.stage1.steps=0", "distill.stage2.steps=0"]
+    settings = ["data.batch=64", f"data.dtype={dtype}", "distill.stage2.steps=0"]
+    settings += [f"distill.stage1.{setting}" for setting in ("steps=1", "batch=1", "trainable=none")]
     estimate = estimate_distill(config, tokenizer, load_recipe("var_d36", settings), device="cuda")
     assert estimate.phase == "sampling from the teacher" and estimate.lower == ("data.batch",)
     under_way = images_at_once(config, tokenizer, itemsize, "cuda")
@@ -137,6 +138,12 @@ def test_large_batches_of_samples_cost_what_is_under_way_at_once(dtype: str, ite
     assert estimate.parts["keys and values"] == 2 * 36 * 2 * under_way * 2240 * 2304 * itemsize
     copied = estimate.parts["weights in half precision"]
     assert copied == (0 if itemsize == 4 else (estimate.parts["weights of teacher and student"] // 4))
+
+
+def test_no_pyramids_are_drawn_where_nothing_is_trained() -> None:
+    settings = ["distill.stage1.steps=0", "distill.stage2.steps=0"]
+    estimate = estimate_distill(CONFIG, TOKENIZER, load_recipe(recipe("stage1", "fp32", "experts"), settings))
+    assert estimate.parts.keys() == {"program", "weights of teacher and student"} and estimate.lower == ()
 
 
 def test_a_student_that_draws_pyramids_is_priced() -> None:
