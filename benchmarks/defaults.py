@@ -83,10 +83,10 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "gate.reconstruction=low_rank",
         "gate.rank=4",
         "gate.rank=64",
-        "gate.skipped_kv=dropped",
+        "gate.skipped_kv=computed",
     ),
     "trained": (
-        "gate.skipped_kv=dropped",
+        "gate.skipped_kv=computed",
         "budget.gate_keep=1.0",
         "distill.stage1.steps=0",
         "distill.stage2.optimizer=adamw",

@@ -86,7 +86,7 @@ class GateRecipe(Section):
     )
     rank: int = Field(16, ge=0, description="rank of the low-rank map of the reconstruction")
     skipped_kv: Literal["computed", "dropped"] = Field(
-        "computed", description="keys and values of skipped tokens: computed from their input, or left out"
+        "dropped", description="keys and values of skipped tokens: computed from their input, or left out"
     )
 
 

@@ -100,13 +100,14 @@ def test_a_plan_for_another_depth_is_named_with_its_path() -> None:
 
 
 def test_settings_that_plans_overrule_are_named() -> None:
-    plan = SparsityPlan.dense(TINY, experts=16).model_copy(update={"neighbourhood": 2, "reconstruction_rank": 8})
-    sections = {"experts": {"neighbourhood": 3, "router_width": 4}, "gate": {"rank": 4, "skipped_kv": "dropped"}}
+    stated = {"neighbourhood": 2, "reconstruction_rank": 8, "skipped_kv": "dropped"}
+    plan = SparsityPlan.dense(TINY, experts=16).model_copy(update=stated)
+    sections = {"experts": {"neighbourhood": 3, "router_width": 4}, "gate": {"rank": 4, "skipped_kv": "computed"}}
     assert problems_for(recipe(**sections), TINY) == []
     assert problems_for(recipe(**sections, plans={"a": plan.model_dump()}), TINY) == [
         "experts.neighbourhood: given 3, but the plans say 2, and they decide; leave it out",
         "experts.router_width: given 4, but the plans say 0, and they decide; leave it out",
-        "gate.skipped_kv: given dropped, but the plans say computed, and they decide; leave it out",
+        "gate.skipped_kv: given computed, but the plans say dropped, and they decide; leave it out",
         "gate.rank: given 4, but the plans say 8, and they decide; leave it out",
     ]
     same = {"experts": {"neighbourhood": 2}, "gate": {"rank": 8}}
