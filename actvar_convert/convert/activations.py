@@ -43,11 +43,13 @@ class States(NamedTuple):
     Attributes:
         before: [B, L - begin, C] at the block's input, from position ``begin`` of the sequence on.
         after: [B, L, C] at its output.
+        modulation: [B, 6, C] of its adaptive norms; None where only the states are known.
     """
 
     begin: int
     before: Tensor
     after: Tensor
+    modulation: Tensor | None = None
 
     def at(self, part: slice) -> tuple[Tensor, Tensor]:
         """Input and output [B, L_s, C] of the tokens at ``part`` of the sequence."""
@@ -183,10 +185,12 @@ def _record_block(
     try:
         for number, condition in enumerate(conditions):
             x = states[number]
-            states[number] = block(x, block.modulation(*condition), span, mask)
+            modulation = block.modulation(*condition)
+            states[number] = block(x, modulation, span, mask)
             if wanted.states_from is not None:
                 begin = pyramid.begins[wanted.states_from]
-                record.states.append(States(begin, x[:, begin:].clone() if begin else x, states[number]))
+                before = x[:, begin:].clone() if begin else x
+                record.states.append(States(begin, before, states[number], modulation))
             samples.add(seen.pop(), first, pyramid)
             first += len(x)
             if number % TRIM_EVERY == TRIM_EVERY - 1:

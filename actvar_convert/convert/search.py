@@ -173,7 +173,8 @@ def measure_sensitivity(
 
     def wanted(block: int) -> Wanted:
         gated = gates(block)
-        return Wanted(frozenset(scales), max(0, min(gated) - 1) if gated else None)
+        begin = 0 if recipe.gate.skipped_kv == "dropped" else max(0, min(gated, default=0) - 1)
+        return Wanted(frozenset(scales), begin if gated else None)
 
     found = []
     for block, record in record_blocks(
@@ -198,7 +199,7 @@ def measure_sensitivity(
             pyramid=pyramid,
             seed=recipe.seed,
         )
-        skipping = gate_damage(record, own.block, recipe.gate, keeps=gates(record.index), pyramid=pyramid)
+        skipping = gate_damage(block, record, own.block, recipe.gate, keeps=gates(record.index), pyramid=pyramid)
         found.append(BlockSensitivity(partition, damage, skipping))
         del record
         release_pages(block.state_dict().values())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actvar_convert.convert.activations import BlockRecord
+from actvar_convert.convert.activations import BlockRecord, States
 from actvar_convert.convert.budget import Choice
 from actvar_convert.convert.experts import Partition, partition_neurons, squared_sizes
 from actvar_convert.convert.fisher import OutputMetric
@@ -23,7 +23,7 @@ from actvar_convert.models.config import TokenPyramid
 from actvar_convert.models.experts import share_scores
 from actvar_convert.models.gate import Reconstruction, TokenGate
 from actvar_convert.models.plan import kept_tokens
-from actvar_convert.models.var import FFN
+from actvar_convert.models.var import FFN, Block
 from actvar_convert.recipe.schema import ExpertsRecipe, GateRecipe
 
 TOKENS = 512
@@ -109,6 +109,7 @@ def expert_damage(
 
 @torch.no_grad()
 def gate_damage(
+    block: Block,
     record: BlockRecord,
     metric: OutputMetric,
     recipe: GateRecipe,
@@ -118,10 +119,15 @@ def gate_damage(
 ) -> dict[int, dict[float, float]]:
     """The damage of skipping tokens by scale and keep ratio, with gate and reconstruction as the conversion fits them.
 
+    That is what reconstructions miss of the skipped tokens' outputs, and, where keys and values of skipped tokens are
+    dropped, what those who would attend to them miss.
+
     Args:
-        record: with the states of all scales in ``keeps`` and of the one before the first.
+        block: dense.
+        record: with the states of all scales in ``keeps`` and of the one before the first; where keys and values are
+            dropped, of all scales.
         metric: at the block's output.
-        recipe: kind of reconstruction and its rank.
+        recipe: kind of reconstruction and its rank, and what becomes of keys and values.
         keeps: keep ratios to try at each scale; empty: nothing is fitted.
         pyramid: of the model.
     """
@@ -136,6 +142,7 @@ def gate_damage(
     for scale, ratios in keeps.items():
         length = pyramid.lengths[scale]
         lost = like.new_zeros(length, dtype=torch.float64)
+        context = dict.fromkeys(ratios, 0.0)
         pyramids = 0
         for states in record.states:
             before, after = states.at(pyramid.slice(scale))
@@ -143,11 +150,54 @@ def gate_damage(
             error_BL = (missing.float() @ metric.root).square().sum(-1)
             order_BL = gate(before).argsort(dim=1, descending=True, stable=True)
             lost += error_BL.gather(1, order_BL).sum(0, dtype=torch.float64)
+            if recipe.skipped_kv == "dropped":
+                for keep in ratios:
+                    context[keep] += _missed_context(block, states, order_BL, keep, metric, scale, pyramid)
             pyramids += len(before)
         after_first = 0.5 * float(metric.scales[scale]) / pyramids * lost.flip(0).cumsum(0).flip(0)
         totals = [*after_first.tolist(), 0.0]
-        damage[scale] = {keep: totals[kept_tokens(keep, length)] for keep in ratios}
+        damage[scale] = {keep: totals[kept_tokens(keep, length)] + context[keep] / pyramids for keep in ratios}
     return damage
+
+
+def _missed_context(
+    block: Block,
+    states: States,
+    order_BL: Tensor,
+    keep: float,
+    metric: OutputMetric,
+    scale: int,
+    pyramid: TokenPyramid,
+) -> float:
+    """Nats of KL, summed over a batch, for attention without the keys and values of the tokens that a scale skips.
+
+    It counts for the tokens of that scale that are kept and for all after it. What an FFN makes of the difference, and
+    that later tokens may be skipped themselves, is left out.
+
+    Args:
+        order_BL: tokens of the scale, the first to keep first.
+        keep: share of them that is computed.
+    """
+    assert states.modulation is not None and states.begin == 0
+    part = pyramid.slice(scale)
+    skipped_BM = order_BL[:, kept_tokens(keep, pyramid.lengths[scale]) :]
+    if not skipped_BM.shape[1]:
+        return 0.0
+    gate1, _, scale1, _, shift1, _ = states.modulation.unbind(1)
+    q, k, v = block.attn.query_key_value(block.norm(states.before, scale1, shift1))
+    q = q[:, :, part.start :]
+    level = torch.repeat_interleave(
+        torch.arange(pyramid.num_scales, device=q.device), torch.tensor(pyramid.lengths, device=q.device)
+    )
+    everything = level[part.start :].unsqueeze(1) >= level.unsqueeze(0)
+    seen = everything.repeat(len(q), 1, 1)
+    rows = torch.arange(len(q), device=q.device).unsqueeze(1)
+    seen.transpose(1, 2)[rows, part.start + skipped_BM] = False
+    missed = block.attn.attend(q, k, v, seen.unsqueeze(1)) - block.attn.attend(q, k, v, everything)
+    error_BL = ((missed * gate1.unsqueeze(1)).float() @ metric.root).square().sum(-1)
+    error_BL *= metric.scales.to(error_BL)[level[part.start :]]
+    error_BL[rows, skipped_BM] = 0.0
+    return 0.5 * float(error_BL.sum(dtype=torch.float64))
 
 
 def _errors(outputs_TEC: Tensor, score_TE: Tensor, tried: Sequence[Choice], inactive: str) -> list[float]:

@@ -57,7 +57,6 @@ def estimate_distill(
       (counted for Muon too, whose matrices need half of it); averaged weights 4 T where the recipe has ``ema``;
       activations B L (a D C + h V + r C), with a, h, r bytes as in this file: in stage 2 every block keeps about 28 C
       numbers per token for its backward pass.
-      With ``guided_kl`` B counts every pyramid twice.
     - sampling from the student in a stage (``on_policy``): the same, ``sampling_memory`` in place of activations. On a
       CPU, in fp32, the copies that sampling makes of the FFNs' second layers stay: 4 D H C, with H hidden neurons.
 
@@ -182,8 +181,7 @@ def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> 
 
 
 def _forward(config: TransformerConfig, stage: StageRecipe, per_token: _Activations) -> dict[str, int]:
-    rows = stage.batch * (2 if stage.guided_kl else 1)
-    tokens = rows * config.pyramid.total
+    tokens = stage.batch * config.pyramid.total
     return {
         "activations": tokens * config.width * (per_token.block * config.depth + per_token.rest),
         "logits": tokens * config.vocab * per_token.head,

@@ -26,7 +26,7 @@ from actvar_convert.distill.losses import Total, alone, kl_per_token, regression
 from actvar_convert.distill.sharding import gathered
 from actvar_convert.distill.traces import Trace, trace
 from actvar_convert.models.config import TokenPyramid
-from actvar_convert.models.model import VARModel, guided_as_sampled, guided_logits
+from actvar_convert.models.model import VARModel, guided_logits
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import Span
@@ -166,13 +166,9 @@ def stage2(
 ) -> Losses:
     """KL on logits per scale, hidden-state error, and the regression of the gates (and of routers that train).
 
-    Where the student's guidance is folded, its predictions are compared with the teacher's guided ones. With a weight
-    for ``guided_kl`` all losses see every pyramid twice, with its class and without.
+    Where the student's guidance is folded, its predictions are compared with the teacher's guided ones.
     """
     inputs = teacher.teacher_forcing_input(tokens_BL)
-    if recipe.guided_kl:
-        labels_B = torch.cat((labels_B, torch.full_like(labels_B, teacher.transformer.null_class)))
-        inputs = inputs.repeat(2, 1, 1)
     with torch.no_grad():
         seen = trace(
             teacher.transformer, labels_B, inputs, ffn=recipe.router == "regress" and bool(recipe.router_loss)
@@ -185,10 +181,6 @@ def stage2(
     weight = token_weights(recipe, model.transformer.config.pyramid, scales, tokens_BL.device)
     divergence = kl_per_token(seen.logits, own.logits, recipe.temperature)
     losses = {"kl": recipe.kl * weighted_mean(divergence, weight, total)}
-    if recipe.guided_kl:
-        wanted, found = (guided_as_sampled(teacher, logits) for logits in (seen.logits, own.logits))
-        divergence = kl_per_token(wanted, found, recipe.temperature)
-        losses["guided_kl"] = recipe.guided_kl * weighted_mean(divergence, weight, total)
     if recipe.hidden:
         errors = [relative_error(a, b, total, weight) for a, b in zip(own.hidden[1:], seen.hidden[1:], strict=True)]
         losses["hidden"] = recipe.hidden * torch.stack(errors).mean()

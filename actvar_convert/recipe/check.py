@@ -62,11 +62,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"{given}: given folded, allowed: paired where distill.stage2 has 0 steps or kl 0; it is what teaches a "
             "model to guide itself"
         )
-    if (folded or searched) and joint.steps and joint.guided_kl:
-        yield (
-            f"distill.stage2.guided_kl: given {joint.guided_kl:g}, allowed: 0 where {given} is folded; kl is that of "
-            "guided predictions there"
-        )
     if recipe.plans is not None and recipe.default_plan is not None and recipe.default_plan not in recipe.plans:
         yield f"default_plan: given {recipe.default_plan!r}, allowed: one of {', '.join(recipe.plans)}"
     for name, stage in _stages(recipe):
@@ -98,8 +93,8 @@ def _idle(name: str, stage: StageRecipe) -> Iterator[str]:
         return
     if stage.trainable == "none" and stage.router == "frozen" and stage.gate == "frozen":
         yield f"{name}: trains nothing; set trainable, router or gate, or steps to 0"
-    if not any((stage.kl, stage.guided_kl, stage.hidden, stage.output, stage.router_loss, stage.gate_loss)):
-        yield f"{name}: all losses have weight 0; give kl, guided_kl, hidden, output, router_loss or gate_loss a weight"
+    if not any((stage.kl, stage.hidden, stage.output, stage.router_loss, stage.gate_loss)):
+        yield f"{name}: all losses have weight 0; give kl, hidden, output, router_loss or gate_loss a weight"
     if stage.router == "regress" and not stage.router_loss:
         yield f"{name}.router_loss: given 0, allowed: more than 0 where {name}.router is regress"
 
@@ -109,7 +104,7 @@ def _unused(name: str, stage: StageRecipe) -> Iterator[str]:
     if stage.steps == 0:
         return
     local = isinstance(stage, RouterStage)
-    for loss in ("kl", "guided_kl", "hidden", "gate_loss") if local else ("output",):
+    for loss in ("kl", "hidden", "gate_loss") if local else ("output",):
         if getattr(stage, loss):
             what = "a loss of stage 2, end to end" if local else "a loss of stage 1, every FFN apart"
             yield f"{name}.{loss}: given {getattr(stage, loss):g}, allowed: 0; it weighs {what}"

@@ -164,14 +164,6 @@ RouterMode = Annotated[
 ]
 GateMode = Annotated[Literal["frozen", "train"], Field(description="gates and reconstruction stay still, or train")]
 KlWeight = Annotated[float, Field(ge=0, description="weight of KL(teacher to student) on the logits, nats per token")]
-GuidedWeight = Annotated[
-    float,
-    Field(
-        ge=0,
-        description="weight of the KL between guided predictions, which are what is sampled; every pyramid then runs "
-        "with its class and without, which doubles a step's cost",
-    ),
-]
 HiddenWeight = Annotated[float, Field(ge=0, description="weight of the relative error of the hidden state")]
 OutputWeight = Annotated[float, Field(ge=0, description="weight of the relative error of every FFN's output")]
 RouterWeight = Annotated[float, Field(ge=0, description="weight of the routers' regression")]
@@ -202,7 +194,6 @@ class StageRecipe(Section):
         "the student's forward pass",
     )
     kl: KlWeight = 0.0
-    guided_kl: GuidedWeight = 0.0
     hidden: HiddenWeight = 0.0
     output: OutputWeight = 0.0
     router_loss: RouterWeight = 0.0

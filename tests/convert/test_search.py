@@ -2,12 +2,13 @@
 
 import itertools
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from actvar_convert.convert.activations import NULL_SHARE, calibration_labels
+from actvar_convert.convert.activations import NULL_SHARE, Wanted, calibration_labels, record_blocks
 from actvar_convert.convert.budget import Choice, recipe_plans, reduction, uniform_plan
 from actvar_convert.convert.converter import convert_model
 from actvar_convert.convert.experts import Partition
@@ -21,7 +22,7 @@ from actvar_convert.convert.search import (
     search_steps,
     setting_price,
 )
-from actvar_convert.convert.sensitivity import BlockSensitivity, choices
+from actvar_convert.convert.sensitivity import BlockSensitivity, choices, gate_damage
 from actvar_convert.distill.losses import kl_per_token
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.model import VARModel
@@ -307,21 +308,48 @@ def test_a_price_by_the_clock_routes_less(
     assert routed["clock"] < routed["flops"]
 
 
+@pytest.mark.parametrize(
+    ("skipped_kv", "scale", "error"),
+    [("computed", 3, 1e-3), ("computed", 2, 1e-3), ("dropped", 3, 0.1), ("dropped", 2, 0.1)],
+)
 def test_the_damage_of_a_gate_is_that_of_the_converted_block(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: VARModel,
+    calibration: tuple[torch.Tensor, torch.Tensor],
+    skipped_kv: Literal["computed", "dropped"],
+    scale: int,
+    error: float,
 ) -> None:
-    """Only the gate of block 1 at the last scale is sparse: its real error in the block's metric, and the plan's."""
+    """Only the gate of block 1 at one scale is sparse: its real error in the block's metric, and the plan's.
+
+    Without keys and values what the FFN makes of the difference is not in the estimate.
+    """
     config, chosen = (
         tiny_model.transformer.config,
-        recipe(budget=BudgetRecipe(reduction=0.02, gate_keep=0.5, gate_blocks=(1,)), gate=GateRecipe(rank=4)),
+        recipe(
+            budget=BudgetRecipe(reduction=0.02, gate_keep=0.5, gate_blocks=(1,), gate_scales=4 - scale),
+            gate=GateRecipe(rank=4, skipped_kv=skipped_kv),
+        ),
     )
     sensitivity = measure_sensitivity(tiny_model, chosen, *calibration)[1]
     metric = output_metrics(tiny_model, *calibration, batch=8, seed=0)[1].block
-    assert set(sensitivity.skipping) == {3} and sensitivity.skipping[3][1.0] == 0
-    rising = [sensitivity.skipping[3][keep] for keep in keep_levels(chosen)]
+    assert set(sensitivity.skipping) == {*range(scale, 4)} and sensitivity.skipping[scale][1.0] == 0
+    rising = [sensitivity.skipping[scale][keep] for keep in keep_levels(chosen)]
     assert rising == sorted(rising) and rising[-1] > 0
-    block = BlockPlan(prefix=(8,) * 4, routed=(0,) * 4, keep=(1, 1, 1, 0.5))
-    plan = SparsityPlan(experts=8, blocks=(SparsityPlan.dense(config, 8).blocks[0], block), reconstruction_rank=4)
+    everything = Wanted(frozenset(), 0)
+    recorded = record_blocks(
+        tiny_model, *calibration, wanted=lambda _: everything, batch=8, tokens_per_scale=8, seed=0
+    )
+    expected = [
+        gate_damage(own, record, metric, chosen.gate, keeps={scale: [0.5]}, pyramid=config.pyramid)
+        for own, record in recorded
+    ][1][scale][0.5]
+    block = BlockPlan(prefix=(8,) * 4, routed=(0,) * 4, keep=tuple(0.5 if s == scale else 1.0 for s in range(4)))
+    plan = SparsityPlan(
+        experts=8,
+        blocks=(SparsityPlan.dense(config, 8).blocks[0], block),
+        reconstruction_rank=4,
+        skipped_kv=skipped_kv,
+    )
     sparse = convert_model(tiny_model, {"plan": plan}, "plan", chosen, *calibration)
     tokens, labels = calibration
     outputs = []
@@ -329,9 +357,14 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
         handle = model.transformer.layers[1].register_forward_hook(lambda _, args, out: outputs.append(out))
         model.transformer(calibration_labels(labels, 5), tiny_model.teacher_forcing_input(tokens))
         handle.remove()
-    part, length = config.pyramid.slice(3), config.pyramid.lengths[3]
-    measured = float(metric.damage((outputs[1] - outputs[0])[:, part].flatten(0, 1), 3, length))
-    assert sensitivity.skipping[3][0.5] == pytest.approx(measured, rel=1e-3)
+    missed = outputs[1] - outputs[0]
+    pyramid = config.pyramid
+    measured = sum(
+        float(metric.damage(missed[:, pyramid.slice(s)].flatten(0, 1), s, pyramid.lengths[s])) for s in range(scale, 4)
+    )
+    assert expected == pytest.approx(measured, rel=error)
+    if scale == 3:
+        assert sensitivity.skipping[3][0.5] == pytest.approx(expected)
 
 
 def test_a_search_may_skip_tokens(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -90,28 +90,3 @@ def test_losses_of_a_prefix_by_the_weights_of_its_scales(
     assert local.keys() == {"output", "router"} and local["output"] > 0
     nothing = JointStage(scale_weights=(0, 0, 0, 1))
     assert STAGES["stage2"].objective(tiny_sparse, tiny_model, nothing, tokens[:, :1], LABELS)["kl"] == 0
-
-
-def test_the_kl_of_guided_predictions_is_that_of_what_is_sampled(
-    tiny_model: VARModel, tiny_sparse: SparseVARModel, tokens: torch.Tensor
-) -> None:
-    """By hand from both halves; the other losses see both, and a part of a pyramid has the strengths of its scales."""
-    ends, null = tiny_model.transformer.config.pyramid.ends, tiny_model.transformer.null_class
-    chosen = JointStage(guided_kl=2.0)
-    nothing = torch.full_like(LABELS, null)
-    for scales in (4, 3):
-        seen = tokens[:, : ends[scales - 2]] if scales < 4 else tokens
-        inputs = tiny_model.teacher_forcing_input(seen)
-        with torch.no_grad():
-            losses = STAGES["stage2"].objective(tiny_sparse, tiny_model, chosen, seen, LABELS)
-            halves = [
-                (tiny_model.transformer(labels, inputs), tiny_sparse.transformer(labels, inputs))
-                for labels in (LABELS, nothing)
-            ]
-            strength = torch.cat(
-                [torch.full((length, 1), tiny_model.sampling.cfg * s / 3) for s, length in enumerate((1, 4, 9, 16))]
-            )[: ends[scales - 1]]
-            guided = [(1 + strength) * own - strength * other for own, other in zip(*halves, strict=True)]
-        torch.testing.assert_close(losses["guided_kl"], 2 * kl_per_token(*guided).mean())
-        torch.testing.assert_close(losses["kl"], torch.stack([kl_per_token(*half).mean() for half in halves]).mean())
-    assert "guided_kl" not in STAGES["stage2"].objective(tiny_sparse, tiny_model, JointStage(), tokens, LABELS)

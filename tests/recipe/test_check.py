@@ -34,11 +34,6 @@ def test_the_defaults_fit() -> None:
         ),
         ({"evaluate": {"seeds": [1, 0, 1]}}, "evaluate.seeds: given [1, 0, 1], allowed: every seed once"),
         ({"distill": {"stage1": {"kl": 1.5}}}, "distill.stage1.kl: given 1.5, allowed: 0; it weighs a loss of stage 2"),
-        ({"distill": {"stage1": {"guided_kl": 1}}}, "distill.stage1.guided_kl: given 1, allowed: 0; it weighs a loss"),
-        (
-            {"budget": {"guidance": "folded"}, "distill": {"stage2": {"guided_kl": 1}}},
-            "distill.stage2.guided_kl: given 1, allowed: 0 where budget.guidance is folded",
-        ),
         ({"distill": {"stage1": {"gate": "train"}}}, "distill.stage1.gate: given train, allowed: frozen"),
         ({"distill": {"stage2": {"output": 1}}}, "distill.stage2.output: given 1, allowed: 0; it weighs a loss of"),
         ({"checks": {}}, "checks: no limit given"),
