@@ -142,7 +142,7 @@ def gate_damage(
     for scale, ratios in keeps.items():
         length = pyramid.lengths[scale]
         lost = like.new_zeros(length, dtype=torch.float64)
-        context = dict.fromkeys(ratios, 0.0)
+        context = [0.0] * len(ratios)
         pyramids = 0
         for states in record.states:
             before, after = states.at(pyramid.slice(scale))
@@ -151,12 +151,15 @@ def gate_damage(
             order_BL = gate(before).argsort(dim=1, descending=True, stable=True)
             lost += error_BL.gather(1, order_BL).sum(0, dtype=torch.float64)
             if recipe.skipped_kv == "dropped":
-                for keep in ratios:
-                    context[keep] += _missed_context(block, states, order_BL, keep, metric, scale, pyramid)
+                missed = _missed_context(block, states, order_BL, ratios, metric, scale, pyramid)
+                context = [sum(pair) for pair in zip(context, missed, strict=True)]
             pyramids += len(before)
         after_first = 0.5 * float(metric.scales[scale]) / pyramids * lost.flip(0).cumsum(0).flip(0)
         totals = [*after_first.tolist(), 0.0]
-        damage[scale] = {keep: totals[kept_tokens(keep, length)] + context[keep] / pyramids for keep in ratios}
+        damage[scale] = {
+            keep: totals[kept_tokens(keep, length)] + missed / pyramids
+            for keep, missed in zip(ratios, context, strict=True)
+        }
     return damage
 
 
@@ -164,11 +167,11 @@ def _missed_context(
     block: Block,
     states: States,
     order_BL: Tensor,
-    keep: float,
+    ratios: Sequence[float],
     metric: OutputMetric,
     scale: int,
     pyramid: TokenPyramid,
-) -> float:
+) -> list[float]:
     """Nats of KL, summed over a batch, for attention without the keys and values of the tokens that a scale skips.
 
     It counts for the tokens of that scale that are kept and for all after it. What an FFN makes of the difference, and
@@ -176,28 +179,33 @@ def _missed_context(
 
     Args:
         order_BL: tokens of the scale, the first to keep first.
-        keep: share of them that is computed.
+        ratios: shares of them that are computed, each of which gets a figure.
     """
     assert states.modulation is not None and states.begin == 0
-    part = pyramid.slice(scale)
-    skipped_BM = order_BL[:, kept_tokens(keep, pyramid.lengths[scale]) :]
-    if not skipped_BM.shape[1]:
-        return 0.0
+    begin, length = pyramid.begins[scale], pyramid.lengths[scale]
     gate1, _, scale1, _, shift1, _ = states.modulation.unbind(1)
     q, k, v = block.attn.query_key_value(block.norm(states.before, scale1, shift1))
-    q = q[:, :, part.start :]
+    q = q[:, :, begin:]
     level = torch.repeat_interleave(
         torch.arange(pyramid.num_scales, device=q.device), torch.tensor(pyramid.lengths, device=q.device)
     )
-    everything = level[part.start :].unsqueeze(1) >= level.unsqueeze(0)
-    seen = everything.repeat(len(q), 1, 1)
+    everything = level[begin:].unsqueeze(1) >= level.unsqueeze(0)
+    whole = block.attn.attend(q, k, v, everything)
+    weight = metric.scales[level[begin:]]
     rows = torch.arange(len(q), device=q.device).unsqueeze(1)
-    seen.transpose(1, 2)[rows, part.start + skipped_BM] = False
-    missed = block.attn.attend(q, k, v, seen.unsqueeze(1)) - block.attn.attend(q, k, v, everything)
-    error_BL = ((missed * gate1.unsqueeze(1)).float() @ metric.root).square().sum(-1)
-    error_BL *= metric.scales.to(error_BL)[level[part.start :]]
-    error_BL[rows, skipped_BM] = 0.0
-    return 0.5 * float(error_BL.sum(dtype=torch.float64))
+    found = []
+    for keep in ratios:
+        skipped_BM = order_BL[:, kept_tokens(keep, length) :]
+        if not skipped_BM.shape[1]:
+            found.append(0.0)
+            continue
+        seen = everything.repeat(len(q), 1, 1)
+        seen.transpose(1, 2)[rows, begin + skipped_BM] = False
+        missed = (block.attn.attend(q, k, v, seen.unsqueeze(1)) - whole) * gate1.unsqueeze(1)
+        error_BL = (missed.float() @ metric.root).square().sum(-1) * weight
+        error_BL[rows, skipped_BM] = 0.0
+        found.append(0.5 * float(error_BL.sum(dtype=torch.float64)))
+    return found
 
 
 def _errors(outputs_TEC: Tensor, score_TE: Tensor, tried: Sequence[Choice], inactive: str) -> list[float]:
