@@ -254,9 +254,8 @@ def conversion_memory(model: VARModel, recipe: Recipe, processes: Processes = AL
     """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
     transformer, weights = model.transformer, list(model.transformer.state_dict().values())
     config, tokenizer, device = transformer.config, model.tokenizer.config, model.device.type
-    held = size_of(model.transformer.state_dict())
-    if not recipe.sparsify.steps:
-        held -= mapped_bytes(weights)
+    size = size_of(model.transformer.state_dict())
+    held = 2 * size if recipe.sparsify.steps else size - mapped_bytes(weights)
     converting = estimate_convert(config, tokenizer, recipe, held=held, itemsize=model.dtype.itemsize, device=device)
     return fullest(
         converting, estimate_sparsify(config, tokenizer, recipe, processes=processes.count, device=device)

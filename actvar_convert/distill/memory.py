@@ -31,9 +31,9 @@ class _Activations(NamedTuple):
 
 
 _JOINT = {"fp32": _Activations(110, 30, 8), "bf16": _Activations(71, 30, 8), "fp16": _Activations(71, 30, 8)}
+_LOCAL = {"fp32": _Activations(62, 0, 32), "bf16": _Activations(41, 0, 32), "fp16": _Activations(41, 0, 32)}
 _MEASURED = {"fp32": 16, "bf16": 12, "fp16": 12}
 """Bytes per token, block and hidden neuron of the activations that sparsify measures."""
-_LOCAL = {"fp32": _Activations(62, 0, 32), "bf16": _Activations(41, 0, 32), "fp16": _Activations(41, 0, 32)}
 
 
 def estimate_distill(
