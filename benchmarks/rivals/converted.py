@@ -91,5 +91,9 @@ CONVERSIONS = (
         ("full",),
         0.5,
     ),
-    Conversion("random-experts", "ours with neurons grouped by chance", ("experts.clustering=random",)),
+    Conversion(
+        "random-experts",
+        "routed with neurons grouped by chance; where nothing is routed no group matters",
+        ("experts.clustering=random", "budget.prefix_share=0.5"),
+    ),
 )
