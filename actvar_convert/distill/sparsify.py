@@ -8,6 +8,7 @@ Shapes: B pyramids, L tokens, C width, H hidden neurons.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from actvar_convert.distill.loop import distill_model
 from actvar_convert.distill.losses import Total, alone, kl_per_token, weighted_mean
 from actvar_convert.distill.parallel import Processes
 from actvar_convert.distill.stages import Losses, Stage
-from actvar_convert.distill.traces import trace
+from actvar_convert.distill.traces import Trace, trace
 from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
@@ -61,10 +63,7 @@ def sparse_activations(weight: float) -> Stage:
             wanted = teacher.transformer(labels_B, inputs)
         own = trace(model.transformer, labels_B, inputs, ffn=True)
         assert own.logits is not None
-        shares = []
-        for block, x in zip(model.transformer.sparse_layers, own.ffn_input, strict=True):
-            hidden = F.gelu(block.ffn.fc1(x), approximate="tanh")
-            shares.append(weighted_mean(used_share(hidden), None, total))
+        shares = [weighted_mean(share, None, total) for share in _used_shares(model, own)]
         return {
             "kl": weighted_mean(kl_per_token(wanted, own.logits), None, total),
             "used": weight * torch.stack(shares).mean(),
@@ -137,12 +136,14 @@ def mean_used_share(model: VARModel, tokens_BL: Tensor, labels_B: Tensor) -> flo
     """Mean of ``used_share`` over the tokens of pyramids and the FFNs of a dense model."""
     inputs = model.teacher_forcing_input(tokens_BL.to(model.device))
     seen = trace(model.transformer, labels_B.to(model.device), inputs, ffn=True, logits=False)
-    shares = [
-        used_share(F.gelu(block.ffn.fc1(x), approximate="tanh")).mean()
-        for block, x in zip(model.transformer.layers, seen.ffn_input, strict=True)
-        if isinstance(block.ffn, FFN)
-    ]
-    return float(torch.stack(shares).mean())
+    return float(torch.stack([share.mean() for share in _used_shares(model, seen)]).mean())
+
+
+def _used_shares(model: VARModel, seen: Trace) -> Iterator[Tensor]:
+    """``used_share`` [B, L] of every FFN, dense or of one expert, on the inputs that a pass has seen."""
+    for block, x in zip(model.transformer.layers, seen.ffn_input, strict=True):
+        assert isinstance(block.ffn, FFN | ExpertFFN)
+        yield used_share(F.gelu(block.ffn.fc1(x), approximate="tanh"))
 
 
 def one_expert(dense: VARTransformer) -> SparseVARTransformer:
