@@ -28,6 +28,7 @@ from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.converter import conversion_steps, convert_model
 from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, fullest, require_memory
 from actvar_convert.convert.search import measure_metrics, plan_model, search_steps, searches
+from actvar_convert.convert.thresholds import retuned_plans, without_thresholds
 from actvar_convert.distill.data import TokenStore
 from actvar_convert.distill.loop import distill_model
 from actvar_convert.distill.memory import estimate_distill, estimate_sparsify
@@ -332,6 +333,11 @@ def distill(
             progress=progress,
             processes=processes,
         )
+    if chosen.experts.selection == "threshold" and len(store):
+        few = slice(chosen.calibration.batch)
+        tokens, labels = store.tokens[few].long(), store.labels[few]
+        plans = retuned_plans(model, tokens, labels, chosen.plans or {}) if processes.main else {}
+        model.transformer.replace_plans(processes.from_main(plans))
     if processes.main:
         save_sparse(
             model,
@@ -349,10 +355,13 @@ def distill(
 
 
 def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str) -> bool:
-    """Gives a model the weights of the finished run in ``folder``, if there is one of it with the same plans."""
+    """Gives a model weights and thresholds of the finished run in ``folder``, if there is one of it with its plans."""
     found = finished_model(folder, fingerprint)
-    if found is None or (found.plans, found.plan_name) != (model.plans, model.plan_name):
+    if found is None or found.plan_name != model.plan_name:
         return False
+    if without_thresholds(found.plans) != without_thresholds(model.plans):
+        return False
+    model.transformer.replace_plans(found.plans)
     model.transformer.load_state_dict(found.transformer.state_dict())
     return True
 

@@ -7,11 +7,15 @@ Shapes: T tokens, F experts after the prefix, C width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 from actvar_convert.convert.experts import as_maps
 from actvar_convert.models.experts import ExpertFFN, select_experts
+from actvar_convert.models.plan import BlockPlan, SparsityPlan
+from actvar_convert.models.sparse import SparseVARModel
 
 
 def threshold_for(score_TF: Tensor, routed: int) -> tuple[float, float]:
@@ -49,3 +53,72 @@ def set_thresholds(ffn: ExpertFFN, inputs: list[Tensor]) -> None:
             blocks = (*plan.blocks[: ffn.block], dynamic, *plan.blocks[ffn.block + 1 :])
             ffn.plans[name] = plan.model_copy(update={"blocks": blocks})
     ffn.plan = ffn.plans[own]
+
+
+@torch.no_grad()
+def retuned_plans(
+    model: SparseVARModel, tokens_PL: Tensor, labels_P: Tensor, given: Mapping[str, SparsityPlan]
+) -> dict[str, SparsityPlan]:
+    """The model's plans with thresholds that meet their K again, after its weights have moved.
+
+    Every threshold is set on the scores that the sparse model itself computes, those before it being set already.
+
+    Args:
+        model: left as it is.
+        tokens_PL, labels_P: teacher pyramids and their classes; they run at once.
+        given: plans whose thresholds were chosen by hand, by name; those stay.
+    """
+    transformer, own, before = model.transformer, model.plan_name, model.plans
+    labels = labels_P.to(model.device)
+    inputs = model.teacher_forcing_input(tokens_PL.to(model.device))
+    retuned = {}
+    for name, plan in before.items():
+        found: dict[tuple[int, int], tuple[float, float]] = {}
+        model.use_plan(name)
+        try:
+            for layer in transformer.sparse_layers:
+                hand = given[name].blocks[layer.index] if name in given else None
+                layer.ffn.__dict__["select"] = _retuning(layer.ffn, hand, found)
+            transformer(labels, inputs)
+        finally:
+            for layer in transformer.sparse_layers:
+                layer.ffn.__dict__.pop("select", None)
+            model.use_plan(own)
+        blocks = tuple(
+            _with_thresholds(block, {scale: both for (where, scale), both in found.items() if where == index})
+            for index, block in enumerate(plan.blocks)
+        )
+        retuned[name] = plan.model_copy(update={"blocks": blocks})
+    return retuned
+
+
+def _retuning(
+    ffn: ExpertFFN, hand: BlockPlan | None, found: dict[tuple[int, int], tuple[float, float]]
+) -> Callable[[Tensor, int], Tensor]:
+    """``ExpertFFN.select`` with a threshold that it sets for the scores it is given, and notes beside its mean K."""
+    plan = ffn.plan.blocks[ffn.block]
+
+    def select(score_BLF: Tensor, scale: int) -> Tensor:
+        tau = plan.tau(scale)
+        if tau is not None and (hand is None or hand.tau(scale) is None):
+            found[ffn.block, scale] = tau, _ = threshold_for(score_BLF.flatten(0, 1), plan.routed[scale])
+        return select_experts(score_BLF, plan.routed[scale], tau)
+
+    return select
+
+
+def without_thresholds(plans: Mapping[str, SparsityPlan]) -> dict[str, SparsityPlan]:
+    """Plans that differ by thresholds alone come out the same."""
+    cleared = {"threshold": None, "mean_routed": None}
+    blocks = {name: tuple(block.model_copy(update=cleared) for block in plan.blocks) for name, plan in plans.items()}
+    return {name: plan.model_copy(update={"blocks": blocks[name]}) for name, plan in plans.items()}
+
+
+def _with_thresholds(block: BlockPlan, found: Mapping[int, tuple[float, float]]) -> BlockPlan:
+    """A block's plan with other thresholds, and the mean K that they lead to, at some scales."""
+    if block.threshold is None or block.mean_routed is None:
+        return block
+    scales = range(len(block.threshold))
+    kept = {scale: (block.threshold[scale], block.mean_routed[scale]) for scale in scales}
+    taus, means = zip(*({**kept, **found}[scale] for scale in scales), strict=True)
+    return block.model_copy(update={"threshold": taus, "mean_routed": means})

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 import actvar_convert as av
-from actvar_convert.convert.thresholds import threshold_for
+from actvar_convert.convert.thresholds import retuned_plans, threshold_for
 from actvar_convert.models.experts import select_experts
 from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
+from actvar_convert.report.routing import watched_routing
 
 
 @pytest.mark.parametrize("routed", [2, 3, 6])
@@ -77,3 +80,68 @@ def test_a_conversion_states_its_thresholds(tiny_model: VARModel, tmp_path: Path
     assert torch.equal(made.generate_tokens(labels, seed=4), loaded.generate_tokens(labels, seed=4))
     costs = [av.report_flops(model).sparse for model in (fixed, made)]
     assert costs[0] and costs[1] and costs[1].transformer.flops == pytest.approx(costs[0].transformer.flops, rel=0.02)
+
+
+@pytest.fixture
+def drifted(tiny_model: VARModel) -> SparseVARModel:
+    """A conversion with thresholds whose routers have moved since."""
+    made = av.convert(tiny_model, recipe=recipe(selection="threshold"))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in made.transformer.sparse_layers:
+            assert layer.ffn.router is not None
+            layer.ffn.router.linear.bias += torch.rand(layer.ffn.router.linear.bias.shape, generator=generator)
+    return made
+
+
+def pyramids(model: VARModel, count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(count) % model.transformer.config.classes
+    return model.generate_tokens(labels, seed=3), labels
+
+
+def test_thresholds_meet_their_number_again(drifted: SparseVARModel, tiny_model: VARModel) -> None:
+    tokens, labels = pyramids(tiny_model)
+    before = drifted.plans
+    plans = retuned_plans(drifted, tokens, labels, {})
+    assert drifted.plans == before and drifted.plan_name == "default"
+    assert all("select" not in layer.ffn.__dict__ for layer in drifted.transformer.sparse_layers)
+    assert plans.keys() == before.keys() and plans != before
+    drifted.transformer.replace_plans(plans)
+    inputs = tiny_model.teacher_forcing_input(tokens)
+    for name, plan in plans.items():
+        drifted.use_plan(name)
+        with watched_routing(drifted) as watch, torch.no_grad():
+            drifted.transformer(labels, inputs)
+        loads = watch.loads(drifted)
+        assert loads
+        for each in loads:
+            block = plan.blocks[each.block]
+            assert each.active == pytest.approx(each.planned), "what was counted is what runs"
+            assert each.active <= block.routed[each.scale] + 0.3
+    assert any(
+        abs(block.routed_cost(scale) - block.routed[scale]) < 0.3 and block.tau(scale) != old.tau(scale)
+        for block, old in zip(plans["default"].blocks, before["default"].blocks, strict=True)
+        for scale in range(4)
+    )
+
+
+def test_thresholds_chosen_by_hand_stay(drifted: SparseVARModel, tiny_model: VARModel) -> None:
+    tokens, labels = pyramids(tiny_model)
+    plans = retuned_plans(drifted, tokens, labels, {"default": drifted.plans["default"]})
+    assert plans["default"] == drifted.plans["default"] and plans["light"] != drifted.plans["light"]
+
+
+def test_a_distillation_ends_with_thresholds_that_fit_it(tiny_model: VARModel, tmp_path: Path) -> None:
+    settings = ["distill.stage1.steps=2", "distill.stage2.steps=2", "data.pyramids=16", "data.batch=8"]
+    batches = ["distill.stage1.batch=4", "distill.stage2.batch=4", "distill.stage1.learning_rate=0.1"]
+    chosen = load_recipe(recipe(selection="threshold"), [*settings, *batches])
+    made = av.convert(tiny_model, recipe=chosen, out=tmp_path / "made")
+    before = made.plans
+    after = av.distill(made, teacher=tiny_model, recipe=chosen, out=tmp_path / "out")
+    assert after.plans != before and av.load(tmp_path / "out", device="cpu").plans == after.plans
+    again = av.load(tmp_path / "made", device="cpu")
+    assert isinstance(again, SparseVARModel) and again.plans == before
+    av.distill(again, teacher=tiny_model, recipe=chosen, out=tmp_path / "out")
+    assert again.plans == after.plans, "what is finished is taken from its folder"
+    state = after.transformer.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.transformer.state_dict().items())
