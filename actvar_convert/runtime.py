@@ -193,6 +193,18 @@ def free_memory_bytes(device: torch.device | None = None) -> int:
     return free + int(own.rss) - int(getattr(own, "shared", 0))
 
 
+def memory_shortage(error: BaseException) -> str | None:
+    """What an error says, in its first line, where it tells that memory ran out, of the machine or a GPU; else None."""
+    text = next(iter(str(error).splitlines()), "")
+    if isinstance(error, torch.OutOfMemoryError):
+        return text or "out of memory on the GPU"
+    if isinstance(error, MemoryError):
+        return text or "out of memory"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in text:
+        return text[text.index("can't allocate memory") :]
+    return None
+
+
 def mapped_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of those tensors whose values are pages of a mapped file, which the system can take back at any time."""
     files = _file_mappings()

@@ -59,6 +59,23 @@ class ActvarGroup(TyperGroup):
             _let_the_first_speak()
             _explain(ctx, explained("use", error.filename, error.errno, str(error.strerror)).message)
             raise typer.Exit(ActvarError.exit_code) from None
+        except (MemoryError, RuntimeError) as error:
+            _explain_shortage(ctx, error)
+            raise typer.Exit(ActvarError.exit_code) from None
+
+
+def _explain_shortage(ctx: Any, error: BaseException) -> None:
+    """Says that memory ran out and what helps; raises the error again where it is another one."""
+    from actvar_convert.runtime import memory_shortage
+
+    shortage = memory_shortage(error)
+    if shortage is None:
+        raise error
+    _explain(
+        ctx,
+        f"memory ran out: {shortage}\nAsk for less at once (--batch, --batches, or a batch of the recipe by --set), or "
+        "use a larger machine. No file was changed but those that a run keeps to go on from.",
+    )
 
 
 def _explain(ctx: Any, message: str) -> None:

@@ -76,6 +76,20 @@ def evaluate(
             help="Real images (folder, or .npz with mu and sigma) for Inception features. Default: bundled classifier.",
         ),
     ] = None,
+    held_out: Annotated[
+        int, typer.Option("--held-out", min=2, help="Pyramids of the teacher that KL and agreement are measured on.")
+    ] = 512,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Images at once; another number draws other images.")
+    ] = 64,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Keep features here as they are made: the same line goes on, others reuse those of the teacher.",
+        ),
+    ] = None,
     plan: opt.Plan = None,
     vae: opt.Vae = None,
     heads: opt.Heads = None,
@@ -95,7 +109,15 @@ def evaluate(
     sparse = av.load(model, device=device, dtype=dtype, plan=plan, **own_flags(model, flags, teacher))
     dense = av.load(teacher, device=device, dtype=dtype, **flags) if teacher is not None else None
     report = av.evaluate(
-        sparse, teacher=dense, images=images, seeds=chosen, reference=reference, progress=reporter(quiet)
+        sparse,
+        teacher=dense,
+        images=images,
+        seeds=chosen,
+        batch=batch,
+        held_out=held_out,
+        reference=reference,
+        cache=cache,
+        progress=reporter(quiet),
     )
     if form is opt.Format.json:
         show_text(report.to_json())

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -40,6 +41,14 @@ def end(how: str, out: str = "", verbose: Verbose = False) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     if how in ("EACCES", "EROFS", "ENOENT", "EIO"):
         raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)), "/somewhere/file")
+    if how == "memory":
+        torch.empty(10**14)
+    if how == "memory of a GPU":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nMore about it.")
+    if how == "memory of an array":
+        raise MemoryError
+    if how == "shapes":
+        torch.empty(2, 3) @ torch.empty(2, 3)
     if how == "bug":
         raise ZeroDivisionError
     show_text("data\n")
@@ -74,6 +83,25 @@ def test_exit_codes_and_messages(how: str, code: int, message: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.stderr) == (code, message)
     assert result.stdout == ("data\n" if code == 0 else "")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("memory", "can't allocate memory: you tried to allocate 400000000000000 bytes. Error code 12"),
+        ("memory of a GPU", "CUDA out of memory. Tried to allocate 9.00 GiB.\n"),
+        ("memory of an array", "out of memory\n"),
+    ],
+)
+def test_memory_that_runs_out_is_said_in_a_message(how: str, said: str) -> None:
+    result = CliRunner().invoke(app, ["end", how])
+    assert result.exit_code == 2 and result.stderr.startswith(f"actvar: memory ran out: {said}")
+    assert "Ask for less at once" in result.stderr and "More about it" not in result.stderr
+
+
+def test_other_errors_of_torch_are_not_taken_for_it() -> None:
+    result = CliRunner().invoke(app, ["end", "shapes"])
+    assert isinstance(result.exception, RuntimeError) and "memory" not in result.stderr
 
 
 def test_of_several_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,12 @@ def test_a_model_that_no_bundled_classifier_knows_is_run_without_fid(actvar: Act
     assert again.exit_code == 0 and "agreement" not in again.stderr
     alone = actvar("evaluate", "made", "--images", 0, "--format", "json")
     assert alone.exit_code == 0 and json.loads(alone.stdout)["fid"] is None, alone.output
+    few = ("evaluate", "made", "--images", 0, "--held-out", 6, "--batch", 3, "--cache", "kept", "--format", "json")
+    kept = actvar(*few)
+    assert json.loads(kept.stdout)["kl"]["pyramids"] == 6 and list(Path("kept").iterdir()), kept.output
+    before = {path: path.stat().st_mtime_ns for path in Path("kept").iterdir()}
+    assert actvar(*few).stdout == kept.stdout
+    assert {path: path.stat().st_mtime_ns for path in Path("kept").iterdir()} == before, "taken from there"
     asked = actvar("evaluate", "made")
     assert asked.exit_code == 2 and "--reference" in asked.stderr
 
