@@ -39,6 +39,10 @@ class ChecksFailed(ActvarError):
     exit_code = 3
 
 
+class Diverged(ActvarError):
+    """A training whose gradient stopped being a number; what was saved before it is still there."""
+
+
 class Interrupted(ActvarError):
     """The run was stopped by a person and can be resumed by the same command."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from actvar_convert.checkpoint.infer import Overrides
@@ -97,7 +98,8 @@ def require_dense(model: VARModel) -> None:
 
 def work_folder(out: Path) -> Path:
     """Where an unfinished run keeps its samples and state."""
-    return out.with_name(out.name + ".work")
+    named = out if out.name not in ("", "..") else Path(os.path.abspath(out))
+    return named.with_name(named.name + ".work")
 
 
 def refuse_other_state(out: Path, fingerprint: str) -> None:

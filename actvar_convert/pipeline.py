@@ -62,7 +62,7 @@ from actvar_convert.report.pictures import picture
 from actvar_convert.report.quality import evaluate_models
 from actvar_convert.report.quality_report import QualityReport
 from actvar_convert.runtime import limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
-from actvar_convert.stores import calibration_store, distillation_store
+from actvar_convert.stores import calibration_store, distillation_store, require_images
 
 RecipeLike = str | Path | Recipe
 
@@ -160,6 +160,7 @@ def convert(
         refuse_foreign(out)
     config = model.transformer.config
     recipe_plans(config, chosen)
+    require_images(chosen, config.classes, data=bool(chosen.sparsify.steps))
     require_memory(conversion_memory(model, chosen, processes), model.device)
     origin = provenance(model, chosen) if out is not None else None
     release_pages(model.tokenizer.state_dict().values())
@@ -290,8 +291,10 @@ def distill(
 
     Raises:
         Interrupted: after Ctrl-C; the same call goes on.
-        CheckpointError: the state beside ``out`` belongs to another recipe or teacher.
-        InputError: less memory is free than the distillation needs, or ``out`` holds something else.
+        Diverged: a gradient is not finite; ``out`` is as it was.
+        CheckpointError: the state beside ``out`` belongs to another recipe, teacher or converted model.
+        InputError: less memory is free than the distillation needs, images are not there, weights are not in fp32, or
+            ``out`` holds something else.
     """
     processes = join(model.device, shard=shard)
     progress = progress if progress is not None and processes.main else SilentProgress()
@@ -301,6 +304,11 @@ def distill(
     check_recipe(chosen, model.transformer.config)
     teacher = recorded_teacher(model) if teacher is None else teacher
     require_dense(teacher)
+    if (model.dtype, teacher.dtype) != (torch.float32, torch.float32):
+        raise InputError(
+            f"the weights are {model.dtype} (teacher: {teacher.dtype}), and a training moves them in fp32; load both "
+            "without a dtype. The recipe's dtype is that of the computing."
+        )
     folder = Path(out)
     refuse_foreign(folder)
     work = work_folder(folder)
@@ -312,6 +320,7 @@ def distill(
                 check_run_state(work / STATE, fingerprint)
                 shutil.rmtree(work, ignore_errors=True)
         return model
+    require_images(chosen, teacher.transformer.config.classes, calibration=False)
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(folder, fingerprint)
     work.mkdir(parents=True, exist_ok=True)

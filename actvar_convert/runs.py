@@ -35,7 +35,7 @@ from actvar_convert.origins import (
 )
 from actvar_convert.progress import MetricsLog, Progress, SilentProgress
 from actvar_convert.recipe.load import dump_recipe, load_recipe
-from actvar_convert.recipe.schema import BenchmarkRecipe, CalibrationRecipe, DataRecipe, Recipe
+from actvar_convert.recipe.schema import BenchmarkRecipe, Recipe
 from actvar_convert.report.card import model_card
 from actvar_convert.report.checks import CheckTable, require_comparable, run_checks
 from actvar_convert.report.features import FeatureExtractor
@@ -45,6 +45,7 @@ from actvar_convert.report.latency import BenchmarkReport
 from actvar_convert.report.pictures import samples_picture
 from actvar_convert.report.quality_report import QualityReport, SamplingSettings, load_quality
 from actvar_convert.runtime import DTYPES
+from actvar_convert.stores import require_images
 
 Report = TypeVar("Report", bound=BaseModel)
 
@@ -108,7 +109,7 @@ def run(
     progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
-    _require_images(chosen)
+    require_images(chosen, teacher.transformer.config.classes)
     extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
     recipe_plans(teacher.transformer.config, chosen)
@@ -121,18 +122,6 @@ def run(
     result = processes.from_main(measured)
     assert result is not None
     return result
-
-
-def _require_images(recipe: Recipe) -> None:
-    """Raises InputError where a folder of images that will be needed later is not there."""
-    sections: dict[str, CalibrationRecipe | DataRecipe] = {"calibration": recipe.calibration, "data": recipe.data}
-    problems = [
-        f"{name}.images: {section.images}: no such folder"
-        for name, section in sections.items()
-        if section.source == "images" and section.images is not None and not Path(section.images).is_dir()
-    ]
-    if problems:
-        raise InputError("the recipe's images are not there; give the root of a class-per-folder tree:", problems)
 
 
 def _extractor(recipe: Recipe, teacher: VARModel, progress: Progress) -> FeatureExtractor | None:

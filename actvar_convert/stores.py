@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actvar_convert.distill.data import TokenStore, store_from_images, store_from_teacher
+from actvar_convert.distill.data import TokenStore, labelled_images, store_from_images, store_from_teacher
 from actvar_convert.distill.parallel import ALONE, Processes
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
@@ -42,6 +42,28 @@ def distillation_store(
         progress=progress,
         processes=processes,
     )
+
+
+def require_images(recipe: Recipe, classes: int, *, calibration: bool = True, data: bool = True) -> None:
+    """Checks that the images of a recipe's sections are there, in as many class folders as the model has classes.
+
+    Raises:
+        InputError: they are not, all problems at once.
+    """
+    wanted: dict[str, CalibrationRecipe | DataRecipe] = {}
+    if calibration:
+        wanted["calibration"] = recipe.calibration
+    if data:
+        wanted["data"] = recipe.data
+    problems = []
+    for name, section in wanted.items():
+        if section.source == "images" and section.images is not None:
+            try:
+                labelled_images(Path(section.images), classes)
+            except InputError as error:
+                problems.append(f"{name}.images: {error.message}")
+    if problems:
+        raise InputError("the recipe's images cannot be used; give the root of a class-per-folder tree:", problems)
 
 
 def _store(

@@ -29,7 +29,7 @@ from actvar_convert.origins import require_dense, work_folder
 from actvar_convert.progress import Progress, SilentProgress
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import load_recipe
-from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe
+from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe, SparsifyRecipe
 from actvar_convert.report.agreement import compare_logits
 from actvar_convert.report.curves import sweep_picture
 from actvar_convert.report.features import FeatureExtractor
@@ -49,7 +49,7 @@ REPORT, TABLE, PICTURE = "sweep.json", "sweep.csv", "sweep.png"
 _UNUSED: dict[str, Any] = {
     **dict.fromkeys(("name", "description", "model", "vae", "device", "dtype"), True),
     **dict.fromkeys(("heads", "sides", "residual_ratio"), True),
-    **dict.fromkeys(("plans", "default_plan", "distill", "benchmark", "samples", "checks"), True),
+    **dict.fromkeys(("plans", "default_plan", "sparsify", "distill", "benchmark", "samples", "checks"), True),
     "budget": {"reduction", "plans", "guidance"},
     "data": {"source", "images", "pyramids", "null_share", "batch"},
     "evaluate": {"images", "held_out", "neighbours"},
@@ -154,6 +154,7 @@ def _recipe(source: pipeline.RecipeLike, model: VARModel) -> Recipe:
     chosen = given.model_copy(
         update={
             **{"plans": None, "default_plan": None, "distill": DistillRecipe(), "checks": None},
+            "sparsify": SparsifyRecipe(),
             "budget": given.budget.model_copy(update={"plans": {}, "guidance": "paired"}),
         }
     )

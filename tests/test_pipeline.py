@@ -11,8 +11,10 @@ import torch
 
 import actvar_convert as av
 from actvar_convert.errors import InputError
+from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import SilentProgress, Task
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report.features import ClassifierExtractor
@@ -122,6 +124,37 @@ def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: VARModel, 
         ("distilling, stage2", 0),
     ]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.transformer.state_dict().items())
+
+
+def test_what_cannot_be_trained_is_said_first(tiny_model: VARModel, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(TINY)
+    start = av.convert(tiny_model, recipe=recipe)
+    half = cast(start, torch.bfloat16)
+    with pytest.raises(InputError, match="a training moves them in fp32"):
+        av.distill(half, teacher=tiny_model, recipe=recipe, out=tmp_path / "out")
+    (tmp_path / "images" / "one class").mkdir(parents=True)
+    images = {"source": "images", "images": str(tmp_path / "images")}
+    for section, verb in (("calibration", "convert"), ("data", "distill")):
+        wrong = Recipe.model_validate(TINY | {section: {**TINY.get(section, {}), **images}})  # type: ignore[dict-item]
+        with pytest.raises(InputError, match=rf"{section}.images: .* holds 1 class folders, the model has 5") as said:
+            if verb == "convert":
+                av.convert(tiny_model, recipe=wrong, progress=Listener())
+            else:
+                av.distill(start, teacher=tiny_model, recipe=wrong, out=tmp_path / "out")
+        assert "class-per-folder" in str(said.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_may_be_named_from_within(
+    tiny_model: VARModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, here = Recipe.model_validate(TINY), tmp_path / "here"
+    av.convert(tiny_model, recipe=recipe, out=here)
+    monkeypatch.chdir(here)
+    start = av.load(".", device="cpu")
+    av.distill(start, teacher=tiny_model, recipe=recipe, out=".")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
+    assert (here / "metrics.jsonl").is_file() and isinstance(av.load(here, device="cpu"), SparseVARModel)
 
 
 def test_an_interrupted_conversion_goes_on_from_what_is_kept(tiny_model: VARModel, tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def save_sparse(
         the folder.
 
     Raises:
-        InputError: the folder cannot be written, or holds something else. Nothing is left behind or changed then.
+        InputError: the folder cannot be written or holds something else, or weights are not finite. Nothing is left
+            behind or changed then.
     """
     folder = Path(folder)
     refuse_foreign(folder)
@@ -95,6 +96,9 @@ def save_sparse(
     if problems:
         raise InputError(f"cannot write {folder}:", problems)
     transformer, tokenizer = _stored(model.transformer), _stored(model.tokenizer)
+    spoilt = nonfinite_problems({**transformer, **{f"tokenizer: {name}": own for name, own in tokenizer.items()}})
+    if spoilt:
+        raise InputError(f"cannot write {folder}: a model with such weights could not be read again.", spoilt)
     require_space(folder, size_of(transformer) + size_of(tokenizer) + sum(map(len, (extra_files or {}).values())))
     with replacing_files(folder, (*OWNED, *REPORTS)) as staging:
         write_weights(staging, "model", transformer, SHARD_BYTES)

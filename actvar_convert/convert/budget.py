@@ -51,15 +51,12 @@ def assemble_plan(
 ) -> SparsityPlan:
     """The plan of a recipe with ``choice(block, scale)`` as active experts and ``keep(block, scale)`` as keep ratios.
 
-    Without ``keep`` every block that may skip tokens keeps ``budget.gate_keep`` of them; of a search, whose gates are
-    fewer, only the inner blocks at the last scale.
+    Without ``keep`` every block that may skip tokens keeps ``budget.gate_keep`` of them.
     """
     scales = range(config.pyramid.num_scales)
-    inner_only = recipe.budget.search == "sensitivity"
 
     def fixed(block: int, scale: int) -> float:
-        outside = inner_only and (scale < scales[-1] or not 0 < block < config.depth - 1)
-        return recipe.budget.gate_keep if may_skip(config, recipe, block, scale) and not outside else 1.0
+        return recipe.budget.gate_keep if may_skip(config, recipe, block, scale) else 1.0
 
     blocks = []
     for block in range(config.depth):
@@ -83,8 +80,13 @@ def assemble_plan(
     )
 
 
-def make_plan(config: TransformerConfig, recipe: Recipe, active: list[int]) -> SparsityPlan:
-    """The plan of a recipe in which block b runs ``active[b]`` experts per token at the sparse scales."""
+def make_plan(
+    config: TransformerConfig, recipe: Recipe, active: list[int], *, inner_gates: bool = False
+) -> SparsityPlan:
+    """The plan of a recipe in which block b runs ``active[b]`` experts per token at the sparse scales.
+
+    With ``inner_gates`` only inner blocks skip tokens, and those only at the last scale.
+    """
     experts, first = recipe.experts.count, first_sparse_scale(config, recipe)
 
     def choice(block: int, scale: int) -> Choice:
@@ -93,13 +95,19 @@ def make_plan(config: TransformerConfig, recipe: Recipe, active: list[int]) -> S
         always = round(recipe.budget.prefix_share * active[block])
         return Choice(always, active[block] - always)
 
-    return assemble_plan(config, recipe, choice)
+    def inner(block: int, scale: int) -> float:
+        inside = scale == config.pyramid.num_scales - 1 and 0 < block < config.depth - 1
+        return recipe.budget.gate_keep if inside and may_skip(config, recipe, block, scale) else 1.0
+
+    return assemble_plan(config, recipe, choice, inner if inner_gates else None)
 
 
 def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None = None) -> SparsityPlan:
     """The plan with the most active experts that still saves the target share of the transformer's FLOPs.
 
     Every block runs the same number of experts, up to one: the last one to go leaves blocks spread over the depth.
+    Where a search decides, whose gates are fewer, only inner blocks skip tokens, and at the last scale, as long as that
+    reaches the target.
 
     Args:
         target: share to save; by default the recipe's.
@@ -110,16 +118,19 @@ def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None
     target = recipe.budget.reduction if target is None else target
     experts, depth = recipe.experts.count, config.depth
     spread = sorted(range(depth), key=lambda block: ((block * 5 + 2) % depth if depth % 5 else block, block))
+    none = [0] * depth
+    few = recipe.budget.search == "sensitivity"
+    few = few and reduction(config, make_plan(config, recipe, none, inner_gates=True)) >= target
+    require_reach(recipe, target, reduction(config, make_plan(config, recipe, none, inner_gates=few)))
     low, high = 0, experts * depth
     while low < high:
         removed = (low + high) // 2
-        if reduction(config, make_plan(config, recipe, _active(removed, experts, spread))) >= target:
+        active = _active(removed, experts, spread)
+        if reduction(config, make_plan(config, recipe, active, inner_gates=few)) >= target:
             high = removed
         else:
             low = removed + 1
-    plan = make_plan(config, recipe, _active(low, experts, spread))
-    require_reach(recipe, target, reduction(config, plan))
-    return plan
+    return make_plan(config, recipe, _active(low, experts, spread), inner_gates=few)
 
 
 def require_reach(recipe: Recipe, target: float, reached: float) -> None:
@@ -143,8 +154,8 @@ def targets(recipe: Recipe) -> tuple[dict[str, float], str]:
 def recipe_plans(config: TransformerConfig, recipe: Recipe) -> tuple[dict[str, SparsityPlan], str]:
     """The plans that a recipe asks for as far as shapes alone tell, and the default's name.
 
-    Those that it states, or uniform ones of its budget: for a search they stand for the plans to be found, which cost
-    the same.
+    Those that it states, or uniform ones of its budget: for a search they stand for the plans to be found, which save
+    as much.
     """
     if recipe.plans:
         return dict(recipe.plans), recipe.default_plan or next(iter(recipe.plans))

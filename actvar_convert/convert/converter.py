@@ -23,7 +23,7 @@ from actvar_convert.convert.experts import (
 )
 from actvar_convert.convert.gates import first_needed_scale, start_gate
 from actvar_convert.convert.propagation import refit_in_order
-from actvar_convert.convert.thresholds import set_thresholds
+from actvar_convert.convert.thresholds import retuned_plans, set_thresholds
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import SparsityPlan
@@ -84,6 +84,9 @@ def convert_model(
     sparse = SparseVARModel(transformer, dense.tokenizer, dense.sampling).train(dense.training)
     if recipe.experts.compensation == "sequential":
         refit_in_order(dense, sparse, tokens_PL, labels_P, batch=recipe.calibration.batch, on_block=on_block)
+    if recipe.experts.selection == "threshold":
+        few = slice(recipe.calibration.batch)
+        transformer.replace_plans(retuned_plans(sparse, tokens_PL[few], labels_P[few], recipe.plans or {}))
     return sparse
 
 

@@ -193,8 +193,10 @@ class _Walk:
         """Number, input, modulation, what was seen, and the computed rows [B, K] of every batch, plan after plan."""
         with _watching(block) as seen:
             for _, number, x, modulation in self._batches(block):
-                block(x, modulation, self.span, self.mask)
-                yield number, x, modulation, seen, block.computed_rows(x, self.span)
+                rows = block.computed_rows(x, self.span)
+                if rows.shape[1]:  # under a plan that skips all tokens there is nothing to see
+                    block(x, modulation, self.span, self.mask)
+                    yield number, x, modulation, seen, rows
 
 
 @torch.no_grad()

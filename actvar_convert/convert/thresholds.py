@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from actvar_convert.convert.activations import calibration_labels
 from actvar_convert.convert.experts import as_maps
 from actvar_convert.models.experts import ExpertFFN, select_experts
 from actvar_convert.models.plan import BlockPlan, SparsityPlan
@@ -59,17 +60,18 @@ def set_thresholds(ffn: ExpertFFN, inputs: list[Tensor]) -> None:
 def retuned_plans(
     model: SparseVARModel, tokens_PL: Tensor, labels_P: Tensor, given: Mapping[str, SparsityPlan]
 ) -> dict[str, SparsityPlan]:
-    """The model's plans with thresholds that meet their K again, after its weights have moved.
+    """The model's plans with thresholds that meet their K on what the sparse model itself computes.
 
-    Every threshold is set on the scores that the sparse model itself computes, those before it being set already.
+    Every threshold is set on the scores that the model has with those before it set already.
 
     Args:
         model: left as it is.
-        tokens_PL, labels_P: teacher pyramids and their classes; they run at once.
+        tokens_PL, labels_P: teacher pyramids and their classes, every fourth of which is replaced by the null class;
+            they run at once.
         given: plans whose thresholds were chosen by hand, by name; those stay.
     """
     transformer, own, before = model.transformer, model.plan_name, model.plans
-    labels = labels_P.to(model.device)
+    labels = calibration_labels(labels_P.to(model.device), transformer.null_class)
     inputs = model.teacher_forcing_input(tokens_PL.to(model.device))
     retuned = {}
     for name, plan in before.items():

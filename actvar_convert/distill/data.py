@@ -5,6 +5,7 @@ Shapes: N pyramids, L tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,16 +88,19 @@ def store_from_images(
     """Pyramids of the images of a class-per-folder tree (``folder/class/image.png``), classes in sorted order.
 
     Images are centre-cropped and resized to the model's size; ``count`` of them are drawn without replacement, or all
-    if there are fewer.
+    if there are fewer. Those made are kept in a file named after ``path`` and the images that it is of.
     """
     files, labels = labelled_images(folder, teacher.transformer.config.classes)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
     chosen = [files[i] for i in order.tolist()]
     size = teacher.tokenizer.config.image_size
+    if path is not None:
+        names = "\n".join(file.relative_to(folder).as_posix() for file in chosen)
+        path = path.with_name(f"{path.stem}-{hashlib.sha256(names.encode()).hexdigest()[:12]}{path.suffix}")
     parts = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
 
     def encode(index: int) -> Tensor:
-        images = torch.stack([read_image(file, size) for file in parts[index]]).to(teacher.device, teacher.dtype)
+        images = torch.stack([read_image(file, size) for file in parts[index]]).to(teacher.device)
         with torch.inference_mode():
             return torch.cat(teacher.tokenizer.encode(images * 2 - 1), dim=1).cpu()
 

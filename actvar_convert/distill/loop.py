@@ -7,6 +7,7 @@ pyramids itself, rounding may so decide a token.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -34,11 +35,12 @@ from actvar_convert.distill.schedule import (
 )
 from actvar_convert.distill.sharding import shard_student, split_like, whole, whole_student
 from actvar_convert.distill.stages import STAGES, Stage, trainable_parameters
-from actvar_convert.errors import InputError, Interrupted
+from actvar_convert.errors import CheckpointError, Diverged, InputError, Interrupted
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import MetricsLog, Progress
 from actvar_convert.recipe.schema import Recipe, StageRecipe
+from actvar_convert.report.features import state_fingerprint
 from actvar_convert.runtime import autocast_dtype
 
 ECHO = 5.0
@@ -133,7 +135,13 @@ class StageRun:
         self.optimizers.zero_grad()
         torch.autograd.backward(shares.sum())
         processes.add_gradients(self.parameters.values())
-        norm = processes.clip_gradients(self.parameters.values(), recipe.gradient_clip)
+        norm = float(processes.clip_gradients(self.parameters.values(), recipe.gradient_clip))
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"{self.stage.name} diverged: the gradient of step {self.step + 1} is not finite, and nothing of that "
+                f"step was kept. Lower {self.stage.section}.learning_rate (given {recipe.learning_rate:g}), give a "
+                f"longer {self.stage.section}.warmup, or train with dtype fp32 (--set)."
+            )
         self.optimizers.step(rate)
         self.step += 1
         if self.average and recipe.ema is not None:
@@ -142,7 +150,7 @@ class StageRun:
                 local(self.average[name]).lerp_(local(parameter.detach()), 1 - weight)
         totals = processes.total(shares)
         values = dict(zip(losses, totals.tolist(), strict=True))
-        return {"loss": float(totals.sum()), **values, "learning_rate": rate, "gradient_norm": float(norm)}
+        return {"loss": float(totals.sum()), **values, "learning_rate": rate, "gradient_norm": norm}
 
     def choose(self) -> dict[str, str | int]:
         """Puts the plan of the step in force; returns what was chosen for the step, where there was a choice.
@@ -228,7 +236,8 @@ def distill_model(
 
     Raises:
         Interrupted: after Ctrl-C, with everything done so far on disk.
-        CheckpointError: the state belongs to another recipe or teacher.
+        Diverged: a gradient is not finite.
+        CheckpointError: the state belongs to another recipe, teacher or converted model.
         InputError: a batch has fewer pyramids than there are processes, or a student that is split would have to draw
             pyramids.
     """
@@ -241,6 +250,14 @@ def distill_model(
     plan = model.plan_name
     found = processes.from_main(state_path is not None and state_path.exists())
     state = load_run_state(state_path, fingerprint) if found and state_path is not None else None
+    student = ""
+    if state_path is not None:
+        student = processes.from_main(_student_print(model) if processes.main else "")
+    if state is not None and state.scalars.get("student") != student:
+        raise CheckpointError(
+            f"{state_path} is the state of a run that began with another converted model; continuing it would mix the "
+            f"two. Start with that model, or delete {state_path} to start over."
+        )
     begin = names.index(str(state.scalars["stage"])) if state is not None else 0
     if state is None and log is not None:
         log.rewind(-1)
@@ -250,13 +267,21 @@ def distill_model(
             run = StageRun(model, stage, stage_recipe, recipe.seed + index, state, processes)
             if state is not None and log is not None:
                 log.rewind(run.step, stage=stage.name)
+                for later, _ in stages[index + 1 :]:
+                    log.rewind(0, stage=later.name)
             state = None
             try:
-                _run_stage(run, teacher, recipe, store, state_path, fingerprint, log, progress, stop)
+                _run_stage(run, teacher, recipe, store, state_path, fingerprint, student, log, progress, stop)
             finally:
                 model.use_plan(plan)
             run.finish()
     model.use_plan(model.plan_name)
+
+
+def _student_print(model: SparseVARModel) -> str:
+    """Identifies the model that a training begins with: weights and plans."""
+    plans = {name: plan.model_dump(mode="json") for name, plan in model.plans.items()}
+    return state_fingerprint(model.transformer, plans=plans, default=model.plan_name)
 
 
 def _require_rows(stages: Sequence[tuple[Stage, StageRecipe]], store: TokenStore, processes: Processes) -> None:
@@ -302,6 +327,7 @@ def _run_stage(
     store: TokenStore,
     state_path: Path | None,
     fingerprint: str,
+    student: str,
     log: MetricsLog | None,
     progress: Progress,
     stop: StopRequest,
@@ -315,7 +341,7 @@ def _run_stage(
     def save() -> None:
         if state_path is None:
             return
-        scalars: dict[str, Scalar] = {"stage": run.stage.name, "step": run.step}
+        scalars: dict[str, Scalar] = {"stage": run.stage.name, "step": run.step, "student": student}
         tensors = run.tensors()
         if processes.main:
             save_run_state(state_path, RunState(tensors=tensors, scalars=scalars, fingerprint=fingerprint))
@@ -331,8 +357,9 @@ def _run_stage(
             tokens, scales = tokens[own].to(device), int(chosen.get("sampled_scales", 0))
             if scales:
                 with autocast():
-                    seed = noise_seed(run.seed, step)
-                    tokens = run.model.sample_prefix(labels, scales, cfg=recipe.data.cfg, seed=seed, rows=own)
+                    seed, paired = noise_seed(run.seed, step), run.model.transformer.rows_per_image > 1
+                    cfg = recipe.data.cfg if paired else None  # folded guidance has its strength already
+                    tokens = run.model.sample_prefix(labels, scales, cfg=cfg, seed=seed, rows=own)
             labels = drop_labels(
                 labels, teacher.transformer.null_class, recipe.data.null_share, run.seed * 1_000_003 + step
             )

@@ -176,7 +176,7 @@ class StageRecipe(Section):
     steps: Steps = 200
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 1e-3
-    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises")
+    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises; half of all at most")
     optimizer: OptimizerName = "adamw"
     trainable: Trained = "experts"
     router: RouterMode = "frozen"
@@ -252,7 +252,7 @@ class SparsifyRecipe(Section):
     steps: int = Field(0, ge=0, description="optimiser steps, on the pyramids of data; 0 leaves the model as it is")
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 3e-4
-    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises")
+    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises; half of all at most")
     optimizer: OptimizerName = "adamw"
     weight: float = Field(
         1.0,
@@ -324,7 +324,7 @@ class Recipe(Section):
         None, ge=0, le=1, description="share of the tokenizer's phi convolution in its output, which no file tells; "
         "null: 0.5"
     )
-    seed: int = Field(0, ge=0, description="seed of calibration, clustering and distillation")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of calibration, clustering and distillation")
     device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU where there is one")
     dtype: DtypeName = Field("fp32", description="number format of the forward pass in distillation (autocast)")
     calibration: CalibrationRecipe = Field(

@@ -143,3 +143,13 @@ def test_steps_are_counted(dense: VARModel) -> None:
         chosen, plans = recipe(how), {"a": plan("static", "static", "static")}
         convert_model(dense, plans, "a", chosen, tokens, labels, on_block=lambda calls=calls: calls.append(1))  # type: ignore[misc]
         assert len(calls) == conversion_steps(dense.transformer.config, chosen) == steps
+
+
+def test_a_block_that_computes_no_token_is_left_as_it_is(dense: VARModel) -> None:
+    none = BlockPlan(prefix=(8, 6, 5, 3), routed=(0,) * 4, keep=(0.0,) * 4)
+    chosen = plan("static", "static", "static")
+    chosen = chosen.model_copy(update={"blocks": (chosen.blocks[0], none, chosen.blocks[2])})
+    sparse = convert(dense, recipe("sequential"), default=chosen)
+    before, after = (model.transformer.layers[1].attn.proj.weight for model in (dense, sparse))
+    assert torch.equal(before, after) and torch.isfinite(sparse.transformer.layers[2].ffn.fc2.weight).all()
+    assert not torch.equal(dense.transformer.layers[2].attn.proj.weight, sparse.transformer.layers[2].attn.proj.weight)

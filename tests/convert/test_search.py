@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actvar_convert.convert.activations import NULL_SHARE, Wanted, calibration_labels, record_blocks
-from actvar_convert.convert.budget import Choice, recipe_plans, reduction, uniform_plan
+from actvar_convert.convert.budget import Choice, make_plan, recipe_plans, reduction, uniform_plan
 from actvar_convert.convert.converter import convert_model
 from actvar_convert.convert.experts import Partition
 from actvar_convert.convert.fisher import output_metrics
@@ -272,6 +272,24 @@ def test_a_search_that_cannot_reach_its_target_says_so(
     chosen = recipe(budget=BudgetRecipe(reduction=0.9))
     with pytest.raises(RecipeError, match="out of reach"):
         plan_model(tiny_model, chosen, *calibration)
+
+
+def test_what_only_gates_everywhere_reach_is_not_refused_beforehand(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    config = tiny_model.transformer.config
+    few = recipe(budget=BudgetRecipe(reduction=0.1, gate_keep=0.1, gate_scales=1))
+    inner = reduction(config, make_plan(config, few, [0] * config.depth, inner_gates=True))
+    target = inner + 0.03
+    chosen = recipe(budget=BudgetRecipe(reduction=target, gate_keep=0.1, gate_scales=4))
+    stands_for, _ = recipe_plans(config, chosen)
+    planned = plan_model(tiny_model, chosen, *calibration)
+    for plan in (stands_for["default"], planned.plans["default"]):
+        assert reduction(config, plan) >= target
+    most = reduction(config, make_plan(config, chosen, [0] * config.depth))
+    beyond = recipe(budget=BudgetRecipe(reduction=most + 0.01, gate_keep=0.1, gate_scales=4))
+    with pytest.raises(RecipeError, match=f"{most:.3f} is what removing every expert"):
+        recipe_plans(config, beyond)
 
 
 def test_plans_and_uniform_budgets_are_not_searched(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import actvar_convert as av
+from actvar_convert.convert.activations import calibration_labels
 from actvar_convert.convert.thresholds import retuned_plans, threshold_for
 from actvar_convert.models.experts import select_experts
 from actvar_convert.models.model import VARModel
@@ -111,7 +112,7 @@ def test_thresholds_meet_their_number_again(drifted: SparseVARModel, tiny_model:
     for name, plan in plans.items():
         drifted.use_plan(name)
         with watched_routing(drifted) as watch, torch.no_grad():
-            drifted.transformer(labels, inputs)
+            drifted.transformer(calibration_labels(labels, tiny_model.transformer.null_class), inputs)
         loads = watch.loads(drifted)
         assert loads
         for each in loads:

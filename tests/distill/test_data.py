@@ -11,6 +11,7 @@ from PIL import Image
 from actvar_convert.distill.data import TokenStore, labelled_images, store_from_images, store_from_teacher
 from actvar_convert.errors import InputError
 from actvar_convert.image_files import list_images, read_image
+from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
 from actvar_convert.progress import SilentProgress
 
@@ -53,6 +54,26 @@ def test_images_become_their_tokens(tiny_model: VARModel, tmp_path: Path) -> Non
     )
     assert store.tokens.shape == (8, 30) and set(store.labels.tolist()) <= set(range(5))
     assert int(store.tokens.long().max()) < 32
+
+
+def test_images_that_changed_are_made_anew(tiny_model: VARModel, tmp_path: Path) -> None:
+    folder, arguments = tmp_path / "images", {"batch": 3, "seed": 0, "progress": SilentProgress()}
+    write_images(folder, 5)
+    first = store_from_images(tiny_model, folder, 8, path=tmp_path / "tokens.bin", **arguments)
+    again = store_from_images(tiny_model, folder, 8, path=tmp_path / "tokens.bin", **arguments)
+    assert torch.equal(first.tokens, again.tokens) and len(list(tmp_path.glob("tokens-*.bin"))) == 1
+    shutil.copy(folder / "class3" / "1.png", folder / "class0" / "00.png")
+    more = store_from_images(tiny_model, folder, 8, path=tmp_path / "tokens.bin", **arguments)
+    whole = store_from_images(tiny_model, folder, 8, path=None, **arguments)
+    assert torch.equal(more.tokens, whole.tokens) and torch.equal(more.labels, whole.labels)
+
+
+def test_images_are_tokenised_for_a_model_in_half_precision(tiny_model: VARModel, tmp_path: Path) -> None:
+    write_images(tmp_path, 5)
+    arguments = {"path": None, "batch": 3, "seed": 0, "progress": SilentProgress()}
+    whole = store_from_images(tiny_model, tmp_path, 8, **arguments)
+    half = store_from_images(cast(tiny_model, torch.bfloat16), tmp_path, 8, **arguments)
+    assert torch.equal(whole.tokens, half.tokens)
 
 
 def test_another_number_of_classes_is_refused(tiny_model: VARModel, tmp_path: Path) -> None:

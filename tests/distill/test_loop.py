@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from actvar_convert.checkpoint.run_state import load_run_state
 from actvar_convert.convert.budget import uniform_plan
 from actvar_convert.convert.converter import convert_model
 from actvar_convert.distill import loop
 from actvar_convert.distill.data import TokenStore
 from actvar_convert.distill.loop import distill_model
 from actvar_convert.distill.stages import STAGES
-from actvar_convert.errors import CheckpointError, Interrupted
+from actvar_convert.errors import CheckpointError, Diverged, Interrupted
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import MetricsLog, SilentProgress
@@ -193,6 +194,60 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     expected = whole.transformer.state_dict()
     for name, tensor in resumed.transformer.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_lines_of_later_stages_go_when_an_earlier_one_is_resumed(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash in stage 2 before its first save leaves lines of steps that the next run takes again."""
+    whole, lines = train(tiny_model, recipe(), store, tmp_path / "whole")
+    original, taken = loop.StageRun.train_step, 0
+
+    def crashing(self: loop.StageRun, *args: object) -> dict[str, float]:
+        nonlocal taken
+        taken += 1
+        if taken == 9:
+            raise OSError("power")
+        return original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop.StageRun, "train_step", crashing)
+    with pytest.raises(OSError, match="power"):
+        train(tiny_model, recipe(), store, tmp_path / "parts")
+    monkeypatch.setattr(loop.StageRun, "train_step", original)
+    resumed, resumed_lines = train(tiny_model, recipe(), store, tmp_path / "parts")
+    assert resumed_lines == lines
+    expected = whole.transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.transformer.state_dict().items())
+
+
+def test_a_training_that_diverges_stops_and_keeps_what_was_saved(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path
+) -> None:
+    wild = recipe({}, {"learning_rate": 1e30, "warmup": 0, "trainable": "all"})
+    with pytest.raises(Diverged, match=r"stage2 diverged: .* Lower distill.stage2.learning_rate \(given 1e\+30\)"):
+        train(tiny_model, wild, store, tmp_path)
+    state = load_run_state(tmp_path / "state.safetensors", "run")
+    assert (state.scalars["stage"], state.scalars["step"]) == ("stage1", 6)
+    assert not any(bool(torch.isnan(tensor).any()) for tensor in state.tensors.values())
+
+
+def test_folded_guidance_draws_its_own_pyramids_whatever_the_data_were_drawn_with(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path
+) -> None:
+    chosen = recipe({"steps": 0}, {"steps": 4, "on_policy": 1.0, "hidden": 0.0})
+    folded = chosen.budget.model_copy(update={"guidance": "folded"})
+    drawn = chosen.data.model_copy(update={"cfg": 2.0})
+    _, lines = train(tiny_model, chosen.model_copy(update={"budget": folded, "data": drawn}), store, tmp_path)
+    assert len(lines) == 4 and all(line["sampled_scales"] for line in lines)
+
+
+def test_a_state_that_began_with_another_model_is_refused(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path
+) -> None:
+    train(tiny_model, recipe(), store, tmp_path)
+    other = recipe().model_copy(update={"seed": 1})
+    with pytest.raises(CheckpointError, match="began with another converted model"):
+        train(tiny_model, other, store, tmp_path)
 
 
 def test_a_state_of_another_run_is_refused(tiny_model: VARModel, store: TokenStore, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def test_the_defaults_fit() -> None:
         ({"distill": {"stage1": {"gate": "train"}}}, "distill.stage1.gate: given train, allowed: frozen"),
         ({"distill": {"stage2": {"output": 1}}}, "distill.stage2.output: given 1, allowed: 0; it weighs a loss of"),
         ({"checks": {}}, "checks: no limit given"),
+        ({"dtype": "fp16"}, "dtype: given fp16, allowed: fp32 or bf16 where something is trained"),
+        ({"budget": {"plans": {"default": 0.1}}}, "budget.plans.default: that is the name of the plan that"),
         (
             {"distill": {"stage1": {"trainable": "none", "router": "frozen"}}},
             "distill.stage1: trains nothing; set trainable, router or gate, or steps to 0",
