@@ -15,11 +15,10 @@ from actvar_convert.recipe.schema import StageRecipe
 
 
 def learning_rate(recipe: StageRecipe, step: int) -> float:
-    """Linear warm-up, over half of the steps at most, then half a cosine down to zero at the last step."""
-    warmup = min(recipe.warmup, recipe.steps // 2)
-    if step < warmup:
-        return recipe.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, recipe.steps - warmup)
+    """Linear warm-up, then half a cosine down to zero at the last step."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -176,7 +176,7 @@ class StageRecipe(Section):
     steps: Steps = 200
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 1e-3
-    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises; half of all at most")
+    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises; in a stage that is shorter it does not get to its full value")
     optimizer: OptimizerName = "adamw"
     trainable: Trained = "experts"
     router: RouterMode = "frozen"
@@ -252,7 +252,7 @@ class SparsifyRecipe(Section):
     steps: int = Field(0, ge=0, description="optimiser steps, on the pyramids of data; 0 leaves the model as it is")
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 3e-4
-    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises; half of all at most")
+    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises; in a stage that is shorter it does not get to its full value")
     optimizer: OptimizerName = "adamw"
     weight: float = Field(
         1.0,
