@@ -13,6 +13,7 @@ from actvar_convert.models.plan import GuidanceKind, ReconstructionKind, Sparsit
 
 Source = Literal["teacher", "images"]
 DtypeName = Literal["fp32", "bf16", "fp16"]
+WARMUP = "steps over which the learning rate rises; in a stage that is shorter it does not get to its full value"
 Index = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -176,7 +177,7 @@ class StageRecipe(Section):
     steps: Steps = 200
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 1e-3
-    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises; in a stage that is shorter it does not get to its full value")
+    warmup: int = Field(20, ge=0, description=WARMUP)
     optimizer: OptimizerName = "adamw"
     trainable: Trained = "experts"
     router: RouterMode = "frozen"
@@ -252,7 +253,7 @@ class SparsifyRecipe(Section):
     steps: int = Field(0, ge=0, description="optimiser steps, on the pyramids of data; 0 leaves the model as it is")
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 3e-4
-    warmup: int = Field(20, ge=0, description="steps over which the learning rate rises; in a stage that is shorter it does not get to its full value")
+    warmup: int = Field(20, ge=0, description=WARMUP)
     optimizer: OptimizerName = "adamw"
     weight: float = Field(
         1.0,
