@@ -12,7 +12,8 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file under a temporary name, flushes it to disk and renames it, so no reader ever sees half of it.
 
     Args:
-        path: the file; its folder is made when missing, and a file of that name is replaced.
+        path: the file; its folder is made when missing, and a file of that name is replaced, where it is a link the one
+            that it points to. A device or a pipe is written to as it is.
         content: text (written as UTF-8) or bytes.
 
     Raises:
@@ -29,6 +30,10 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def _write_whole(target: Path, data: bytes) -> None:
+    target = target.resolve() if target.is_symlink() else target
+    if target.exists() and not target.is_file() and not target.is_dir():
+        target.write_bytes(data)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:

@@ -422,6 +422,8 @@ def evaluate(
         progress: told about every long step.
     """
     teacher = recorded_teacher(model) if teacher is None else teacher
+    if teacher.is_sparse:
+        raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")
     if extractor is None and images:
         extractor = extractor_for(teacher, reference)
     report = evaluate_models(

@@ -49,7 +49,8 @@ class ActvarGroup(TyperGroup):
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             _explain(ctx, "stopped")
-            _say_how_to_resume(ctx)
+            if resumes(ctx):
+                _say_how_to_resume(ctx)
             raise typer.Exit(Interrupted.exit_code) from None
         except BrokenPipeError:
             raise
@@ -97,6 +98,12 @@ def _let_the_first_speak() -> None:
     """
     if not first_process():
         time.sleep(GRACE)
+
+
+def resumes(ctx: Any) -> bool:
+    """Whether the command that was stopped keeps what it has done, so that the same line goes on from there."""
+    command, line = ctx.invoked_subcommand, ctx.meta[LINE]
+    return command not in ("convert", "sample", "export", "benchmark", "evaluate") or " --cache" in line
 
 
 def _say_how_to_resume(ctx: Any) -> None:

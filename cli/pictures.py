@@ -34,7 +34,7 @@ def sample(
         typer.Option("--labels", metavar="N,N,...", help="Classes, one column each. Default: the first ten."),
     ] = None,
     per_class: Annotated[int, typer.Option("--per-class", min=1, help="Images of every class.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal images.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Equal seeds give equal images.")] = 0,
     cfg: Annotated[
         float | None, typer.Option("--cfg", min=0, help="Strength of guidance. Default: the model's.")
     ] = None,

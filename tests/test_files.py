@@ -48,3 +48,16 @@ def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path, monke
         write_whole(tmp_path / "b.txt", "new")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "b.txt"))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", b"through it")
+    assert os.read(reader, 99) == b"through it" and not (tmp_path / "pipe").is_file()
+    os.close(reader)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "pipe", "real"]

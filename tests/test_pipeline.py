@@ -126,6 +126,19 @@ def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: VARModel, 
     assert all(torch.equal(before[name], tensor) for name, tensor in model.transformer.state_dict().items())
 
 
+def test_what_cannot_be_measured_is_said_first(tiny_model: VARModel) -> None:
+    sparse = av.convert(tiny_model, recipe=Recipe.model_validate(TINY))
+    with pytest.raises(InputError, match="the teacher is sparse"):
+        av.evaluate(sparse, teacher=sparse, images=0, held_out=4)
+    with pytest.raises(InputError, match=r"seeds: \[-1\] given"):
+        av.evaluate(sparse, teacher=tiny_model, images=0, held_out=4, seeds=[-1])
+    with pytest.raises(InputError, match="cfg must be a number"):
+        tiny_model.generate([0], cfg=float("nan"))
+    for wrong in ([2**70], [6]):
+        with pytest.raises(InputError, match="within 0 to 4"):
+            tiny_model.generate(wrong)
+
+
 def test_what_cannot_be_trained_is_said_first(tiny_model: VARModel, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(TINY)
     start = av.convert(tiny_model, recipe=recipe)

@@ -111,7 +111,8 @@ def _write(path: Path, ending: str, tensors: Mapping[str, Tensor]) -> None:
         save_file(ready, path, metadata=METADATA)
         path.chmod(mode)  # safetensors writes through a temporary file that only its owner may read
     else:
-        torch.save(ready, path)
+        with path.open("wb") as file:  # so that a full disk is an OSError
+            torch.save(ready, file)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class SamplingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cfg: float
+    cfg: float = Field(ge=0, allow_inf_nan=False)
     top_k: int = Field(ge=0)
     top_p: float = Field(ge=0, le=1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.config import TransformerConfig
@@ -81,11 +81,11 @@ def assemble_plan(
 
 
 def make_plan(
-    config: TransformerConfig, recipe: Recipe, active: list[int], *, inner_gates: bool = False
+    config: TransformerConfig, recipe: Recipe, active: list[int], *, gates: Literal["all", "inner", "none"] = "all"
 ) -> SparsityPlan:
     """The plan of a recipe in which block b runs ``active[b]`` experts per token at the sparse scales.
 
-    With ``inner_gates`` only inner blocks skip tokens, and those only at the last scale.
+    ``gates`` of those that the recipe allows: "inner" has inner blocks alone skip tokens, at the last scale alone.
     """
     experts, first = recipe.experts.count, first_sparse_scale(config, recipe)
 
@@ -96,10 +96,10 @@ def make_plan(
         return Choice(always, active[block] - always)
 
     def inner(block: int, scale: int) -> float:
-        inside = scale == config.pyramid.num_scales - 1 and 0 < block < config.depth - 1
+        inside = gates == "inner" and scale == config.pyramid.num_scales - 1 and 0 < block < config.depth - 1
         return recipe.budget.gate_keep if inside and may_skip(config, recipe, block, scale) else 1.0
 
-    return assemble_plan(config, recipe, choice, inner if inner_gates else None)
+    return assemble_plan(config, recipe, choice, None if gates == "all" else inner)
 
 
 def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None = None) -> SparsityPlan:
@@ -107,7 +107,7 @@ def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None
 
     Every block runs the same number of experts, up to one: the last one to go leaves blocks spread over the depth.
     Where a search decides, whose gates are fewer, only inner blocks skip tokens, and at the last scale, as long as that
-    reaches the target.
+    reaches the target; none do where that would save more than is asked for and experts alone save enough.
 
     Args:
         target: share to save; by default the recipe's.
@@ -118,19 +118,23 @@ def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None
     target = recipe.budget.reduction if target is None else target
     experts, depth = recipe.experts.count, config.depth
     spread = sorted(range(depth), key=lambda block: ((block * 5 + 2) % depth if depth % 5 else block, block))
-    none = [0] * depth
-    few = recipe.budget.search == "sensitivity"
-    few = few and reduction(config, make_plan(config, recipe, none, inner_gates=True)) >= target
-    require_reach(recipe, target, reduction(config, make_plan(config, recipe, none, inner_gates=few)))
+
+    def saved(active: int, gates: Literal["all", "inner", "none"]) -> float:
+        return reduction(config, make_plan(config, recipe, [active] * depth, gates=gates))
+
+    gates: Literal["all", "inner", "none"] = "all"
+    if recipe.budget.search == "sensitivity" and saved(0, "inner") >= target:
+        gates = "none" if saved(experts, "inner") > target and saved(0, "none") >= target else "inner"
+    require_reach(recipe, target, saved(0, gates))
     low, high = 0, experts * depth
     while low < high:
         removed = (low + high) // 2
         active = _active(removed, experts, spread)
-        if reduction(config, make_plan(config, recipe, active, inner_gates=few)) >= target:
+        if reduction(config, make_plan(config, recipe, active, gates=gates)) >= target:
             high = removed
         else:
             low = removed + 1
-    return make_plan(config, recipe, _active(low, experts, spread), inner_gates=few)
+    return make_plan(config, recipe, _active(low, experts, spread), gates=gates)
 
 
 def require_reach(recipe: Recipe, target: float, reached: float) -> None:

@@ -119,7 +119,8 @@ class StageRun:
     ) -> dict[str, float]:
         """One optimiser step on this process's rows; returns losses, learning rate and gradient norm of all rows.
 
-        A step whose plan or pyramids give nothing to train changes nothing. It counts where those of others may.
+        A step whose plan or pyramids give nothing to train changes nothing. It counts where those of others may. A
+        token weighs the same in every step: on the first scales alone the gradient is their share of a whole one.
         """
         recipe, processes = self.recipe, self.processes
         rate = learning_rate(recipe, self.step)
@@ -133,7 +134,7 @@ class StageRun:
                 self.step += 1
             return {"loss": 0.0}
         self.optimizers.zero_grad()
-        torch.autograd.backward(shares.sum())
+        torch.autograd.backward(shares.sum() * self._covered(tokens_BL))
         processes.add_gradients(self.parameters.values())
         norm = float(processes.clip_gradients(self.parameters.values(), recipe.gradient_clip))
         if not math.isfinite(norm):
@@ -151,6 +152,12 @@ class StageRun:
         totals = processes.total(shares)
         values = dict(zip(losses, totals.tolist(), strict=True))
         return {"loss": float(totals.sum()), **values, "learning_rate": rate, "gradient_norm": norm}
+
+    def _covered(self, tokens_BL: Tensor) -> float:
+        """Share of a pyramid's tokens that losses on these cover: the scales given, and the one that they lead to."""
+        pyramid = self.model.transformer.config.pyramid
+        scales = min(pyramid.scales_in(tokens_BL.shape[1]) + 1, pyramid.num_scales)
+        return pyramid.ends[scales - 1] / pyramid.total
 
     def choose(self) -> dict[str, str | int]:
         """Puts the plan of the step in force; returns what was chosen for the step, where there was a choice.

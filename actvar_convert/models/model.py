@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Literal
 
@@ -253,14 +254,19 @@ class VARModel(nn.Module):
                 f"guidance of strength {self.sampling.cfg:g} is folded into this model's predictions, so cfg "
                 f"{chosen.cfg:g} is out of reach; leave cfg out, or convert with budget.guidance paired"
             )
+        if not math.isfinite(chosen.cfg):
+            raise InputError(f"cfg must be a number, got {chosen.cfg}")
         if chosen.top_k < 0 or not 0 <= chosen.top_p <= 1:
             raise InputError(f"top_k must be at least 0 and top_p within 0 to 1, got {chosen.top_k} and {chosen.top_p}")
         return chosen
 
     def _labels(self, labels: Tensor | Sequence[int]) -> Tensor:
         """Class indices [B] on the model's device; what is on the CPU is checked there, without waiting for a GPU."""
-        given = torch.as_tensor(labels, dtype=torch.int64).flatten()
         null = self.transformer.null_class
+        try:
+            given = torch.as_tensor(labels, dtype=torch.int64).flatten()
+        except (OverflowError, ValueError, RuntimeError) as error:
+            raise InputError(f"labels must be whole numbers within 0 to {null - 1}, or -1 for no class") from error
         given = torch.where(given == -1, null, given)
         if len(given) and (int(given.min()) < 0 or int(given.max()) > null):
             raise InputError(f"labels must be within 0 to {null - 1}, or -1 for no class")

@@ -156,6 +156,9 @@ class SparsityPlan(BaseModel):
                     )
                 if not 0 <= block.keep[s] <= 1:
                     found.append(f"{where}.keep[{s}]: {block.keep[s]} is not within 0 to 1")
+                mean = None if block.mean_routed is None else block.mean_routed[s]
+                if mean is not None and not 0 <= mean <= self.experts - n:
+                    found.append(f"{where}.mean_routed[{s}]: {mean} is not within 0 to {self.experts - n} experts")
                 tau = block.tau(s)
                 if tau is not None and not 0 <= tau <= 1:
                     found.append(f"{where}.threshold[{s}]: {tau} is not within 0 to 1")

@@ -293,6 +293,9 @@ def _check(
         problems.append("extractor: needed to measure images; without one give images 0")
     if not seeds or len(set(seeds)) < len(seeds):
         problems.append(f"seeds: {list(seeds)} given, at least one and no repetition needed")
+    outside = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if outside:
+        problems.append(f"seeds: {outside} given, 0 to {2**63 - 1} possible")
     if batch < 1:
         problems.append(f"batch: {batch} given, at least 1 needed")
     if held_out < 2:

@@ -99,6 +99,22 @@ def test_memory_that_runs_out_is_said_in_a_message(how: str, said: str) -> None:
     assert "Ask for less at once" in result.stderr and "More about it" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "resumed"),
+    [(["sample"], False), (["evaluate"], False), (["evaluate", "--cache", "kept"], True), (["sweep"], True)],
+)
+def test_only_what_goes_on_says_so(line: list[str], resumed: bool) -> None:
+    commands = typer.Typer(cls=ActvarGroup)
+
+    def stopped(cache: str = "") -> None:
+        raise KeyboardInterrupt
+
+    for name in ("sample", "evaluate", "sweep"):
+        commands.command(name)(stopped)
+    result = CliRunner().invoke(commands, line)
+    assert result.exit_code == 130 and ("To go on" in result.stderr) == resumed
+
+
 def test_other_errors_of_torch_are_not_taken_for_it() -> None:
     result = CliRunner().invoke(app, ["end", "shapes"])
     assert isinstance(result.exception, RuntimeError) and "memory" not in result.stderr

@@ -279,7 +279,7 @@ def test_what_only_gates_everywhere_reach_is_not_refused_beforehand(
 ) -> None:
     config = tiny_model.transformer.config
     few = recipe(budget=BudgetRecipe(reduction=0.1, gate_keep=0.1, gate_scales=1))
-    inner = reduction(config, make_plan(config, few, [0] * config.depth, inner_gates=True))
+    inner = reduction(config, make_plan(config, few, [0] * config.depth, gates="inner"))
     target = inner + 0.03
     chosen = recipe(budget=BudgetRecipe(reduction=target, gate_keep=0.1, gate_scales=4))
     stands_for, _ = recipe_plans(config, chosen)

@@ -72,6 +72,14 @@ def test_all_experts_routed_is_the_dense_model(
     assert relative_error(sparse(*pyramids), expected) <= 1e-5
 
 
+def test_a_mean_number_of_experts_that_there_are_not_is_named(tiny_model: VARModel) -> None:
+    for wrong in (-1.0, 5.5, float("nan")):
+        means = (8.0, 7.0, 6.0, wrong)
+        dynamic = block(prefix=(0, 1, 2, 3), routed=(0,) * 4, keep=(1,) * 4, threshold=(1.0,) * 4, mean_routed=means)
+        problems = SparsityPlan(experts=8, blocks=(dynamic,) * 2).problems(tiny_model.transformer.config)
+        assert [problem.split(":")[0] for problem in problems] == [f"plan.blocks[{i}].mean_routed[3]" for i in (0, 1)]
+
+
 @torch.no_grad()
 def test_permuting_neurons_of_the_dense_model_changes_nothing(
     tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
