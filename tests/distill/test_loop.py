@@ -159,6 +159,13 @@ def test_training_where_the_student_goes(tiny_model: VARModel, store: TokenStore
     assert kl_to(tiny_model, model, met[1]) < 0.8 * kl_to(tiny_model, before, met[0])
 
 
+def test_a_token_weighs_the_same_in_every_step(tiny_model: VARModel, store: TokenStore) -> None:
+    chosen = recipe()
+    run = loop.StageRun(converted(tiny_model, chosen, store), STAGES["stage2"], chosen.distill.stage2, 0)
+    shares = [run._covered(store.tokens[:, :drawn]) for drawn in (1, 5, 14, 30)]
+    assert shares == pytest.approx([5 / 30, 14 / 30, 1, 1]), "the scales given, and the one that they lead to"
+
+
 ELASTIC = {"plans": "random", "on_policy": 0.6, "straight_through_end": 0.0}
 
 
