@@ -11,6 +11,9 @@ from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report.costs import transformer_macs
 
+Gates = Literal["all", "inner", "none"]
+"""Where a plan skips tokens, of all places that a recipe allows: "inner" is inner blocks at the last scale alone."""
+
 
 class Choice(NamedTuple):
     """Active experts of one block at one scale: the first ``prefix``, and ``routed`` more by the router."""
@@ -47,17 +50,10 @@ def assemble_plan(
     config: TransformerConfig,
     recipe: Recipe,
     choice: Callable[[int, int], Choice],
-    keep: Callable[[int, int], float] | None = None,
+    keep: Callable[[int, int], float],
 ) -> SparsityPlan:
-    """The plan of a recipe with ``choice(block, scale)`` as active experts and ``keep(block, scale)`` as keep ratios.
-
-    Without ``keep`` every block that may skip tokens keeps ``budget.gate_keep`` of them.
-    """
+    """The plan of a recipe with ``choice(block, scale)`` as active experts, ``keep(block, scale)`` as keep ratios."""
     scales = range(config.pyramid.num_scales)
-
-    def fixed(block: int, scale: int) -> float:
-        return recipe.budget.gate_keep if may_skip(config, recipe, block, scale) else 1.0
-
     blocks = []
     for block in range(config.depth):
         row = [choice(block, scale) for scale in scales]
@@ -65,7 +61,7 @@ def assemble_plan(
             BlockPlan(
                 prefix=tuple(each.prefix for each in row),
                 routed=tuple(each.routed for each in row),
-                keep=tuple((keep or fixed)(block, scale) for scale in scales),
+                keep=tuple(keep(block, scale) for scale in scales),
             )
         )
     return SparsityPlan(
@@ -81,11 +77,11 @@ def assemble_plan(
 
 
 def make_plan(
-    config: TransformerConfig, recipe: Recipe, active: list[int], *, gates: Literal["all", "inner", "none"] = "all"
+    config: TransformerConfig, recipe: Recipe, active: list[int], *, gates: Gates = "all"
 ) -> SparsityPlan:
     """The plan of a recipe in which block b runs ``active[b]`` experts per token at the sparse scales.
 
-    ``gates`` of those that the recipe allows: "inner" has inner blocks alone skip tokens, at the last scale alone.
+    Of the blocks and scales that may skip tokens those that ``gates`` names do, and keep ``budget.gate_keep`` of them.
     """
     experts, first = recipe.experts.count, first_sparse_scale(config, recipe)
 
@@ -95,11 +91,12 @@ def make_plan(
         always = round(recipe.budget.prefix_share * active[block])
         return Choice(always, active[block] - always)
 
-    def inner(block: int, scale: int) -> float:
-        inside = gates == "inner" and scale == config.pyramid.num_scales - 1 and 0 < block < config.depth - 1
-        return recipe.budget.gate_keep if inside and may_skip(config, recipe, block, scale) else 1.0
+    def keep(block: int, scale: int) -> float:
+        inner = scale == config.pyramid.num_scales - 1 and 0 < block < config.depth - 1
+        named = gates == "all" or (gates == "inner" and inner)
+        return recipe.budget.gate_keep if named and may_skip(config, recipe, block, scale) else 1.0
 
-    return assemble_plan(config, recipe, choice, None if gates == "all" else inner)
+    return assemble_plan(config, recipe, choice, keep)
 
 
 def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None = None) -> SparsityPlan:
@@ -119,10 +116,10 @@ def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None
     experts, depth = recipe.experts.count, config.depth
     spread = sorted(range(depth), key=lambda block: ((block * 5 + 2) % depth if depth % 5 else block, block))
 
-    def saved(active: int, gates: Literal["all", "inner", "none"]) -> float:
+    def saved(active: int, gates: Gates) -> float:
         return reduction(config, make_plan(config, recipe, [active] * depth, gates=gates))
 
-    gates: Literal["all", "inner", "none"] = "all"
+    gates: Gates = "all"
     if recipe.budget.search == "sensitivity" and saved(0, "inner") >= target:
         gates = "none" if saved(experts, "inner") > target and saved(0, "none") >= target else "inner"
     require_reach(recipe, target, saved(0, gates))

@@ -5,7 +5,6 @@ Shapes: N pyramids, L tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actvar_convert.checkpoint.run_state import fingerprint_of
 from actvar_convert.distill.parallel import ALONE, Processes
 from actvar_convert.errors import InputError
 from actvar_convert.files import write_whole
@@ -95,8 +95,8 @@ def store_from_images(
     chosen = [files[i] for i in order.tolist()]
     size = teacher.tokenizer.config.image_size
     if path is not None:
-        names = "\n".join(file.relative_to(folder).as_posix() for file in chosen)
-        path = path.with_name(f"{path.stem}-{hashlib.sha256(names.encode()).hexdigest()[:12]}{path.suffix}")
+        which = fingerprint_of(*(file.relative_to(folder).as_posix() for file in chosen))
+        path = path.with_name(f"{path.stem}-{which[:12]}{path.suffix}")
     parts = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
 
     def encode(index: int) -> Tensor:
