@@ -3,8 +3,8 @@
 Every (block, scale) offers the same settings of active experts and keep ratio; each has a price, in MACs or seconds,
 and a damage in nats (``sensitivity``). Damages are taken to add up, so the best plan for a budget is found exactly on
 the convex hull: one exchange rate between damage and price, and every cell takes the setting with the smallest sum. The
-rate is bisected until the plan meets the target. After the sensitivity-guided search of SnapViT (arXiv 2510.17700),
-whose evolutionary part the additive damages make unnecessary.
+rate is bisected until the plan meets the target, and what the plan saves beyond it is given back. After the
+sensitivity-guided search of SnapViT (arXiv 2510.17700), whose evolutionary part the additive damages make unnecessary.
 """
 
 from __future__ import annotations
@@ -332,17 +332,23 @@ def _give_back(
     price: npt.NDArray[np.float64],
     saves_enough: Callable[[Picks], bool],
 ) -> Picks:
-    """``high``, with the dearer settings of ``low`` wherever the target allows, the most worthwhile first."""
+    """``high``, with better settings in the cells where ``low`` differs, as far as the target allows.
+
+    A cell may take what ``low`` has there or anything in between, which no exchange rate picks: the setting that saves
+    most damage for its price first.
+    """
     picks = high.copy()
-    cells = [tuple(cell) for cell in np.argwhere(low != high)]
-
-    def worth(cell: tuple[int, ...]) -> float:
-        gain = cost[cell][high[cell]] - cost[cell][low[cell]]
-        return float(gain / max(price[cell][low[cell]] - price[cell][high[cell]], 1e-12))
-
-    for cell in sorted(cells, key=worth, reverse=True):
-        tried = picks.copy()
-        tried[cell] = low[cell]
-        if saves_enough(tried):
-            picks = tried
+    between: list[tuple[float, float, tuple[int, ...], int]] = []
+    for cell in map(tuple, np.argwhere(low != high)):
+        costs_here, prices_here = cost[cell], price[cell]
+        gain = costs_here[high[cell]] - costs_here
+        extra = np.maximum(prices_here - prices_here[high[cell]], 1e-12)
+        offered = np.flatnonzero((gain > 0) & (prices_here <= prices_here[low[cell]]))
+        between += [(gain[each] / extra[each], gain[each], cell, int(each)) for each in offered]
+    for _, _, cell, setting in sorted(between, key=lambda each: each[:2], reverse=True):
+        if cost[cell][setting] < cost[cell][picks[cell]]:
+            tried = picks.copy()
+            tried[cell] = setting
+            if saves_enough(tried):
+                picks = tried
     return picks

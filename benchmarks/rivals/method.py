@@ -22,7 +22,7 @@ from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report import costs
 
-CODE = "1"
+CODE = "2"
 """Version of the methods and of how they are measured; a change of what a row would show changes it."""
 
 Level = Literal["none", "stage1", "full"]

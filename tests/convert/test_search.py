@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from actvar_convert.convert.activations import NULL_SHARE, Wanted, calibration_labels, record_blocks
-from actvar_convert.convert.budget import Choice, make_plan, recipe_plans, reduction, uniform_plan
+from actvar_convert.convert.budget import (
+    Choice,
+    assemble_plan,
+    make_plan,
+    recipe_plans,
+    reduction,
+    uniform_plan,
+)
 from actvar_convert.convert.converter import convert_model
 from actvar_convert.convert.experts import Partition
 from actvar_convert.convert.fisher import output_metrics
@@ -25,6 +32,7 @@ from actvar_convert.convert.search import (
 from actvar_convert.convert.sensitivity import BlockSensitivity, choices, gate_damage
 from actvar_convert.distill.losses import kl_per_token
 from actvar_convert.errors import RecipeError
+from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
@@ -197,8 +205,6 @@ def test_damage_is_that_of_the_converted_block(
 
 def test_the_search_is_as_good_as_trying_everything() -> None:
     """Two blocks, one sparse scale, hand-made damages: every plan is tried."""
-    from actvar_convert.models.config import TransformerConfig
-
     config = TransformerConfig(
         depth=2, width=64, heads=2, hidden=128, sides=(1, 2, 3, 4), vocab=32, z_channels=8, classes=5
     )
@@ -219,6 +225,25 @@ def test_the_search_is_as_good_as_trying_everything() -> None:
             if reduction(config, _with(plan, (a, b))) >= target
         )
         assert damage * config.pyramid.total <= best * 1.35 + 1e-9
+
+
+def test_a_plan_saves_no_more_than_it_must_where_one_block_decides() -> None:
+    """Every setting but the dearest and the cheapest lies above the hull, so no exchange rate picks one of them."""
+    config = TransformerConfig(
+        depth=1, width=64, heads=2, hidden=128, sides=(1, 2, 3, 4), vocab=32, z_channels=8, classes=5
+    )
+    chosen = recipe(experts=ExpertsRecipe(count=8), budget=BudgetRecipe(reduction=0.1, prefix_share=1.0))
+    damage = {c: float(8 - c.prefix) - 0.01 * (c.prefix in (0, 8)) for c in choices(8, 1.0)}
+    sensitivities = [BlockSensitivity(Partition(torch.arange(128)), {3: damage}, {})]
+    saved = {prefix: reduction(config, _active(config, chosen, prefix)) for prefix in range(9)}
+    for prefix in range(1, 8):
+        plan, nats = search_plan(config, chosen, sensitivities, (saved[prefix] + saved[prefix + 1]) / 2)
+        assert plan.blocks[0].prefix[3] == prefix
+        assert nats * config.pyramid.total == pytest.approx(8 - prefix)
+
+
+def _active(config: TransformerConfig, chosen: Recipe, prefix: int) -> SparsityPlan:
+    return assemble_plan(config, chosen, lambda b, s: Choice(prefix if s == 3 else 8, 0), lambda b, s: 1.0)
 
 
 def _with(plan: SparsityPlan, picks: tuple[Choice, Choice]) -> SparsityPlan:
