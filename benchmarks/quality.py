@@ -6,7 +6,8 @@ Every row states the share of the transformer's FLOPs that is saved (with guidan
 forcing (nats per token), and the FID of both models over the same labels and random numbers, with the relative
 difference and its standard error. Rows, weights, unfinished trainings and features of images are kept under --out: a
 row that is finished is not computed again, a stopped command goes on where it was, and the same folder may be filled in
-parts (--methods, --levels, --cuts). The table goes to stdout; quality.json and quality.png to --out, after every row.
+parts (--methods, --levels, --cuts); --with FILE shows the rows of another quality.json beside them. The table goes to
+stdout; quality.json and quality.png to --out, after every row.
 
 The whole takes hours on two cores. --quick proves the command on a size whose figures mean nothing.
 """
@@ -50,7 +51,11 @@ QUICK = (
     *("evaluate.images=20", "evaluate.batch=20", "evaluate.held_out=10"),
 )
 QUICK_CUT = 0.2
-COLUMNS = ("method", "training", "steps", "asked %", "cut %", "KL", "FID dense", "FID", "increase %", "± %", "labels")
+SCHEMA = "actvar.frontier/1"
+COLUMNS = (
+    *("method", "training", "steps", "asked %", "cut %", "KL", "FID dense", "FID", "increase %", "± %", "labels"),
+    "sets",
+)
 TRAINING: dict[Level, str] = {"none": "none", "stage1": "stage 1", "full": "full"}
 
 
@@ -113,7 +118,46 @@ class Row:
             f"{100 * self.increase:+.2f}",
             f"{100 * self.error:.2f}",
             "-" if self.label_agreement is None else f"{self.label_agreement:.3f}",
+            str(len(self.seeds)),
         ]
+
+
+def row_from(data: object) -> Row | None:
+    """The row that was written as JSON; None where it is not one of this version."""
+    if not isinstance(data, dict) or set(data) != {field.name for field in fields(Row)}:
+        return None
+    return Row(**{**data, "steps": tuple(data["steps"]), "seeds": tuple(data["seeds"])})
+
+
+def earlier_rows(path: Path, teacher: str) -> list[Row]:
+    """The rows of another quality.json.
+
+    Args:
+        teacher: fingerprint of the teacher that they must be of.
+
+    Raises:
+        InputError: the file is not there, is no quality.json of this version, or is of another teacher.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--with {path}: cannot be read as JSON ({error})") from error
+    rows = data.get("rows") if isinstance(data, dict) and data.get("schema") == SCHEMA else None
+    found = [row_from(row) for row in rows] if isinstance(rows, list) else [None]
+    known = [row for row in found if row is not None and row.method in METHODS]
+    if len(known) < len(found):
+        raise InputError(f"--with {path}: is no quality.json that this version of quality.py writes")
+    if data.get("teacher") != teacher:
+        raise InputError(f"--with {path}: its rows are of another teacher, and cannot stand in one table with these")
+    return known
+
+
+def merged(rows: Sequence[Row], earlier: Sequence[Row]) -> list[Row]:
+    """All rows in the order of a table; of those of one method, training and cut the last of ``rows``, or else of
+    ``earlier``."""
+    newest = {(row.method, row.level, row.steps, row.asked): row for row in (*earlier, *rows)}
+    names = list(METHODS)
+    return sorted(newest.values(), key=lambda row: (names.index(row.method), LEVELS.index(row.level), row.asked))
 
 
 class Frontier:
@@ -152,9 +196,7 @@ class Frontier:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if not isinstance(data, dict) or set(data) != {field.name for field in fields(Row)}:
-            return None
-        return Row(**{**data, "steps": tuple(data["steps"]), "seeds": tuple(data["seeds"])})
+        return row_from(data)
 
     def row(self, wanted: Wanted) -> Row:
         """The row, measured unless it was before.
@@ -210,7 +252,7 @@ class Frontier:
     def write(self, rows: Sequence[Row]) -> None:
         """quality.json and quality.png."""
         content = {
-            "schema": "actvar.frontier/1",
+            "schema": SCHEMA,
             "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware_name(self.teacher.device),
             "threads": torch.get_num_threads(),
@@ -300,6 +342,7 @@ class Given(argparse.Namespace):
     settings: list[str]
     quick: bool
     show: bool
+    earlier: list[Path]
     out: Path
 
 
@@ -324,6 +367,8 @@ def parser() -> argparse.ArgumentParser:
                       help="any other setting of the recipe fashion")  # fmt: skip
     made.add_argument("--quick", action="store_true", help="a tiny size that proves the command; options still count")
     made.add_argument("--show", action="store_true", help="compute nothing, show the rows that are finished")
+    made.add_argument("--with", dest="earlier", nargs="+", type=Path, default=[], metavar="FILE",
+                      help="quality.json of other runs, whose rows are shown where this one has none")  # fmt: skip
     return made
 
 
@@ -357,6 +402,7 @@ def run(given: Given) -> None:
     teacher = av.load(recipe.model, device=given.device or recipe.device)
     progress = TerminalProgress()
     frontier = Frontier(teacher, recipe, given.out, extractor_for(teacher, recipe.evaluate.reference), progress)
+    earlier = [row for path in given.earlier for row in earlier_rows(path, frontier.workshop.teacher_print)]
     rows: list[Row] = []
     wanted = wanted_rows(given.methods, given.levels, cuts)
     for number, each in enumerate(wanted, start=1):
@@ -370,7 +416,8 @@ def run(given: Given) -> None:
         except OutOfReach as error:
             progress.say(f"left out: {error}")
             continue
-        frontier.write(rows)
+        frontier.write(merged(rows, earlier))
+    rows = merged(rows, earlier)
     if given.show and rows:
         frontier.write(rows)
     print(f"{hardware_name(teacher.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")

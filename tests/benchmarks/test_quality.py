@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,32 @@ def test_every_method_trains_as_many_steps(tiny_model: VARModel, tiny_recipe: Re
         stages = method.recipe(tiny_recipe, 0.15, config).distill
         assert stages.stage1.steps + stages.stage2.steps == 5, name
         assert stages.stage2.batch == 8 and stages.stage2.trainable == "all" and stages.stage2.kl == 1, name
+
+
+def test_rows_of_other_runs_are_shown_beside_new_ones(tmp_path: Path) -> None:
+    row = quality.Row(
+        key="k", method="ours", level="full", steps=(20, 120), asked=0.3, cut=0.301, macs=9, kl=0.06, kl_error=0.001,
+        fid_dense=0.5, fid=0.6, increase=0.2, standard_error=None, jackknife_error=0.02, label_agreement=None, images=9,
+        seeds=(0,), dtype="float32",
+    )  # fmt: skip
+    newer, rival = replace(row, kl=0.05), replace(row, method="control", asked=0.0)
+    milder = replace(row, asked=0.2)
+    assert quality.merged([newer, milder], [rival, row]) == [milder, newer, rival]
+
+    def stored(**changes: object) -> Path:
+        content = {"schema": quality.SCHEMA, "teacher": "mine", "rows": [asdict(row)], **changes}
+        (tmp_path / "quality.json").write_text(json.dumps(content))
+        return tmp_path / "quality.json"
+
+    assert quality.earlier_rows(stored(), "mine") == [row]
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"teacher": "other"}, "another teacher"),
+        ({"rows": [{"kl": 1.0}]}, "no quality.json"),
+        ({"rows": [asdict(replace(row, method="unheard-of"))]}, "no quality.json"),
+        ({"schema": "actvar.quality/1"}, "no quality.json"),
+    ]
+    for changes, why in wrong:
+        with pytest.raises(InputError, match=why):
+            quality.earlier_rows(stored(**changes), "mine")
+    with pytest.raises(InputError, match="cannot be read"):
+        quality.earlier_rows(tmp_path / "absent.json", "mine")
