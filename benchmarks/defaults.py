@@ -8,13 +8,19 @@ the first one after a short training, for the settings of the distillation. Held
 The table goes to stdout, ``defaults.json`` to --out after every row; a row that is there is not computed again, and a
 training that was stopped goes on.
 
-About a minute and a half a row on one core, four minutes with training.
+``--recipe`` takes another recipe and its model, ``--changes`` rows of your own:
+
+    python benchmarks/defaults.py --out runs/mosaics --recipe mosaics --bases trained \\
+        --changes "distill.stage2.optimizer=adamw + distill.stage2.learning_rate=0.0003"
+
+About a minute and a half a row of ``fashion`` on one core, four minutes with training.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +33,7 @@ from rivals.training import Workshop
 
 import actvar_convert as av
 from actvar_convert.checkpoint.run_state import fingerprint_of
+from actvar_convert.errors import ActvarError
 from actvar_convert.files import write_whole
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
@@ -143,6 +150,11 @@ class Row:
         return [self.base, self.change or "-", *figures]
 
 
+def settings_of(change: str) -> list[str]:
+    """The settings of a change; those that only make sense together are written with a plus between them."""
+    return change.split(" + ") if change else []
+
+
 class Defaults:
     """The rows of one teacher, kept in one folder."""
 
@@ -158,7 +170,7 @@ class Defaults:
     def row(self, base: str, change: str) -> Row:
         """The row, measured unless it was before."""
         config = self.teacher.transformer.config
-        chosen = load_recipe(self.recipe, [*BASES[base], *([change] if change else [])], config=config)
+        chosen = load_recipe(self.recipe, [*BASES[base], *settings_of(change)], config=config)
         key = fingerprint_of(CODE, self._print, chosen.model_dump_json())
         if key not in self._rows:
             self._rows[key] = self._measured(key, base, change, chosen)
@@ -223,30 +235,57 @@ class Given(argparse.Namespace):
     """The command line."""
 
     out: Path
+    recipe: str
     bases: list[str]
+    changes: list[str] | None
     settings: list[str]
     quick: bool
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/defaults"), help="folder of everything (runs/defaults)")
-    parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES), help="these bases alone")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="A.B=VALUE",
-                        help="any setting of the recipe fashion, in every row")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="a tiny size that proves the command")
-    given = parser.parse_args(namespace=Given())
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=Path("runs/defaults"), help="folder of everything (runs/defaults)")
+    made.add_argument("--recipe", default="fashion", help="name or file of the recipe that is changed (fashion)")
+    made.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES), help="these bases alone")
+    made.add_argument("--changes", nargs="*", metavar="A.B=VALUE",
+                        help="rows of every base, in place of the ones that it has here; "
+                        "'A=1 + B=2' changes two settings")  # fmt: skip
+    made.add_argument("--set", dest="settings", action="append", default=[], metavar="A.B=VALUE",
+                        help="any setting of the recipe, in every row")  # fmt: skip
+    made.add_argument("--quick", action="store_true", help="a tiny size that proves the command")
+    return made
+
+
+def run(given: Given) -> None:
+    """Measures and shows what the command line asks for.
+
+    Raises:
+        ActvarError: a recipe or a setting that is none, before any row is measured.
+    """
     limit_threads()
-    recipe = load_recipe("fashion", [*(QUICK if given.quick else ()), *given.settings])
+    recipe = load_recipe(given.recipe, [*(QUICK if given.quick else ()), *given.settings])
+    changes = {base: ["", *(CHANGES[base] if given.changes is None else given.changes)] for base in given.bases}
+    for base, own in changes.items():
+        for change in own:
+            load_recipe(recipe, [*BASES[base], *settings_of(change)])
     defaults = Defaults(av.load(recipe.model, device="cpu"), recipe, given.out)
     print(f"{hardware_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     rows = []
-    for base in given.bases:
-        for change in ("", *CHANGES[base]):
+    for base, own in changes.items():
+        for change in own:
             rows.append(defaults.row(base, change))
             print(f"{base} {change or 'itself'}: KL {rows[-1].kl:.4f}, {rows[-1].seconds:.0f} s", flush=True)
     print("\n" + table(rows))
 
 
+def main() -> None:
+    try:
+        run(parser().parse_args(namespace=Given()))
+    except ActvarError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
 if __name__ == "__main__":
     main()
+

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import defaults
 import pytest
-from defaults import BASES, CHANGES, Defaults, table
+from defaults import BASES, CHANGES, Defaults, settings_of, table
 
 from actvar_convert.models.model import VARModel
 from actvar_convert.recipe.load import load_recipe
@@ -47,5 +47,12 @@ def test_trained_rows_share_their_conversion(tiny_model: VARModel, tiny_recipe: 
 def test_every_change_is_one(base: str, change: str) -> None:
     """A row that says what the base says already would claim that the setting is worth nothing."""
     recipe = load_recipe("fashion", BASES[base])
-    assert load_recipe(recipe, [change]) != recipe
+    assert load_recipe(recipe, settings_of(change)) != recipe
     assert set(defaults.CHANGES) == set(BASES)
+
+
+def test_a_row_may_change_settings_that_belong_together() -> None:
+    both = "distill.stage2.optimizer=adamw + distill.stage2.scale_weights=[4, 3, 2, 1.5, 1, 1]"
+    changed = load_recipe("fashion", settings_of(both)).distill.stage2
+    assert changed.optimizer == "adamw" and changed.scale_weights == (4, 3, 2, 1.5, 1, 1)
+    assert settings_of("") == []
