@@ -553,8 +553,8 @@ def inspect(
         values: also read every value and count those that are NaN or infinite.
     """
     name = path if isinstance(path, str) else ""
+    refuse_unneeded(path, vae, Overrides(heads, residual_ratio, sides))
     if name in official_names():
-        refuse_unneeded(name, None, Overrides(heads, residual_ratio, sides), sparse=False)
         if values or vae is not None:
             raise InputError(f"{name} is a name, and no file of it is read here; give the file that is to be looked at")
         return published_inspection(name)

@@ -68,6 +68,24 @@ def refuse_distilled(folder: Path) -> None:
         )
 
 
+SETTLED = (
+    *("model", "heads", "sides", "residual_ratio", "sparsify"),
+    *("experts", "gate", "budget", "plans", "default_plan"),
+)
+"""Sections of a recipe that say how a model is converted: once it is, they change nothing."""
+
+
+def refuse_settled(given: list[str] | None) -> None:
+    """Raises InputError for overrides of a distillation that only a conversion could follow."""
+    paths = [text.partition("=")[0].strip() for text in given or []]
+    late = [path for path in paths if path.partition(".")[0] in SETTLED]
+    if late:
+        raise InputError(
+            f"--set {', '.join(late)}: this is settled when a model is converted, and training cannot change it. "
+            "Set it for actvar convert, or for actvar run."
+        )
+
+
 @app.command(
     epilog=closing("actvar convert fashion --recipe fashion --out runs/fashion", "actvar distill runs/fashion")
 )
@@ -138,6 +156,7 @@ def distill(
     if teacher is None and any(value is not None for value in flags.values()):
         alone = ", ".join(f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None)
         raise typer.BadParameter("it says something of --teacher; give that too", param_hint=alone)
+    refuse_settled(override)
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
     source = recipe or folder / "recipe.yaml"
     place = asked_by(source, settings).device

@@ -161,9 +161,13 @@ def benchmark(
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     sparse = av.load(model, device=device, plan=plan, **own_flags(model, flags, against))
     if ways:
-        from actvar_convert.report.ways import render_ways
+        from actvar_convert.report.ways import render_ways, ways_report
 
-        show(render_ways(sparse, sizes, formats))
+        found = ways_report(sparse, sizes, formats)
+        if form is opt.Format.json:
+            show_text(found.to_json())
+        else:
+            show(render_ways(found))
         return
     other = av.load(against, device=device, **flags) if against is not None else None
     report = av.benchmark(

@@ -15,6 +15,7 @@ from actvar_convert.report.flops import FlopsReport
 from actvar_convert.report.latency import BenchmarkReport, BenchmarkRow
 from actvar_convert.report.quality_report import FidQuality, KLQuality, QualityReport, RoutingLoad
 from actvar_convert.report.sweep_report import SweepPoint, SweepReport
+from actvar_convert.report.ways import WaysReport, WaysRow
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
 SECTIONS = {part.split("\n", 1)[0]: part for part in TEXT.split("\n## ")[1:]}
@@ -27,6 +28,7 @@ SECTIONS = {part.split("\n", 1)[0]: part for part in TEXT.split("\n## ")[1:]}
         ("`flops.json`: `actvar.flops/1`", (FlopsReport,)),
         ("`eval.json`: `actvar.eval/1`", (QualityReport, FidQuality, KLQuality)),
         ("`benchmark.json`: `actvar.benchmark/1`", (BenchmarkReport, BenchmarkRow)),
+        ("`actvar benchmark X --ways --format json`: `actvar.ways/1`", (WaysReport, WaysRow)),
         ("`sweep.json`: `actvar.sweep/1`", (SweepReport, SweepPoint)),
         ("`actvar inspect X --format json`: `actvar.inspect/1`", (Inspection,)),
     ],

@@ -31,7 +31,6 @@ from actvar_convert.checkpoint.sniff import sniff
 from actvar_convert.checkpoint.sparse import checked_config
 from actvar_convert.checkpoint.sparse_config import SparseConfig
 from actvar_convert.checkpoint.sparse_weights import read_sparse_weights, sparse_skeleton
-from actvar_convert.errors import InputError
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.var import VARTransformer
@@ -94,7 +93,7 @@ def inspect_file(
     """Tells what is in a weight file, a dense folder or a sparse folder from names and shapes.
 
     Args:
-        path: file or folder.
+        path: file or folder. vae, heads, residual_ratio and sides are for dense ones, see ``refuse_unneeded``.
         vae: tokenizer file, to check that it fits.
         values: also read every value and count those that are NaN or infinite.
         heads, residual_ratio, sides: see Overrides.
@@ -107,8 +106,6 @@ def inspect_file(
     require_exists(path)
     overrides = Overrides(heads, residual_ratio, sides)
     if is_sparse_folder(path):
-        if overrides.given:
-            raise InputError(f"the shape of {path} is known. Leave {' and '.join(overrides.given)} out.")
         return _inspect_sparse(path, values)
     if path.is_file() and not path.name.endswith(".json"):
         sniffed = sniff(path)

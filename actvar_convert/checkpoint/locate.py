@@ -37,9 +37,10 @@ def locate(source: Path, vae: Path | None) -> Located:
 
     Raises:
         InputError: a path does not exist.
-        CheckpointError: a folder without weights of a VAR, or with several.
+        CheckpointError: a folder without weights of a VAR, or with several; a file out of a sparse folder.
     """
     require_exists(source)
+    _refuse_part_of_sparse(source)
     if vae is not None:
         require_exists(vae)
         vae = _in_folder(vae, ("vae", "vqvae", "model")) if vae.is_dir() else vae
@@ -59,6 +60,12 @@ def is_sparse_folder(folder: Path) -> bool:
             with config.open("rb") as file:
                 return SPARSE_FORMAT.encode() in file.read(4096) or (folder / "recipe.yaml").is_file()
         return (folder / "recipe.yaml").is_file()
+
+
+def _refuse_part_of_sparse(source: Path) -> None:
+    folder = source.absolute().parent
+    if source.is_file() and source.name.startswith("model") and is_sparse_folder(folder):
+        raise CheckpointError(f"{source} is a part of the sparse model in {folder}. Give that folder.")
 
 
 def _hints(folder: Path) -> Mapping[str, Any]:

@@ -11,11 +11,10 @@ import torch
 from actvar_convert.checkpoint.describe import describe, dtype_name
 from actvar_convert.checkpoint.infer import Overrides
 from actvar_convert.checkpoint.inspection import Inspection, inspect_file
-from actvar_convert.checkpoint.locate import is_sparse_folder
 from actvar_convert.checkpoint.official import official_config, official_names
 from actvar_convert.checkpoint.reading import require_exists
 from actvar_convert.checkpoint.skeleton import NoWeights
-from actvar_convert.checkpoint.source import refuse_unneeded, require_known
+from actvar_convert.checkpoint.source import is_sparse, refuse_unneeded, require_known
 from actvar_convert.checkpoint.sparse_config import read_sparse_config
 from actvar_convert.checkpoint.zoo import bundled_config, bundled_names
 from actvar_convert.errors import CheckpointError
@@ -66,8 +65,8 @@ def model_shape(
         CheckpointError: no VAR, or one that cannot be loaded, as far as names and shapes tell.
     """
     name = source if isinstance(source, str) else ""
-    sparse = name not in (*bundled_names(), *official_names()) and is_sparse_folder(Path(source))
-    refuse_unneeded(source, vae, Overrides(heads, residual_ratio, sides), sparse)
+    sparse = is_sparse(source)
+    refuse_unneeded(source, vae, Overrides(heads, residual_ratio, sides))
     if vae is not None:
         require_exists(Path(vae))
     if name in official_names():

@@ -48,8 +48,8 @@ def load_any(
     """
     name = source if isinstance(source, str) else ""
     path = Path(source)
-    sparse = name not in (*bundled_names(), *official_names()) and is_sparse_folder(path)
-    refuse_unneeded(source, vae, Overrides(heads, residual_ratio, sides), sparse)
+    sparse = is_sparse(source)
+    refuse_unneeded(source, vae, Overrides(heads, residual_ratio, sides))
     if plan is not None and not sparse:
         raise InputError(f"{source} is not a sparse folder and has no plan {plan!r}. Leave plan out.")
     if name in bundled_names():
@@ -69,9 +69,15 @@ def load_any(
     return load_dense(path, vae, heads=heads, residual_ratio=residual_ratio, sides=sides, dtype=dtype)
 
 
-def refuse_unneeded(source: str | Path, vae: str | Path | None, overrides: Overrides, sparse: bool) -> None:
+def is_sparse(source: str | Path) -> bool:
+    """Whether a source is a sparse folder, and not a name."""
+    named = isinstance(source, str) and source in (*bundled_names(), *official_names())
+    return not named and is_sparse_folder(Path(source))
+
+
+def refuse_unneeded(source: str | Path, vae: str | Path | None, overrides: Overrides) -> None:
     """Raises InputError where a tokenizer or a shape is given for a source that brings its own."""
-    bundled = isinstance(source, str) and source in bundled_names()
+    bundled, sparse = isinstance(source, str) and source in bundled_names(), is_sparse(source)
     if vae is not None and (sparse or bundled):
         raise InputError(f"{source} brings its own tokenizer. Leave vae out.")
     known = sparse or bundled or (isinstance(source, str) and source in official_names())

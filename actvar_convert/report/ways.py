@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from actvar_convert.errors import InputError
 from actvar_convert.kernels.expert_ffn import triton_works
-from actvar_convert.kernels.ways import FFNShape, WayRow, way_table
+from actvar_convert.kernels.ways import FFNShape, Way, WayRow, way_table
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.plan import SparsityPlan
@@ -69,8 +70,42 @@ def plan_ways(
     return [PlanWay(scale, blocks, row) for ((scale, _), blocks), row in zip(counts.items(), rows, strict=True)]
 
 
-def render_ways(model: VARModel, batches: Sequence[int], dtypes: Sequence[str]) -> RenderableType:
-    """The table for the plan that a sparse model runs, on the device it is on.
+class WaysRow(BaseModel):
+    """How all blocks that run the same setting at one scale compute their FFN, at one batch size and number format."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    batch: int = Field(description="images at once")
+    scale: int = Field(description="index, coarse to fine")
+    blocks: int = Field(description="how many do")
+    rows: int = Field(description="rows of one FFN call")
+    prefix: int = Field(description="experts that every row runs")
+    routed: int | None = Field(description="experts picked per row; null: as many as pass a threshold")
+    free: int = Field(description="experts to pick from")
+    way: Way
+    reason: str
+    microseconds: dict[Way, float] = Field(description="of each way, beyond the prefix, as counted; not measured")
+
+
+class WaysReport(BaseModel):
+    """How the expert FFNs of a sparse model would be computed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["actvar.ways/1"] = Field(default="actvar.ways/1", alias="schema")
+    device: str
+    plan: str
+    note: str = Field(description="what rows and microseconds mean")
+    rows: tuple[WaysRow, ...]
+
+    def to_json(self) -> str:
+        """The report as one JSON object, schema ``actvar.ways/1``."""
+        return self.model_dump_json(by_alias=True, indent=2)
+
+
+def ways_report(model: VARModel, batches: Sequence[int], dtypes: Sequence[str]) -> WaysReport:
+    """The choices for the plan that a sparse model runs, on the device it is on.
 
     Raises:
         InputError: the model is dense, or a number format has no such name.
@@ -82,25 +117,46 @@ def render_ways(model: VARModel, batches: Sequence[int], dtypes: Sequence[str]) 
         raise InputError(f"dtype: {', '.join(unknown)} given, possible are {', '.join(DTYPES)}")
     device = model.device
     triton = device.type == "cuda" and triton_works(device)
-    table = Table(title=f"expert FFNs on {device}, plan {model.plan_name}", box=box.SIMPLE)
+    rows = [
+        WaysRow(
+            dtype=dtype,
+            batch=batch,
+            scale=scale,
+            blocks=blocks,
+            rows=shape.rows,
+            prefix=shape.prefix,
+            routed=shape.routed,
+            free=shape.free,
+            way=choice.way,
+            reason=choice.reason,
+            microseconds=counted,
+        )
+        for dtype in dtypes
+        for batch in batches
+        for scale, blocks, (shape, choice, counted) in plan_ways(
+            model.transformer.config,
+            model.plans[model.plan_name],
+            batch=batch,
+            dtype=DTYPES[dtype],
+            device=device.type,
+            triton=triton,
+        )
+    ]
+    return WaysReport(device=str(device), plan=model.plan_name, note=_note(model, device.type), rows=tuple(rows))
+
+
+def render_ways(report: WaysReport) -> RenderableType:
+    """The table of a report."""
+    table = Table(title=f"expert FFNs on {report.device}, plan {report.plan}", box=box.SIMPLE)
     for name in ("dtype", "batch", "scale", "blocks", "rows", "prefix", "routed", "of", "way", "why"):
         table.add_column(name, justify="left" if name in ("dtype", "way", "why") else "right")
-    for dtype in dtypes:
-        for batch in batches:
-            for scale, blocks, (shape, choice, counted) in plan_ways(
-                model.transformer.config,
-                model.plans[model.plan_name],
-                batch=batch,
-                dtype=DTYPES[dtype],
-                device=device.type,
-                triton=triton,
-            ):
-                routed = "varies" if shape.routed is None else str(shape.routed)
-                figures = ", ".join(f"{way} {each:.0f} us" for way, each in counted.items())
-                numbers = (batch, scale, blocks, shape.rows, shape.prefix)
-                reason = f"{choice.reason} ({figures})" if figures else choice.reason
-                table.add_row(dtype, *map(str, numbers), routed, str(shape.free), choice.way, reason)
-    return Group(table, Text(_note(model, device.type), style="dim"))
+    for row in report.rows:
+        routed = "varies" if row.routed is None else str(row.routed)
+        figures = ", ".join(f"{way} {each:.0f} us" for way, each in row.microseconds.items())
+        numbers = map(str, (row.batch, row.scale, row.blocks, row.rows, row.prefix))
+        reason = f"{row.reason} ({figures})" if figures else row.reason
+        table.add_row(row.dtype, *numbers, routed, str(row.free), row.way, reason)
+    return Group(table, Text(report.note, style="dim"))
 
 
 def _note(model: SparseVARModel, device: str) -> str:

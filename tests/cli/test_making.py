@@ -66,6 +66,14 @@ def test_a_folder_of_something_else_is_refused_before_any_work(
     assert [path.name for path in Path("mine").iterdir()] == ["keep.txt"] and not Path("mine.work").exists()
 
 
+def test_what_a_conversion_settled_is_not_a_setting_of_a_distillation(actvar: Actvar, converted: Path) -> None:
+    before = sorted(converted.iterdir()), (converted / "recipe.yaml").read_bytes()
+    late = ["--set", "experts.count=4", "--set", "distill.stage2.steps=3", "--set", "plans.fast.experts=8"]
+    result = actvar("distill", converted, *late)
+    assert result.exit_code == 2 and "--set experts.count, plans.fast.experts: this is settled" in result.stderr
+    assert (sorted(converted.iterdir()), (converted / "recipe.yaml").read_bytes()) == before
+
+
 def test_distill_finds_its_teacher_and_keeps_the_recipe(actvar: Actvar, converted: Path) -> None:
     result = actvar("distill", converted, "--out", "trained", "--set", "distill.stage2.steps=3")
     assert result.exit_code == 0, result.output
@@ -213,3 +221,20 @@ def test_graphs_are_for_gpus(actvar: Actvar, dense_file: Path) -> None:
 def test_any_other_model_gets_the_defaults() -> None:
     chosen = recipe_for("runs/my model.pth")
     assert isinstance(chosen, Recipe) and (chosen.name, chosen.model) == ("my-model", "runs/my model.pth")
+
+
+def test_a_part_of_a_sparse_folder_is_no_model_and_the_folder_needs_no_tokenizer(
+    actvar: Actvar, converted: Path, dense_file: Path
+) -> None:
+    for command in (["inspect"], ["report-flops"], ["sample", "--out", "x.png"]):
+        part = actvar(command[0], converted / "model.safetensors", *command[1:])
+        assert part.exit_code == 2 and f"is a part of the sparse model in {converted}. Give that folder." in part.stderr
+    assert actvar("inspect", converted / "vae.safetensors").exit_code == 0
+    for model in (converted, "fashion"):
+        needless = actvar("inspect", model, "--vae", dense_file.with_name("vae.safetensors"))
+        assert needless.exit_code == 2 and "brings its own tokenizer. Leave vae out." in needless.stderr
+
+
+def test_the_ways_of_a_model_as_json(actvar: Actvar, converted: Path) -> None:
+    result = actvar("benchmark", converted, "--ways", "--batches", "2", "--format", "json")
+    assert json.loads(result.stdout)["schema"] == "actvar.ways/1"
