@@ -12,6 +12,7 @@ from actvar_convert.checkpoint.skeleton import NoWeights
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.memory import PROGRAM, MemoryEstimate, fullest, sampling_memory
 from actvar_convert.distill.lora import lora_targets
+from actvar_convert.distill.optimizers import hidden_matrices
 from actvar_convert.distill.sparsify import one_expert_plans, stage_recipe
 from actvar_convert.distill.stages import trainable_parameters
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
@@ -53,10 +54,10 @@ def estimate_distill(
     - sampling (where something is trained, on data from the teacher): 4 (W_t + W_s), 2 W_t more where the recipe draws
       in half precision, and ``sampling_memory``.
     - a stage: weights 4 (W_t + W_s), in half precision 2 W_s more for the copies that autocast keeps, with low-rank
-      updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps
-      (counted for Muon too, whose matrices need half of it); averaged weights 4 T where the recipe has ``ema``;
-      activations B L (a D C + h V + r C), with a, h, r bytes as in this file: in stage 2 every block keeps about 28 C
-      numbers per token for its backward pass.
+      updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps;
+      Muon 4 bytes for every number of its matrices instead, and 12 for every number of the largest while it steps;
+      averaged weights 4 T where the recipe has ``ema``; activations B L (a D C + h V + r C), with a, h, r bytes as in
+      this file: in stage 2 every block keeps about 28 C numbers per token for its backward pass.
     - sampling from the student in a stage (``on_policy``): the same, ``sampling_memory`` in place of activations. On a
       CPU, in fp32, the copies that sampling makes of the FFNs' second layers stay: 4 D H C, with H hidden neurons.
 
@@ -165,7 +166,9 @@ def _split(student: SparseVARTransformer, parts: dict[str, int], processes: int)
 
 def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> dict[str, int]:
     numbers = sum(parameter.numel() for parameter in student.parameters())
-    trained = sum(parameter.numel() for parameter in trainable_parameters(student, stage).values())
+    parameters = trainable_parameters(student, stage)
+    trained = sum(parameter.numel() for parameter in parameters.values())
+    matrices = [each.numel() for each in hidden_matrices(parameters).values()] if stage.optimizer == "muon" else []
     updated = 0
     if stage.trainable == "lora":
         shapes = [layer.weight.shape for layer in lora_targets(student)]
@@ -173,7 +176,7 @@ def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> 
         updated = sum(shape.numel() for shape in shapes)
     return {
         "gradients": FP32 * trained,
-        "optimiser": 3 * FP32 * trained,
+        "optimiser": FP32 * (3 * trained - 2 * sum(matrices) + 3 * max(matrices, default=0)),
         "averaged weights": FP32 * trained if stage.ema else 0,
         "weights in half precision": 0 if dtype == "fp32" else 2 * numbers,
         "weights with low-rank updates": FP32 * updated,

@@ -30,9 +30,9 @@ CONFIG = TransformerConfig(depth=4, width=64, heads=4, hidden=256, sides=SIDES, 
 TOKENIZER = TokenizerConfig(ch=32, ch_mult=(1,), res_blocks=1, vocab=256, z_channels=8, sides=SIDES)
 
 
-def recipe(stage: str, dtype: str, trainable: str) -> Recipe:
+def recipe(stage: str, dtype: str, trainable: str, optimizer: str = "adamw") -> Recipe:
     stages: dict[str, dict[str, object]] = {name: {"steps": 0, "batch": 8} for name in STAGES}
-    stages[stage] = {"steps": 9, "batch": 8, "trainable": trainable}
+    stages[stage] = {"steps": 9, "batch": 8, "trainable": trainable, "optimizer": optimizer}
     return Recipe.model_validate(
         {
             "name": "x",
@@ -47,17 +47,20 @@ def recipe(stage: str, dtype: str, trainable: str) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "trainable"),
+    ("stage", "dtype", "trainable", "optimizer"),
     [
-        ("stage1", "fp32", "experts"),
-        ("stage1", "bf16", "experts"),
-        ("stage2", "fp32", "all"),
-        ("stage2", "bf16", "all"),
-        ("stage2", "bf16", "lora"),
+        ("stage1", "fp32", "experts", "adamw"),
+        ("stage1", "bf16", "experts", "adamw"),
+        ("stage2", "fp32", "all", "adamw"),
+        ("stage2", "bf16", "all", "adamw"),
+        ("stage2", "bf16", "all", "muon"),
+        ("stage2", "bf16", "lora", "adamw"),
     ],
 )
-def test_a_step_takes_what_was_estimated(memory_watch: Any, stage: str, dtype: str, trainable: str) -> None:
-    chosen = recipe(stage, dtype, trainable)
+def test_a_step_takes_what_was_estimated(
+    memory_watch: Any, stage: str, dtype: str, trainable: str, optimizer: str
+) -> None:
+    chosen = recipe(stage, dtype, trainable, optimizer)
     torch.manual_seed(0)
     dense = VARTransformer(CONFIG)
     dense.initialise(torch.Generator().manual_seed(0))
@@ -78,9 +81,10 @@ def test_a_step_takes_what_was_estimated(memory_watch: Any, stage: str, dtype: s
         step()
     estimate = estimate_distill(CONFIG, TOKENIZER, chosen)
     assert estimate.phase == stage
-    # Weights, and the two averages of AdamW, were there before the step that is watched.
+    # Weights, and what the optimiser remembers, were there before the step that is watched.
     before = estimate.parts["program"] + estimate.parts["weights of teacher and student"]
-    expected = estimate.total - before - 2 * estimate.parts["gradients"]
+    held = [value for each in run.parameters.values() for value in run.optimizers.state(each).values()]
+    expected = estimate.total - before - sum(value.nbytes for value in held)
     assert 0.6 * expected < memory_watch.peak < expected
 
 
@@ -152,3 +156,17 @@ def test_a_student_that_draws_pyramids_is_priced() -> None:
     assert found.lower == ("distill.stage1.batch",)
     assert found.parts["gradients"] == before.parts["gradients"] > 0
     assert "activations" in before.parts.keys() - found.parts.keys()
+
+
+def test_muon_remembers_less_than_adamw() -> None:
+    config, tokenizer = official_config("var-d30")
+    settings = ["distill.stage2.trainable=all", "distill.stage2.optimizer="]
+    adamw, muon = (
+        estimate_distill(config, tokenizer, load_recipe("var_d30", [settings[0], settings[1] + name]))
+        for name in ("adamw", "muon")
+    )
+    saved = adamw.parts["optimiser"] - muon.parts["optimiser"]
+    assert adamw.phase == muon.phase == "stage2" and saved == adamw.total - muon.total
+    matrices = 12 * config.width * config.width * config.depth  # queries, keys, values, output, FFN; AdaLN beside them
+    assert saved > 8 * matrices - 12 * 6 * config.width * config.width
+    assert saved < 8 * adamw.parts["gradients"] // 4
