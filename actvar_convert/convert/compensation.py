@@ -2,7 +2,7 @@
 
 The neurons that a token runs tell something about those that it does not. With z(x) the hidden activations of the
 active experts (zero elsewhere) and r(x) what the FFN loses by letting the others rest (their outputs less their
-constants), both centred per scale,
+constants), both centred where constants can take up the mean,
 
     dW = argmin  sum over scales, plans and tokens of  v_s |r - dW z|^2  +  ridge |dW|^2,      W2' = W2 + dW
 
@@ -51,27 +51,29 @@ def compensate(ffn: ExpertFFN, inputs: list[Tensor], *, centred: bool = True) ->
     Args:
         ffn: with routers and constants in place; its weights are still the dense ones.
         inputs: FFN inputs [T_s, C] of every scale; whole maps where a neighbourhood shares its experts.
-        centred: whether constants may take up the mean of what is lost; else they stay as they are.
+        centred: whether constants may take up the mean of what is lost; else they stay as they are. They do at the
+            scales where the plan in force rests an expert per token or more: they are shared by all plans, and can
+            make up for one.
     """
     if all(plan.runs_all(ffn.block, scale) for plan in ffn.plans.values() for scale in range(len(inputs))):
         return
     neurons, width = ffn.fc1.out_features, ffn.fc2.out_features
     gram = ffn.fc1.weight.new_zeros(neurons, neurons, dtype=torch.float32)
     cross = ffn.fc1.weight.new_zeros(neurons, width, dtype=torch.float32)
-    own = ffn.plan
+    own, shifted = ffn.plan, list[int]()
+    in_force = next((name for name, plan in ffn.plans.items() if plan == own), None)
     try:
-        for plan in ffn.plans.values():
+        for name, plan in ffn.plans.items():
             for scale, x in enumerate(inputs):
                 if len(x):
                     weight = ffn.config.pyramid.lengths[scale] / len(x)
-                    _add(ffn, plan, x, scale, gram, cross, weight, centred)
+                    if _add(ffn, plan, x, scale, gram, cross, weight, centred and name == in_force):
+                        shifted.append(scale)
         gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + 1e-9)
         step = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram.double()))
         ffn.fc2.weight.add_(step.T.to(ffn.fc2.weight.dtype))
-        if centred:
-            for scale, x in enumerate(inputs):
-                if not own.runs_all(ffn.block, scale):
-                    _shift(ffn, own, x, scale, step.float())
+        for scale in shifted:
+            _shift(ffn, own, inputs[scale], scale, step.float())
     finally:
         ffn.plan = own
 
@@ -84,18 +86,21 @@ def _add(
     gram: Tensor,
     cross: Tensor,
     weight: float,
-    centred: bool,
-) -> None:
-    """Adds the moments of one scale under one plan."""
-    sum_z, sum_r = gram.new_zeros(len(gram)), cross.new_zeros(cross.shape[1])
-    for active, lost, _ in _under(ffn, plan, x_TC, scale):
+    may_centre: bool,
+) -> bool:
+    """Adds the moments of one scale under one plan; says whether they were centred."""
+    sum_z, sum_r, resting = gram.new_zeros(len(gram)), cross.new_zeros(cross.shape[1]), 0.0
+    for active, lost, count in _under(ffn, plan, x_TC, scale):
         sum_z += active.sum(0)
         sum_r += lost.sum(0)
+        resting += float(count.sum())
         gram.addmm_(active.T, active, alpha=weight)
         cross.addmm_(active.T, lost, alpha=weight)
-    if centred:
-        gram.addr_(sum_z, sum_z, alpha=-weight / len(x_TC))
-        cross.addr_(sum_z, sum_r, alpha=-weight / len(x_TC))
+    if not may_centre or resting < len(x_TC):
+        return False
+    gram.addr_(sum_z, sum_z, alpha=-weight / len(x_TC))
+    cross.addr_(sum_z, sum_r, alpha=-weight / len(x_TC))
+    return True
 
 
 def _shift(ffn: ExpertFFN, plan: SparsityPlan, x_TC: Tensor, scale: int, step_HC: Tensor) -> None:
@@ -105,7 +110,7 @@ def _shift(ffn: ExpertFFN, plan: SparsityPlan, x_TC: Tensor, scale: int, step_HC
         left += (lost - active @ step_HC).sum(0)
         resting += count.sum()
     prefix = plan.blocks[ffn.block].prefix[scale]
-    ffn.inactive.data[scale, prefix:] += (left / resting.clamp_min(1)).to(ffn.inactive.dtype)
+    ffn.inactive.data[scale, prefix:] += (left / resting).to(ffn.inactive.dtype)
 
 
 def _under(
