@@ -96,10 +96,14 @@ class _Samples:
 
 
 def calibration_labels(labels_P: Tensor, null_class: int) -> Tensor:
-    """A copy of the classes [P] in which every fourth is the null class."""
-    labels = labels_P.clone()
-    labels[:: round(1 / NULL_SHARE)] = null_class
-    return labels
+    """A copy of the classes [P] in which every fourth is the null class.
+
+    Of labels that go round a multiple of four classes, another quarter of the classes in every round.
+    """
+    every, place = round(1 / NULL_SHARE), torch.arange(len(labels_P), device=labels_P.device)
+    if null_class % every == 0:
+        place += place // null_class
+    return labels_P.masked_fill(place % every == 0, null_class)
 
 
 @torch.no_grad()

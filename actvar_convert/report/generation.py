@@ -23,6 +23,9 @@ from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import Task
 from actvar_convert.report.features import FeatureExtractor, state_fingerprint
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of this share, less their whole parts, lie evenly between 0 and 1 however many are taken."""
+
 GROUP = 256
 """Images, rounded down to whole chunks, between two writes to disk: what an interruption can cost."""
 
@@ -36,8 +39,16 @@ class Features:
 
 
 def balanced_labels(count: int, classes: int) -> Tensor:
-    """Labels [count] int64 that go round the classes, so that every stretch of images is balanced."""
-    return torch.arange(count) % classes
+    """Labels [count] int64 that go round the classes, so that every stretch of images is balanced.
+
+    Where there are too few for every class, they lie spread over all of them, and so do the first of them alone: the
+    classes of ImageNet are in order of kinship.
+    """
+    numbers = torch.arange(count)
+    if count >= classes:
+        return numbers % classes
+    ranks = (numbers.double() * GOLDEN % 1).argsort().argsort()
+    return ranks * classes // count
 
 
 def model_fingerprint(model: VARModel) -> str:

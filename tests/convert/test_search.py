@@ -62,6 +62,17 @@ def test_every_fourth_label_becomes_the_null_class() -> None:
     assert labels.max() < 5
 
 
+@pytest.mark.parametrize("classes", [4, 5, 10, 12, 1000])
+def test_every_class_is_seen_with_its_label(classes: int) -> None:
+    labels = torch.arange(4 * classes) % classes
+    changed = calibration_labels(labels, classes)
+    assert set(changed.tolist()) == set(range(classes + 1))
+    assert (changed == classes).float().mean() == NULL_SHARE
+    if classes % 4 == 0:
+        null = labels[changed == classes]
+        assert null.sort().values.equal(torch.arange(classes)), "each class once"
+
+
 @pytest.mark.parametrize("block", [0, 1])
 def test_the_metric_predicts_the_kl_of_small_errors(
     tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], block: int

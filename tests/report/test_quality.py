@@ -316,3 +316,16 @@ def test_all_problems_are_named_at_once(tiny_model: VARModel, extractor: Classif
     for expected in ("images: 4", "seeds: [1, 1]", "batch: 0", "held_out: 0", "neighbours: 9", "no plan lean"):
         assert expected in text
     assert "8 x 8 pixels; large knows 32 x 32" in text and "5 classes; large knows 10" in text
+
+
+@pytest.mark.parametrize(("count", "classes"), [(64, 1000), (256, 1000), (3, 5), (99, 100), (7, 1000)])
+def test_few_labels_lie_spread_over_all_classes(count: int, classes: int) -> None:
+    labels = balanced_labels(count, classes)
+    for part in (labels, labels[: count // 4 + 1]):
+        assert len(part.unique()) == len(part) and part.min() >= 0 and part.max() < classes
+        gaps = part.sort().values.diff(prepend=torch.tensor([-1]), append=torch.tensor([classes]))
+        assert int(gaps.max()) <= 2 * (classes / len(part) + 1)
+
+
+def test_enough_labels_are_balanced() -> None:
+    assert balanced_labels(25, 10).bincount().tolist() == [3] * 5 + [2] * 5
