@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from actvar_convert.errors import ChecksFailed, InputError
 from actvar_convert.report.flops import FlopsReport
 from actvar_convert.report.quality_report import QualityReport
+from actvar_convert.report.wording import digits
 
 NOISE_FACTOR = 2.0
 """Standard errors that a figure may be worse than its baseline: about one false alarm in forty per row."""
@@ -64,7 +65,7 @@ class CheckTable(BaseModel):
         """The table for people: one line per check."""
         lines = [("check", "given", "allowed", "", "allowed by")]
         lines += [
-            (row.name, f"{row.given:.4f}", f"{row.allowed:.4f}", "ok" if row.passed else "FAILED", row.origin)
+            (row.name, digits(row.given), digits(row.allowed), "ok" if row.passed else "FAILED", row.origin)
             for row in self.rows
         ]
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

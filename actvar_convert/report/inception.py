@@ -46,7 +46,7 @@ class InceptionExtractor:
             fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
         except ModuleNotFoundError as error:
             raise InputError(
-                "Inception features need torch-fidelity, not installed here: pip install 'actvar-convert[inception]'"
+                "Inception features need torch-fidelity, not installed here: pip install torch-fidelity"
             ) from error
         self.network: nn.Module = fidelity.FeatureExtractorInceptionV3(
             self.name, ["2048", "logits_unbiased"], None if weights is None else str(weights)

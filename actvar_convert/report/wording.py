@@ -76,11 +76,14 @@ class SummaryRow(NamedTuple):
 def summary_rows(
     flops: FlopsReport, quality: QualityReport | None = None, benchmark: BenchmarkReport | None = None
 ) -> list[SummaryRow]:
-    """The few figures that matter, dense beside sparse: FLOPs, FID, seconds per image; only what was measured."""
+    """The few figures that matter, dense beside sparse: FLOPs, FID, KL, seconds per image; only what was measured."""
     rows = _flops_rows(flops)
-    if quality is not None and quality.fid is not None:
-        fid = quality.fid
-        rows.append(SummaryRow(f"FID, {quality.images} images", *_pair(fid.dense, fid.sparse, ".3f")))
+    if quality is not None:
+        if (fid := quality.fid) is not None:
+            rows.append(SummaryRow(f"FID, {quality.images} images", *_pair(fid.dense, fid.sparse, ".3f")))
+        rows.append(SummaryRow("KL to the dense model, nats per token", MISSING, digits(quality.kl.mean), MISSING))
+        same = share(quality.agreement.top1)
+        rows.append(SummaryRow("likeliest token as in the dense model", MISSING, same, MISSING))
     for row in summary_latency(benchmark):
         extent = "with decoder" if row.with_decoder else "tokens alone"
         dense, sparse = (None if ms is None else ms / 1000 / row.batch for ms in (row.dense_ms, row.sparse_ms))

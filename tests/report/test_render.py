@@ -200,6 +200,9 @@ def test_summary_is_one_table_of_what_was_measured(flops, quality, benchmark):
     assert [line[1:] for line in seconds] == [["0.100", "0.0800", "-20.0 %"]] * 2
     assert seconds[0][0] == "seconds per image with decoder, batch 16 fp32 cpu"
     assert sum("FLOPs per image" in line[0] for line in lines) == 2
+    told = {line[0]: line[1:] for line in lines}
+    assert told["KL to the dense model, nats per token"] == [MISSING, digits(quality.kl.mean), MISSING]
+    assert told["likeliest token as in the dense model"] == [MISSING, share(quality.agreement.top1), MISSING]
 
     alone = printed(render_summary(flops))
     assert "FID" not in alone and "seconds" not in alone
