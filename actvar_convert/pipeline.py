@@ -343,9 +343,10 @@ def distill(
             processes=processes,
         )
     if chosen.experts.selection == "threshold" and len(store):
-        few = slice(chosen.calibration.batch)
-        tokens, labels = store.tokens[few].long(), store.labels[few]
-        plans = retuned_plans(model, tokens, labels, chosen.plans or {}) if processes.main else {}
+        plans = {}
+        if processes.main:
+            batch = chosen.calibration.batch
+            plans = retuned_plans(model, store.tokens, store.labels, chosen.plans or {}, batch=batch)
         model.transformer.replace_plans(processes.from_main(plans))
     if processes.main:
         save_sparse(
