@@ -106,6 +106,7 @@ def test_without_images_there_are_kl_and_agreement(
     report = evaluate_models(other, tiny_model, extractor=None, images=0, batch=BATCH, held_out=HELD_OUT)
     assert (report.kl, report.agreement, report.sampling) == (full.kl, full.agreement, full.sampling)
     assert (report.images, report.extractor, report.fid, report.inception_score) == (0, None, None, None)
+    assert report.reference is None
     assert (report.precision, report.recall, report.label_agreement) == (None, None, None)
     assert report.notes == ("no images were measured: there is no FID, and nothing else that is measured on images",)
     assert QualityReport.model_validate_json(report.to_json()) == report
@@ -173,7 +174,8 @@ def test_contract_of_the_json(
     data = json.loads(report.to_json())
     assert data["schema"] == "actvar.eval/1" and data["images"] == IMAGES and data["seeds"] == [0]
     assert data["sampling"] == {"cfg": 0.5, "top_k": 20, "top_p": 0.9, "chunk": BATCH}
-    assert data["extractor"] == "tiny" and data["plan"] is None and data["plans"] == {}
+    assert data["extractor"] == "tiny" and data["reference"] == extractor.reference().fingerprint
+    assert data["plan"] is None and data["plans"] == {}
     assert {"dense", "sparse", "tokenizer", "standard_error"} <= set(data["fid"])
     for name in ("inception_score", "precision", "recall", "label_agreement"):
         assert {"dense", "sparse"} <= set(data[name])
