@@ -16,6 +16,7 @@ from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import Sampling, VARModel
 from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
+from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.report import generation
 from actvar_convert.report.agreement import HELD_OUT_SEED
 from actvar_convert.report.features import ClassifierExtractor, state_fingerprint
@@ -296,6 +297,12 @@ def test_fingerprint_follows_weights(tiny_model: VARModel, other: VARModel) -> N
     assert model_fingerprint(tiny_model) != model_fingerprint(other)
     low = cast(tiny_model, torch.float32, decoder=torch.bfloat16)
     assert model_fingerprint(low) != model_fingerprint(tiny_model), "its images are others"
+    mixed = copy.deepcopy(tiny_model)
+    mixed.tokenizer = VQVAE(tiny_model.tokenizer.config.model_copy(update={"residual_ratio": 0.1}))
+    mixed.tokenizer.load_state_dict(tiny_model.tokenizer.state_dict())
+    mixed.eval()
+    assert not torch.equal(mixed.generate([1]), tiny_model.generate([1]))
+    assert model_fingerprint(mixed) != model_fingerprint(tiny_model), "no tensor tells it"
 
 
 def test_all_problems_are_named_at_once(tiny_model: VARModel, extractor: ClassifierExtractor) -> None:
