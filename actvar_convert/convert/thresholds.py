@@ -121,13 +121,6 @@ def _noted_scores(ffn: ExpertFFN) -> Iterator[dict[int, list[Tensor]]]:
         del ffn.select
 
 
-def without_thresholds(plans: Mapping[str, SparsityPlan]) -> dict[str, SparsityPlan]:
-    """Plans that differ by thresholds alone come out the same."""
-    cleared = {"threshold": None, "mean_routed": None}
-    blocks = {name: tuple(block.model_copy(update=cleared) for block in plan.blocks) for name, plan in plans.items()}
-    return {name: plan.model_copy(update={"blocks": blocks[name]}) for name, plan in plans.items()}
-
-
 def _with_thresholds(block: BlockPlan, found: Mapping[int, tuple[float, float]]) -> BlockPlan:
     """A block's plan with other thresholds, and the mean K that they lead to, at some scales."""
     if block.threshold is None or block.mean_routed is None:
