@@ -12,6 +12,7 @@ from actvar_convert.checkpoint.source import load_any
 from actvar_convert.checkpoint.sparse import load_sparse, read_provenance
 from actvar_convert.checkpoint.sparse_config import Provenance, provenance_of
 from actvar_convert.checkpoint.zoo import bundled_config, bundled_names
+from actvar_convert.convert.search import priced_by
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
@@ -114,24 +115,37 @@ def refuse_other_state(out: Path, fingerprint: str) -> None:
 
 
 def run_fingerprint(teacher: VARModel, recipe: Recipe) -> str:
-    """Identifies what a distillation depends on: the teacher, and the recipe's settings of the method."""
+    """Identifies what a conversion and its distillation depend on: the teacher, its sampling, and the recipe's settings
+    of the method; where a search prices by the clock, what for."""
     method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "samples", "checks", "description", "device"})
     given = "".join(f"/{name}={text}" for name, text in Overrides.from_origin(teacher.origin).as_origin().items())
-    return hashlib.sha256(f"{state_fingerprint(teacher)}/{method}{given}".encode()).hexdigest()
+    weights = state_fingerprint(
+        teacher,
+        tokenizer=teacher.tokenizer.config.model_dump(mode="json"),
+        sampling=teacher.sampling._asdict(),
+        priced_by=priced_by(recipe, teacher.device.type),
+    )
+    return hashlib.sha256(f"{weights}/{method}{given}".encode()).hexdigest()
 
 
-def finished_model(folder: Path, fingerprint: str, *, distilled: bool = True) -> SparseVARModel | None:
+def finished_model(
+    folder: Path, fingerprint: str, *, distilled: bool = True, student: str | None = None
+) -> SparseVARModel | None:
     """The model in a folder, on the CPU, if it is what the run with this fingerprint makes; None for anything else.
 
     Args:
         distilled: the run's result; else its model before the training.
+        student: ``student_print`` of the model that the training has to have begun with; None: any.
 
     Raises:
         CheckpointError: the folder is a damaged one of this package.
     """
     if not (folder / "config.json").exists():
         return None
-    recorded = read_provenance(folder).model_extra or {}
+    provenance = read_provenance(folder)
+    recorded = provenance.model_extra or {}
     if recorded.get("run") != fingerprint or bool(recorded.get("distilled")) != distilled:
+        return None
+    if student not in (None, provenance.student):
         return None
     return load_sparse(folder)

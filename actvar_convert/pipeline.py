@@ -28,9 +28,9 @@ from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.converter import conversion_steps, convert_model
 from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, fullest, require_memory
 from actvar_convert.convert.search import measure_metrics, plan_model, search_steps, searches
-from actvar_convert.convert.thresholds import retuned_plans, without_thresholds
+from actvar_convert.convert.thresholds import retuned_plans
 from actvar_convert.distill.data import TokenStore
-from actvar_convert.distill.loop import distill_model
+from actvar_convert.distill.loop import distill_model, student_print
 from actvar_convert.distill.memory import estimate_distill, estimate_sparsify
 from actvar_convert.distill.parallel import ALONE, Processes, join, made_by_main
 from actvar_convert.distill.sparsify import mean_used_share, sparsify_model
@@ -313,7 +313,8 @@ def distill(
     refuse_foreign(folder)
     work = work_folder(folder)
     fingerprint = run_fingerprint(teacher, chosen)
-    if _take_finished(model, folder, fingerprint):
+    student = processes.from_main(student_print(model) if processes.main else "")
+    if _take_finished(model, folder, fingerprint, student):
         progress.say(f"{folder} holds the result of this distillation already")
         if processes.main and (work / STATE).exists():
             with suppress(CheckpointError):
@@ -343,16 +344,17 @@ def distill(
             processes=processes,
         )
     if chosen.experts.selection == "threshold" and len(store):
-        few = slice(chosen.calibration.batch)
-        tokens, labels = store.tokens[few].long(), store.labels[few]
-        plans = retuned_plans(model, tokens, labels, chosen.plans or {}) if processes.main else {}
+        plans = {}
+        if processes.main:
+            batch = chosen.calibration.batch
+            plans = retuned_plans(model, store.tokens, store.labels, chosen.plans or {}, batch=batch)
         model.transformer.replace_plans(processes.from_main(plans))
     if processes.main:
         save_sparse(
             model,
             folder,
             provenance=(origin or provenance(teacher, chosen)).model_copy(
-                update={"distilled": True, "run": fingerprint}
+                update={"distilled": True, "run": fingerprint, "student": student}
             ),
             recipe_text=dump_recipe(chosen),
             extra_files={"metrics.jsonl": (work / "metrics.jsonl").read_bytes()},
@@ -363,12 +365,10 @@ def distill(
     return model
 
 
-def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str) -> bool:
-    """Gives a model weights and thresholds of the finished run in ``folder``, if there is one of it with its plans."""
-    found = finished_model(folder, fingerprint)
-    if found is None or found.plan_name != model.plan_name:
-        return False
-    if without_thresholds(found.plans) != without_thresholds(model.plans):
+def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str, student: str) -> bool:
+    """Gives a model weights and thresholds of the finished run in ``folder``, if there is one that began with it."""
+    found = finished_model(folder, fingerprint, student=student)
+    if found is None:
         return False
     model.transformer.replace_plans(found.plans)
     model.transformer.load_state_dict(found.transformer.state_dict())

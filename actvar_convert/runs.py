@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from pydantic import BaseModel
 
 from actvar_convert import pipeline
@@ -41,7 +42,7 @@ from actvar_convert.report.checks import CheckTable, require_comparable, run_che
 from actvar_convert.report.features import FeatureExtractor
 from actvar_convert.report.flops import FlopsReport
 from actvar_convert.report.html import report_html
-from actvar_convert.report.latency import BenchmarkReport
+from actvar_convert.report.latency import BenchmarkReport, hardware_name
 from actvar_convert.report.pictures import samples_picture
 from actvar_convert.report.quality_report import QualityReport, SamplingSettings, load_quality
 from actvar_convert.runtime import DTYPES
@@ -149,6 +150,7 @@ def _measured_by(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor 
         "sampling": SamplingSettings(**teacher.sampling._asdict(), chunk=settings.batch),
         "dtype": str(DTYPES[settings.dtype]).removeprefix("torch."),
         "extractor": None if extractor is None else extractor.name,
+        "reference": None if extractor is None else extractor.reference().fingerprint,
     }
 
 
@@ -209,10 +211,12 @@ def _measured_as(quality: QualityReport, recipe: Recipe, measurement: Mapping[st
     return same and own == (settings.seeds, settings.held_out, settings.neighbours)
 
 
-def _timed_as(benchmark: BenchmarkReport, settings: BenchmarkRecipe) -> bool:
-    """Whether a stored benchmark is the one that a recipe asks for."""
-    timed = {(row.dtype, row.batch) for row in benchmark.rows}
-    return timed == set(product(settings.dtypes, settings.batches)) and benchmark.repeats == settings.repeats
+def _timed_as(benchmark: BenchmarkReport, settings: BenchmarkRecipe, device: torch.device) -> bool:
+    """Whether a stored benchmark is the one that a recipe asks for, made on this machine's device."""
+    timed = {(row.device, row.dtype, row.batch) for row in benchmark.rows}
+    asked = set(product([str(device)], settings.dtypes, settings.batches))
+    own = (benchmark.repeats, benchmark.hardware)
+    return timed == asked and own == (settings.repeats, hardware_name(device))
 
 
 def _measure(
@@ -249,7 +253,7 @@ def _measure(
         update_file(folder, "eval.json", quality.to_json().encode())
     timing = recipe.benchmark
     benchmark = _stored(folder / "benchmark.json", BenchmarkReport)
-    if benchmark is None or not _timed_as(benchmark, timing):
+    if benchmark is None or not _timed_as(benchmark, timing, model.device):
         benchmark = pipeline.benchmark(
             model,
             against=teacher,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actvar_convert.distill.data import TokenStore, labelled_images, store_from_images, store_from_teacher
+from actvar_convert.distill.data import MOST_CODES, TokenStore, labelled_images, store_from_images, store_from_teacher
 from actvar_convert.distill.parallel import ALONE, Processes
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
@@ -76,6 +76,9 @@ def _store(
     progress: Progress,
     processes: Processes,
 ) -> TokenStore:
+    vocab = model.transformer.config.vocab
+    if vocab > MOST_CODES:
+        raise InputError(f"the model has {vocab} codes; token pyramids are stored with at most {MOST_CODES}")
     count, batch = wanted.pyramids, wanted.batch
     if wanted.source == "images":
         if wanted.images is None:

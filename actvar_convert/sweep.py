@@ -18,7 +18,7 @@ from actvar_convert import pipeline
 from actvar_convert.convert.budget import uniform_plan
 from actvar_convert.convert.converter import conversion_steps, convert_model
 from actvar_convert.convert.memory import require_memory
-from actvar_convert.convert.search import Planned, plan_model, search_steps, searches
+from actvar_convert.convert.search import Planned, plan_model, priced_by, search_steps, searches
 from actvar_convert.distill.data import TokenStore
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.files import write_whole
@@ -95,7 +95,8 @@ def sweep(
     extractor = pipeline.extractor_for(model, chosen.evaluate.reference) if images else None
     dense_print = model_fingerprint(model)
     method = chosen.model_dump_json(exclude=_UNUSED)
-    fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}".encode()).hexdigest()
+    drawn = (tuple(model.sampling), *priced_by(chosen, model.device.type))
+    fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{drawn}".encode()).hexdigest()
     folder = None if out is None else Path(out)
     points = {} if folder is None else _stored(folder, fingerprint)
 

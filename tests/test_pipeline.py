@@ -113,6 +113,20 @@ def test_a_finished_distillation_is_found_and_leaves_nothing_beside_it(tiny_mode
     assert progress.heard and not progress.said
 
 
+def test_a_finished_distillation_of_another_conversion_is_not_taken(tiny_model: VARModel, tmp_path: Path) -> None:
+    recipe, progress = Recipe.model_validate(TINY), Listener()
+    other = Recipe.model_validate(TINY | {"experts": {"count": 8, "clustering": "random"}})
+    for chosen in (recipe, other):
+        start = av.convert(tiny_model, recipe=chosen)
+        own = start.transformer.sparse_layers[0].ffn.permutation.clone()
+        av.distill(start, teacher=tiny_model, recipe=recipe, out=tmp_path / "out", progress=progress)
+        stored = av.load(tmp_path / "out", device="cpu")
+        assert isinstance(stored, SparseVARModel)
+        for model in (start, stored):
+            assert torch.equal(model.transformer.sparse_layers[0].ffn.permutation, own)
+    assert not progress.said
+
+
 def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: VARModel, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(TINY | {"distill": {stage: {"steps": 0} for stage in ("stage1", "stage2")}})
     start = av.convert(tiny_model, recipe=recipe)

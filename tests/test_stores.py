@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from actvar_convert import stores
+from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
+from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.progress import SilentProgress
 from actvar_convert.recipe.schema import CalibrationRecipe, DataRecipe, Recipe
 
@@ -36,3 +39,15 @@ def test_a_narrow_model_is_not_widened(tiny_model: VARModel) -> None:
     narrow = cast(tiny_model, torch.bfloat16)
     wide = stores.calibration_store(narrow, recipe("fp32"), progress=SilentProgress())
     assert torch.equal(wide.tokens, stores.calibration_store(narrow, recipe("bf16"), progress=SilentProgress()).tokens)
+
+
+def test_a_codebook_beyond_two_bytes_is_refused_first(tiny_model: VARModel, tmp_path: Path) -> None:
+    vocab = 2**16 + 1
+    config = tiny_model.transformer.config.model_copy(update={"vocab": vocab})
+    tokenizer = tiny_model.tokenizer.config.model_copy(update={"vocab": vocab})
+    large = VARModel(VARTransformer(config), VQVAE(tokenizer)).eval()
+    with pytest.raises(InputError, match="65537 codes; token pyramids are stored with at most 65536"):
+        stores.calibration_store(large, recipe("fp32"), progress=SilentProgress())
+    with pytest.raises(InputError, match="at most 65536"):
+        stores.distillation_store(large, recipe("fp32"), path=tmp_path / "tokens", progress=SilentProgress())
+    assert not list(tmp_path.iterdir())

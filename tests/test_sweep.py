@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -172,6 +173,10 @@ def test_another_sweep_and_other_things_are_left_alone(tiny_model: VARModel, tmp
     for given in ({"recipe": recipe(seed=1)}, {"recipe": recipe(), "held_out": 7}):
         with pytest.raises(InputError, match=r"sweep\.json is a sweep of another model, with other settings"):
             av.sweep(tiny_model, reductions=(0.95,), out=out, **given)  # type: ignore[arg-type]
+    drawing = copy.copy(tiny_model)
+    drawing.sampling = tiny_model.sampling._replace(cfg=4.0)
+    with pytest.raises(InputError, match="is a sweep of another model"):
+        av.sweep(drawing, recipe=recipe(), reductions=(0.95,), out=out)
     (out / "sweep.json").write_text("{}")
     with pytest.raises(InputError, match="choose another folder"):
         av.sweep(tiny_model, recipe=recipe(), reductions=(0.95,), out=out)
@@ -183,6 +188,19 @@ def test_another_sweep_and_other_things_are_left_alone(tiny_model: VARModel, tmp
         with pytest.raises(InputError, match="holds no sweep"):
             av.sweep(tiny_model, recipe=recipe(), reductions=(0.1,), out=tmp_path / place)
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+
+
+def test_a_price_by_the_clock_is_one_of_a_number_format(tiny_model: VARModel, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+
+    def priced(price: str, dtype: str) -> Recipe:
+        return recipe(budget={"search": "sensitivity", "price": price}, benchmark={"dtypes": [dtype]})
+
+    for dtype in ("fp32", "bf16"):
+        av.sweep(tiny_model, recipe=priced("flops", dtype), reductions=(0.95,), out=tmp_path / "by flops")
+    av.sweep(tiny_model, recipe=priced("clock", "fp32"), reductions=(0.95,), out=out)
+    with pytest.raises(InputError, match="with other settings"):
+        av.sweep(tiny_model, recipe=priced("clock", "bf16"), reductions=(0.95,), out=out)
 
 
 def test_problems_are_named_together_and_first(tiny_model: VARModel, tiny_sparse: SparseVARModel) -> None:

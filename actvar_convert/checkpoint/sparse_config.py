@@ -39,6 +39,7 @@ class Provenance(BaseModel):
     residual_ratio: float | None = Field(None, description="residual ratio that was given for its tokenizer")
     sides: tuple[int, ...] | None = Field(None, description="token pyramid that was given for the source")
     revision: str | None = Field(None, description="commit of the hub repository that the source is of")
+    student: str | None = Field(None, description="of a distilled model: fingerprint of the one that it began as")
     recipe_sha256: str | None = Field(None, description="SHA-256 of recipe.yaml, with line ends as \\n")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
+from math import gcd
 from typing import Literal, NamedTuple
 
 from actvar_convert.errors import RecipeError
@@ -114,7 +116,8 @@ def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None
     """
     target = recipe.budget.reduction if target is None else target
     experts, depth = recipe.experts.count, config.depth
-    spread = sorted(range(depth), key=lambda block: ((block * 5 + 2) % depth if depth % 5 else block, block))
+    step = next(step for step in count(5, 2) if gcd(step, depth) == 1)
+    spread = sorted(range(depth), key=lambda block: (block * step + 2) % depth)
 
     def saved(active: int, gates: Gates) -> float:
         return reduction(config, make_plan(config, recipe, [active] * depth, gates=gates))

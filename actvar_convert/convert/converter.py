@@ -85,8 +85,8 @@ def convert_model(
     if recipe.experts.compensation == "sequential":
         refit_in_order(dense, sparse, tokens_PL, labels_P, batch=recipe.calibration.batch, on_block=on_block)
     if recipe.experts.selection == "threshold":
-        few = slice(recipe.calibration.batch)
-        transformer.replace_plans(retuned_plans(sparse, tokens_PL[few], labels_P[few], recipe.plans or {}))
+        plans = retuned_plans(sparse, tokens_PL, labels_P, recipe.plans or {}, batch=recipe.calibration.batch)
+        transformer.replace_plans(plans)
     return sparse
 
 

@@ -120,7 +120,8 @@ def expert_sizes(ffn: ExpertFFN, hidden_TH: Tensor, inactive_EC: Tensor | None =
     w = ffn.fc2.weight.T.reshape(E, size, -1)
     squared = squared_sizes(h, w)
     if inactive_EC is not None:
-        squared = squared - 2 * torch.einsum("ten,enc,ec->te", h, w, inactive_EC) + inactive_EC.square().sum(1)
+        product = torch.einsum("ten,en->te", h, torch.einsum("enc,ec->en", w, inactive_EC))
+        squared = squared - 2 * product + inactive_EC.square().sum(1)
     return squared.clamp_min(0).sqrt()
 
 

@@ -28,7 +28,8 @@ def relative_update(before: Tensor, after: Tensor) -> Tensor:
 def gated_scales(block: SparseBlock) -> list[int]:
     """Scales at which some plan of the block skips tokens."""
     plans = [plan.blocks[block.index] for plan in block.ffn.plans.values()]
-    return [scale for scale in range(len(block.config.sides)) if any(plan.keep[scale] < 1 for plan in plans)]
+    lengths = enumerate(block.config.pyramid.lengths)
+    return [scale for scale, length in lengths if any(plan.kept(scale, length) < length for plan in plans)]
 
 
 def first_needed_scale(block: SparseBlock) -> int | None:
@@ -39,8 +40,9 @@ def first_needed_scale(block: SparseBlock) -> int | None:
 
 def start_gate(block: SparseBlock, record: BlockRecord, pyramid: TokenPyramid) -> None:
     """Fits the gate to the dense block's relative update norms and the reconstruction to its updates."""
-    if block.gate is not None and block.reconstruction is not None:
-        fit_gate(block.gate, block.reconstruction, record, pyramid, gated_scales(block))
+    scales = gated_scales(block)
+    if scales and block.gate is not None and block.reconstruction is not None:
+        fit_gate(block.gate, block.reconstruction, record, pyramid, scales)
 
 
 @torch.no_grad()

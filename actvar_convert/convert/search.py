@@ -297,6 +297,11 @@ def _tables(
     return cost, np.broadcast_to(price, cost.shape)
 
 
+def priced_by(recipe: Recipe, device: str) -> tuple[str, ...]:
+    """What a search's prices depend on beside the recipe's budget, on a kind of device."""
+    return (recipe.benchmark.dtypes[0], device) if searches(recipe) and recipe.budget.price == "clock" else ()
+
+
 def setting_price(
     config: TransformerConfig, recipe: Recipe, setting: Setting, scale: int, device: str = "cpu"
 ) -> float:

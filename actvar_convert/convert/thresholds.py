@@ -7,16 +7,20 @@ Shapes: T tokens, F experts after the prefix, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from actvar_convert.convert.activations import calibration_labels
+from actvar_convert.convert.activations import first_states
 from actvar_convert.convert.experts import as_maps
 from actvar_convert.models.experts import ExpertFFN, select_experts
 from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel
+
+RETUNED_ON = 64
+"""Pyramids on which thresholds are set again."""
 
 
 def threshold_for(score_TF: Tensor, routed: int) -> tuple[float, float]:
@@ -58,62 +62,63 @@ def set_thresholds(ffn: ExpertFFN, inputs: list[Tensor]) -> None:
 
 @torch.no_grad()
 def retuned_plans(
-    model: SparseVARModel, tokens_PL: Tensor, labels_P: Tensor, given: Mapping[str, SparsityPlan]
+    model: SparseVARModel, tokens_PL: Tensor, labels_P: Tensor, given: Mapping[str, SparsityPlan], *, batch: int
 ) -> dict[str, SparsityPlan]:
     """The model's plans with thresholds that meet their K on what the sparse model itself computes.
 
-    Every threshold is set on the scores that the model has with those before it set already.
+    Block after block: a threshold is set on the scores that the model has with those before it set already.
 
     Args:
         model: left as it is.
-        tokens_PL, labels_P: teacher pyramids and their classes, every fourth of which is replaced by the null class;
-            they run at once.
+        tokens_PL, labels_P: teacher pyramids and their classes; the first ``RETUNED_ON`` are looked at, every fourth of
+            which is replaced by the null class.
         given: plans whose thresholds were chosen by hand, by name; those stay.
+        batch: pyramids that run at once; the thresholds are the same for any but for rounding.
     """
     transformer, own, before = model.transformer, model.plan_name, model.plans
-    labels = calibration_labels(labels_P.to(model.device), transformer.null_class)
-    inputs = model.teacher_forcing_input(tokens_PL.to(model.device))
+    tokens, labels = tokens_PL[:RETUNED_ON].long(), labels_P[:RETUNED_ON]
     retuned = {}
-    for name, plan in before.items():
-        found: dict[tuple[int, int], tuple[float, float]] = {}
-        model.use_plan(name)
-        try:
+    try:
+        for name, plan in before.items():
+            model.use_plan(name)
+            states, conditions = first_states(model, tokens, labels, batch)
+            span, mask = transformer.forced(states[0])
             for layer in transformer.sparse_layers:
                 hand = given[name].blocks[layer.index] if name in given else None
-                layer.ffn.__dict__["select"] = _retuning(layer.ffn, hand, found)
-            transformer(labels, inputs)
-        finally:
-            for layer in transformer.sparse_layers:
-                layer.ffn.__dict__.pop("select", None)
-            model.use_plan(own)
-        blocks = tuple(
-            _with_thresholds(block, {scale: both for (where, scale), both in found.items() if where == index})
-            for index, block in enumerate(plan.blocks)
-        )
-        retuned[name] = plan.model_copy(update={"blocks": blocks})
+                block = plan.blocks[layer.index]
+                dynamic = [s for s in range(len(block.routed)) if block.tau(s) is not None]
+                free = [s for s in dynamic if hand is None or hand.tau(s) is None]
+                if free:
+                    with _noted_scores(layer.ffn) as scores:
+                        for x, condition in zip(states, conditions, strict=True):
+                            layer(x, layer.modulation(*condition), span, mask)
+                    taus = {s: threshold_for(torch.cat(scores[s]), block.routed[s]) for s in free if s in scores}
+                    blocks = list(plan.blocks)
+                    blocks[layer.index] = _with_thresholds(block, taus)
+                    plan = layer.ffn.plan = plan.model_copy(update={"blocks": tuple(blocks)})
+                for number, condition in enumerate(conditions):
+                    states[number] = layer(states[number], layer.modulation(*condition), span, mask)
+            retuned[name] = plan
+    finally:
+        model.use_plan(own)
     return retuned
 
 
-def _retuning(
-    ffn: ExpertFFN, hand: BlockPlan | None, found: dict[tuple[int, int], tuple[float, float]]
-) -> Callable[[Tensor, int], Tensor]:
-    """``ExpertFFN.select`` with a threshold that it sets for the scores it is given, and notes beside its mean K."""
-    plan = ffn.plan.blocks[ffn.block]
+@contextmanager
+def _noted_scores(ffn: ExpertFFN) -> Iterator[dict[int, list[Tensor]]]:
+    """Notes, by scale, the scores [T, F] that an FFN's thresholds are applied to."""
+    seen: dict[int, list[Tensor]] = {}
+    select = ffn.select
 
-    def select(score_BLF: Tensor, scale: int) -> Tensor:
-        tau = plan.tau(scale)
-        if tau is not None and (hand is None or hand.tau(scale) is None):
-            found[ffn.block, scale] = tau, _ = threshold_for(score_BLF.flatten(0, 1), plan.routed[scale])
-        return select_experts(score_BLF, plan.routed[scale], tau)
+    def noting(score_BLF: Tensor, scale: int) -> Tensor:
+        seen.setdefault(scale, []).append(score_BLF.flatten(0, 1))
+        return select(score_BLF, scale)
 
-    return select
-
-
-def without_thresholds(plans: Mapping[str, SparsityPlan]) -> dict[str, SparsityPlan]:
-    """Plans that differ by thresholds alone come out the same."""
-    cleared = {"threshold": None, "mean_routed": None}
-    blocks = {name: tuple(block.model_copy(update=cleared) for block in plan.blocks) for name, plan in plans.items()}
-    return {name: plan.model_copy(update={"blocks": blocks[name]}) for name, plan in plans.items()}
+    ffn.select = noting  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del ffn.select
 
 
 def _with_thresholds(block: BlockPlan, found: Mapping[int, tuple[float, float]]) -> BlockPlan:

@@ -22,6 +22,9 @@ from actvar_convert.models.model import VARModel
 from actvar_convert.progress import Progress
 from actvar_convert.report.generation import balanced_labels
 
+MOST_CODES = 2**16
+"""Codes that two bytes tell apart."""
+
 _Maker = Callable[[int], Tensor]
 """Makes the rows of one part, from its index."""
 

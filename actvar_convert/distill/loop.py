@@ -259,7 +259,7 @@ def distill_model(
     state = load_run_state(state_path, fingerprint) if found and state_path is not None else None
     student = ""
     if state_path is not None:
-        student = processes.from_main(_student_print(model) if processes.main else "")
+        student = processes.from_main(student_print(model) if processes.main else "")
     if state is not None and state.scalars.get("student") != student:
         raise CheckpointError(
             f"{state_path} is the state of a run that began with another converted model; continuing it would mix the "
@@ -285,7 +285,7 @@ def distill_model(
     model.use_plan(model.plan_name)
 
 
-def _student_print(model: SparseVARModel) -> str:
+def student_print(model: SparseVARModel) -> str:
     """Identifies the model that a training begins with: weights and plans."""
     plans = {name: plan.model_dump(mode="json") for name, plan in model.plans.items()}
     return state_fingerprint(model.transformer, plans=plans, default=model.plan_name)

@@ -18,6 +18,10 @@ Total = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes that share a batch."""
 
 
+LEAST_SPREAD = 1e-3
+"""Share of a target's mean square that its variance has at least in a regression: targets may all be alike."""
+
+
 def alone(value: Tensor) -> Tensor:
     """The sum over one process."""
     return value
@@ -38,11 +42,16 @@ def relative_error(
 
 
 def regression(prediction: Tensor, target: Tensor, total: Total = alone) -> Tensor:
-    """Mean squared error in units of the target's variance: 1 for a constant guess at the mean."""
+    """Mean squared error in units of the target's variance: 1 for a constant guess at the mean.
+
+    A variance below ``LEAST_SPREAD`` of the target's mean square counts as that much.
+    """
     target = target.float()
-    sum_, count = total(torch.stack((target.sum(), target.new_tensor(float(target.numel()))))).unbind()
+    sums = torch.stack((target.sum(), target.new_tensor(float(target.numel())), target.square().sum()))
+    sum_, count, size = total(sums).unbind()
     spread = total((target - sum_ / count).square().sum())
-    return (prediction.float() - target).square().sum() / spread.clamp_min(1e-12)
+    floor = (LEAST_SPREAD * size).clamp_min(1e-12)
+    return (prediction.float() - target).square().sum() / torch.maximum(spread, floor)
 
 
 def kl_per_token(teacher_BLV: Tensor, student_BLV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -201,7 +201,8 @@ def stage2(
 
 def _gated_scales(block: SparseBlock, scales: int) -> list[int]:
     """Those of the first scales at which the plan in force has a block skip tokens."""
-    return [scale for scale, keep in enumerate(block.plan.blocks[block.index].keep[:scales]) if keep < 1]
+    plan, lengths = block.plan.blocks[block.index], block.config.pyramid.lengths[:scales]
+    return [scale for scale, length in enumerate(lengths) if plan.kept(scale, length) < length]
 
 
 def gate_regression(block: SparseBlock, seen: Trace, total: Total = alone) -> Tensor:

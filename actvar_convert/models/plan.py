@@ -162,6 +162,11 @@ class SparsityPlan(BaseModel):
                 tau = block.tau(s)
                 if tau is not None and not 0 <= tau <= 1:
                     found.append(f"{where}.threshold[{s}]: {tau} is not within 0 to 1")
+        low_rank = self.gated and self.reconstruction in ("low_rank", "mixture")
+        if low_rank and self.reconstruction_rank > config.width:
+            found.append(
+                f"plan.reconstruction_rank: {self.reconstruction_rank} exceeds the width of the model, {config.width}"
+            )
         if self.neighbourhood > config.pyramid.sides[-1]:
             found.append(f"plan.neighbourhood: {self.neighbourhood} exceeds the finest map, {config.pyramid.sides[-1]}")
         return found

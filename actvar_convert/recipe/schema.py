@@ -15,6 +15,7 @@ Source = Literal["teacher", "images"]
 DtypeName = Literal["fp32", "bf16", "fp16"]
 WARMUP = "steps over which the learning rate rises; in a stage that is shorter it does not get to its full value"
 Index = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -268,7 +269,7 @@ class EvaluateRecipe(Section):
     """How quality is measured, dense and sparse with the same seeds."""
 
     images: int = Field(5000, ge=FEWEST_IMAGES, description="images generated per seed for FID and its companions")
-    seeds: tuple[Index, ...] = Field((0,), min_length=1, description="seed of every set of images")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="seed of every set of images")
     held_out: int = Field(512, ge=2, description="teacher pyramids, apart from the training data, for KL and agreement")
     batch: int = Field(64, ge=1, description="images generated at once")
     dtype: DtypeName = Field("fp32", description="number format in which both models generate")
@@ -290,7 +291,7 @@ class SamplesRecipe(Section):
     """The picture of dense and sparse images side by side."""
 
     per_class: int = Field(1, ge=1, description="images of every class")
-    seed: int = Field(0, ge=0, description="seed of the images")
+    seed: Seed = Field(0, description="seed of the images")
 
 
 class ChecksRecipe(Section):

@@ -18,7 +18,7 @@ from actvar_convert.report.wording import digits
 NOISE_FACTOR = 2.0
 """Standard errors that a figure may be worse than its baseline: about one false alarm in forty per row."""
 
-MEASURED_BY = ("images", "sampling", "dtype", "extractor")
+MEASURED_BY = ("images", "sampling", "dtype", "extractor", "reference")
 """Fields of a quality report that two evaluations share if their figures can be compared."""
 
 
@@ -96,7 +96,7 @@ def run_checks(
         checks: limits; a ratio of transformer FLOPs sparse to dense, nats per token, a fraction of the dense FID.
         flops: FLOPs of the model; with a sparse part if its ratio is limited.
         quality: evaluation of the model.
-        baseline: earlier evaluation, with equal images, sampling and extractor.
+        baseline: earlier evaluation, with equal images, sampling, extractor and reference.
 
     Raises:
         InputError: the baseline was measured in another way, or a limit needs what a report does not hold.

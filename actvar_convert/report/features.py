@@ -29,17 +29,27 @@ class Reference:
         covariance_FF: unbiased covariance of the features, float64.
         features_NF: the feature vectors themselves, or None where only mean and covariance are known; precision and
             recall need them.
+        images: identifies the images, where the features were computed here; their last digits depend on the device.
     """
 
     mean_F: Tensor
     covariance_FF: Tensor
     features_NF: Tensor | None = None
+    images: str | None = None
 
     @classmethod
-    def of(cls, features_NF: Tensor) -> Reference:
+    def of(cls, features_NF: Tensor, images: str | None = None) -> Reference:
         """Mean and covariance of feature vectors [N, F], which are kept."""
         features = features_NF.double().cpu()
-        return cls(features.mean(0), torch.cov(features.T), features)
+        return cls(features.mean(0), torch.cov(features.T), features, images)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what the statistics were made of, the same on every machine; 16 hexadecimal digits."""
+        if self.images is not None:
+            return self.images[:16]
+        given = (self.mean_F, self.covariance_FF) if self.features_NF is None else (self.features_NF,)
+        return hashlib.sha256(b"".join(each.numpy().tobytes() for each in given)).hexdigest()[:16]
 
 
 class FeatureExtractor(Protocol):

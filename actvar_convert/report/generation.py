@@ -52,9 +52,9 @@ def balanced_labels(count: int, classes: int) -> Tensor:
 
 
 def model_fingerprint(model: VARModel) -> str:
-    """Identifies the weights and the plan in use, and the arithmetic that equal images depend on."""
+    """Identifies the weights, the shapes and the plan in use, and the arithmetic that equal images depend on."""
     plan = model.plan.model_dump(mode="json") if isinstance(model, SparseVARModel) else None
-    config = model.transformer.config.model_dump(mode="json")
+    config = [part.config.model_dump(mode="json") for part in (model.transformer, model.tokenizer)]
     machine = (model.device.type, str(model.dtype), torch.__version__, __version__)
     return state_fingerprint(model, config=config, plan=plan, machine=machine)
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actvar_convert.checkpoint.files import sha256_of
+from actvar_convert.checkpoint.run_state import fingerprint_of
 from actvar_convert.errors import InputError
 from actvar_convert.image_files import IMAGE_ENDINGS, list_images, read_image
 from actvar_convert.models.model import VARModel
@@ -55,7 +57,7 @@ class InceptionExtractor:
         if reference.is_dir():
             self.network.to(device or "cpu")
             rows = [self(image.to(device or "cpu"))[0].cpu() for image in folder_images(reference, image_size)]
-            self._reference = Reference.of(torch.cat(rows))
+            self._reference = Reference.of(torch.cat(rows), images_fingerprint(reference, image_size))
         else:
             self._reference = read_statistics(reference, self.feature_dim)
 
@@ -92,6 +94,11 @@ def read_statistics(path: Path, feature_dim: int) -> Reference:
             f"{feature_dim} features need [{feature_dim}] and [{feature_dim}, {feature_dim}]"
         )
     return Reference(mean, covariance)
+
+
+def images_fingerprint(folder: Path, size: int) -> str:
+    """Identifies the images below a folder, in their order, at ``size`` pixels per side."""
+    return fingerprint_of(str(size), *(sha256_of(path) for path in list_images(folder)))
 
 
 def folder_images(folder: Path, size: int, batch: int = 64) -> Iterator[Tensor]:

@@ -162,6 +162,7 @@ def evaluate_models(
         sampling=SamplingSettings(**chosen._asdict(), chunk=batch),
         dtype=str(dtype or teacher.dtype).removeprefix("torch."),
         extractor=None if judge is None else judge.name,
+        reference=None if judge is None else judge.reference().fingerprint,
         neighbours=neighbours,
         plan=own,
         plans=others,

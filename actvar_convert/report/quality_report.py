@@ -105,6 +105,9 @@ class QualityReport(PlanQuality):
     sampling: SamplingSettings
     dtype: str = Field(description="format that the images were generated in; KL and agreement are never cast")
     extractor: str | None = Field(description="what judged the images; None where none were measured")
+    reference: str | None = Field(
+        None, description="identifies the real images that were compared with; None also in older reports"
+    )
     neighbours: int | None = Field(None, description="k of precision and recall; None in older reports")
     plan: str | None = Field(description="None for a model without plans")
     plans: dict[str, PlanQuality] = Field(default_factory=dict)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from actvar_convert import pipeline
 from actvar_convert.checkpoint.run_state import RunState, save_run_state
+from actvar_convert.models.classifier import FashionClassifier
+from actvar_convert.report.features import ClassifierExtractor
 
 from .conftest import Actvar
 
@@ -92,6 +98,42 @@ def test_a_model_that_no_bundled_classifier_knows_is_run_without_fid(actvar: Act
     assert {path: path.stat().st_mtime_ns for path in Path("kept").iterdir()} == before, "taken from there"
     asked = actvar("evaluate", "made")
     assert asked.exit_code == 2 and "--reference" in asked.stderr
+
+
+def test_a_report_of_other_images_or_another_machine_is_made_anew(
+    actvar: Actvar, dense_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        classifier = FashionClassifier(classes=5).eval()
+        real = {name: torch.randn(30, classifier.feature_dim) for name in ("a", "b")}
+    judges = {name: ClassifierExtractor(classifier, real[name], name="one judge", image_size=8) for name in real}
+    monkeypatch.setattr(pipeline, "extractor_for", lambda model, reference=None: judges[reference])
+    settings = "experts: {count: 8}\ngate: {rank: 4}\nbudget: {reduction: 0.1}\n"
+    Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\n{settings}")
+
+    def run(reference: str, *more: str) -> tuple[int, str, dict[str, Any]]:
+        given = shrunk("evaluate.neighbours=2", f"evaluate.reference={reference}", *more)
+        result = actvar("run", "mine.yaml", "--out", "made", *given)
+        return result.exit_code, result.stderr, json.loads(Path("made/eval.json").read_text())
+
+    _, _, first = run("a")
+    assert first["reference"] == judges["a"].reference().fingerprint
+    code, said, again = run("a")
+    assert code == 0 and again == first and "images of the" not in said and "benchmark" not in said
+    Path("before.json").write_text(json.dumps(first))
+    code, said, _ = run("b", "checks={baseline: before.json}")
+    assert code == 2 and "reference: " in said
+    code, said, other = run("b")
+    assert code == 0 and "images of the" in said and other["fid"]["dense"] != first["fid"]["dense"]
+    path = Path("made/benchmark.json")
+    timed = json.loads(path.read_text())
+    elsewhere = [row | {"device": "cuda:0"} for row in timed["rows"]]
+    for edited in ({"hardware": "another"}, {"rows": elsewhere}):
+        path.write_text(json.dumps(timed | edited))
+        assert "benchmark" in run("b")[1]
+        made = json.loads(path.read_text())
+        assert made["hardware"] == timed["hardware"] and {row["device"] for row in made["rows"]} == {"cpu"}
 
 
 def test_ci_fails_with_3_and_a_table_when_a_limit_is_broken(actvar: Actvar) -> None:

@@ -1,5 +1,7 @@
 """Partition, router start and constants of one FFN."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,15 @@ def test_expert_sizes_are_the_norms_of_expert_outputs(tiny_model: VARModel) -> N
             output = hidden[:, own] @ sparse.fc2.weight[:, own].T
             expected = (output if given is None else output - given[e]).norm(dim=1)
             torch.testing.assert_close(sizes[:, e], expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_expert_sizes_make_no_tensor_of_all_outputs(tiny_model: VARModel, memory_watch: Any) -> None:
+    _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    hidden = F.gelu(sparse.fc1(x), approximate="tanh")
+    with memory_watch, torch.backends.opt_einsum.flags(enabled=False):
+        expert_sizes(sparse, hidden, torch.ones(EXPERTS, x.shape[1]))
+    assert memory_watch.peak < 4 * len(x) * EXPERTS * x.shape[1]
 
 
 @torch.no_grad()

@@ -430,3 +430,18 @@ def test_a_search_may_skip_tokens(tiny_model: VARModel, calibration: tuple[torch
     assert all(keep == 1 for block in plan.blocks for keep in block.keep[:2])
     sparse = convert_model(tiny_model, planned.plans, "default", chosen, *calibration, partitions=planned.partitions)
     assert torch.isfinite(sparse.generate([0, 1], seed=0)).all()
+
+
+@pytest.mark.parametrize("depth", [10, 15, 16, 20, 24, 25, 30])
+def test_the_last_experts_to_go_leave_blocks_all_over_the_depth(tiny_model: VARModel, depth: int) -> None:
+    config = tiny_model.transformer.config.model_copy(update={"depth": depth})
+    chosen = recipe(budget=BudgetRecipe(search="uniform"))
+    seen = set()
+    for target in (0.2 + 0.002 * step for step in range(40)):
+        plan = uniform_plan(config, chosen, target)
+        active = [plan.active(block, 3) for block in range(depth)]
+        cut = [block for block in range(depth) if active[block] < max(active)]
+        early = sum(block < depth / 2 for block in cut)
+        seen.add(len(cut))
+        assert abs(2 * early - len(cut)) <= 4, cut
+    assert seen >= {depth // 2}

@@ -9,13 +9,13 @@ import torch
 
 import actvar_convert as av
 from actvar_convert.convert.activations import calibration_labels
-from actvar_convert.convert.thresholds import retuned_plans, threshold_for
+from actvar_convert.convert.thresholds import RETUNED_ON, retuned_plans, threshold_for
 from actvar_convert.models.experts import select_experts
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
-from actvar_convert.report.routing import watched_routing
+from actvar_convert.report.routing import experts_per_token, watched_routing
 
 
 @pytest.mark.parametrize("routed", [2, 3, 6])
@@ -103,7 +103,7 @@ def pyramids(model: VARModel, count: int = 12) -> tuple[torch.Tensor, torch.Tens
 def test_thresholds_meet_their_number_again(drifted: SparseVARModel, tiny_model: VARModel) -> None:
     tokens, labels = pyramids(tiny_model)
     before = drifted.plans
-    plans = retuned_plans(drifted, tokens, labels, {})
+    plans = retuned_plans(drifted, tokens, labels, {}, batch=12)
     assert drifted.plans == before and drifted.plan_name == "default"
     assert all("select" not in layer.ffn.__dict__ for layer in drifted.transformer.sparse_layers)
     assert plans.keys() == before.keys() and plans != before
@@ -126,9 +126,38 @@ def test_thresholds_meet_their_number_again(drifted: SparseVARModel, tiny_model:
     )
 
 
+def test_thresholds_are_the_same_whatever_the_batch(drifted: SparseVARModel, tiny_model: VARModel) -> None:
+    tokens, labels = pyramids(tiny_model, RETUNED_ON + 8)
+    found = [retuned_plans(drifted, tokens, labels, {}, batch=batch) for batch in (1, 24, RETUNED_ON)]
+    fewer = retuned_plans(drifted, tokens[:RETUNED_ON], labels[:RETUNED_ON], {}, batch=RETUNED_ON)
+    assert found[-1] == fewer != retuned_plans(drifted, tokens[:1], labels[:1], {}, batch=1)
+    blocks = [[block for plan in plans.values() for block in plan.blocks] for plans in found]
+    for each in zip(*blocks, strict=True):
+        for scale in range(4):
+            assert len({block.tau(scale) is None for block in each}) == 1
+            taus, means = zip(*((block.tau(scale) or 0.0, block.routed_cost(scale)) for block in each), strict=True)
+            assert taus == pytest.approx([taus[-1]] * 3, abs=0.01) and means == pytest.approx([means[-1]] * 3, abs=0.02)
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_a_conversion_with_small_batches_runs_what_it_states(tiny_model: VARModel, batch: int) -> None:
+    changes = {
+        "calibration": CalibrationRecipe(pyramids=64, batch=batch),
+        "budget": BudgetRecipe(reduction=0.25, search="uniform", prefix_share=0.25),
+    }
+    chosen = recipe(selection="threshold").model_copy(update=changes)
+    made = av.convert(tiny_model, recipe=chosen)
+    labels = torch.arange(64) % 5
+    inputs = tiny_model.teacher_forcing_input(tiny_model.generate_tokens(labels, seed=77))
+    with watched_routing(made) as watch, torch.no_grad():
+        made.transformer(calibration_labels(labels, tiny_model.transformer.null_class), inputs)
+    active, planned = experts_per_token(watch.loads(made))
+    assert active == pytest.approx(planned, rel=0.05)
+
+
 def test_thresholds_chosen_by_hand_stay(drifted: SparseVARModel, tiny_model: VARModel) -> None:
     tokens, labels = pyramids(tiny_model)
-    plans = retuned_plans(drifted, tokens, labels, {"default": drifted.plans["default"]})
+    plans = retuned_plans(drifted, tokens, labels, {"default": drifted.plans["default"]}, batch=5)
     assert plans["default"] == drifted.plans["default"] and plans["light"] != drifted.plans["light"]
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from actvar_convert.distill.losses import kl_per_token, regression, relative_error, weighted_mean
+from actvar_convert.distill.losses import LEAST_SPREAD, kl_per_token, regression, relative_error, weighted_mean
 
 
 def test_relative_error() -> None:
@@ -22,6 +22,13 @@ def test_regression_is_in_units_of_the_variance() -> None:
     target = torch.tensor([1.0, 3.0])
     assert regression(torch.tensor([2.0, 2.0]), target) == 1
     assert regression(target, target) == 0
+
+
+def test_regression_on_targets_that_are_all_alike() -> None:
+    target = torch.tensor([2.0, 2.0])
+    assert regression(target, target) == 0
+    assert regression(torch.tensor([2.0, 2.2]), target) == pytest.approx(0.04 / (LEAST_SPREAD * 8), rel=1e-4)
+    assert regression(torch.tensor([1.0]), torch.tensor([0.0])).isfinite()
 
 
 def test_kl_by_hand() -> None:

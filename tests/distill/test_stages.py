@@ -7,13 +7,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import actvar_convert as av
 from actvar_convert.distill.loop import StageRun
 from actvar_convert.distill.losses import kl_per_token
 from actvar_convert.distill.stages import STAGES
 from actvar_convert.distill.traces import trace
 from actvar_convert.models.model import VARModel
+from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.recipe.schema import JointStage, RouterStage
+from actvar_convert.recipe.schema import JointStage, Recipe, RouterStage
 
 LABELS = torch.tensor([0, 3, 5, 1])
 
@@ -90,3 +92,34 @@ def test_losses_of_a_prefix_by_the_weights_of_its_scales(
     assert local.keys() == {"output", "router"} and local["output"] > 0
     nothing = JointStage(scale_weights=(0, 0, 0, 1))
     assert STAGES["stage2"].objective(tiny_sparse, tiny_model, nothing, tokens[:, :1], LABELS)["kl"] == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_gate_learns_only_where_tokens_are_skipped(tiny_model: VARModel, rows: int) -> None:
+    """One token is kept whatever the share."""
+    chosen = Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": "tiny",
+            "experts": {"count": 8},
+            "gate": {"rank": 4},
+            "calibration": {"pyramids": 24, "batch": 8},
+            "budget": {"search": "uniform", "gate_keep": 0.6, "gate_scales": 4, "gate_blocks": [0, 1]},
+        }
+    )
+    labels = torch.tensor([0, 0, 3, 5])
+    tokens = tiny_model.generate_tokens(labels[:rows].clamp_max(4), seed=3).clone()
+    student = av.convert(tiny_model, recipe=chosen)
+    losses = STAGES["stage2"].objective(student, tiny_model, JointStage(), tokens, labels[:rows])
+    assert 0 < float(losses["gate"]) < 10
+
+
+def test_a_gate_that_never_skips_is_left_at_its_start(tiny_model: VARModel) -> None:
+    config = tiny_model.transformer.config
+    block = BlockPlan(prefix=(8, 8, 4, 4), routed=(0,) * 4, keep=(0.5, 1.0, 1.0, 0.99))
+    plans = {"one": SparsityPlan(experts=8, blocks=(block,) * config.depth, reconstruction_rank=4)}
+    calibration = {"pyramids": 8, "batch": 8}
+    chosen = {"name": "tiny", "model": "tiny", "experts": {"count": 8}, "calibration": calibration, "plans": plans}
+    student = av.convert(tiny_model, recipe=Recipe.model_validate(chosen))
+    tokens = tiny_model.generate_tokens([0, 1], seed=3).clone()
+    assert "gate" not in STAGES["stage2"].objective(student, tiny_model, JointStage(), tokens, LABELS[:2])

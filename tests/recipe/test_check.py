@@ -6,7 +6,7 @@ import pytest
 
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.plan import SparsityPlan
+from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe import Recipe, check_recipe, load_recipe, problems_for
 
 TINY = TransformerConfig(depth=2, width=64, heads=2, hidden=128, sides=(1, 2, 3, 4), vocab=32, z_channels=8, classes=5)
@@ -94,6 +94,19 @@ def test_a_plan_for_another_depth_is_named_with_its_path() -> None:
     differing = {**plans, "good": plans["good"].model_copy(update={"router_width": 4})}
     found = problems_for(BASE.model_copy(update={"plans": differing}))
     assert found == ["plans: given {'fast': 0, 'good': 4} as router_width, allowed: the same for all plans of a model"]
+
+
+def test_a_rank_beyond_the_width_is_refused_where_tokens_are_skipped() -> None:
+    block = BlockPlan(prefix=(16,) * 4, routed=(0,) * 4, keep=(1.0, 1.0, 1.0, 0.5))
+    gated = SparsityPlan(experts=16, blocks=(block,) * 2, reconstruction_rank=65)
+    said = ["plans.a.reconstruction_rank: 65 exceeds the width of the model, 64"]
+    for plan, expected in (
+        (gated, said),
+        (gated.model_copy(update={"reconstruction_rank": 64}), []),
+        (gated.model_copy(update={"reconstruction": "previous"}), []),
+        (SparsityPlan.dense(TINY, experts=16).model_copy(update={"reconstruction_rank": 65}), []),
+    ):
+        assert problems_for(BASE.model_copy(update={"plans": {"a": plan}}), TINY) == expected
 
 
 def test_settings_that_plans_overrule_are_named() -> None:

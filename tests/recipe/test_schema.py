@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from actvar_convert.recipe import Recipe, settings
@@ -28,6 +29,14 @@ def test_recipes_cannot_be_changed_and_know_no_other_keys() -> None:
     assert hash(RECIPE) == hash(Recipe(name="r", model="m"))
 
 
+def test_seeds_are_what_a_generator_takes() -> None:
+    for section, given in (("samples", {"seed": 2**63}), ("evaluate", {"seeds": [0, 2**63]})):
+        with pytest.raises(ValidationError, match="less than 9223372036854775808"):
+            Recipe.model_validate({"name": "r", "model": "m", section: given})
+    recipe = Recipe.model_validate({"name": "r", "model": "m", "samples": {"seed": 2**63 - 1}})
+    torch.Generator().manual_seed(recipe.samples.seed)
+
+
 def test_the_stages_differ_in_what_trains() -> None:
     one, two = RECIPE.distill.stage1, RECIPE.distill.stage2
     assert (one.router, one.gate, one.output > 0, one.kl) == ("regress", "frozen", True, 0)
@@ -46,6 +55,9 @@ def test_the_stages_differ_in_what_trains() -> None:
         ("distill.stage2.learning_rate", "a number of more than 0"),
         ("samples", "a section with the keys per_class, seed"),
         ("model", "text, not empty"),
+        ("seed", "a whole number of at least 0 and less than 4294967296"),
+        ("samples.seed", "a whole number of at least 0 and less than 9223372036854775808"),
+        ("evaluate.seeds", "a list of whole numbers of at least 0 and less than 9223372036854775808, 1 or more"),
     ],
 )
 def test_what_is_allowed_in_words(path: str, allowed: str) -> None:

@@ -137,3 +137,5 @@ def test_baseline_of_another_measurement_is_refused(flops: FlopsReport) -> None:
     require_comparable(quality(kl=9.0), planned)
     with pytest.raises(InputError, match=r"(?s)images: 5000 in the baseline, 7 now.*extractor: tiny in the baseline"):
         require_comparable(now, {**planned, "images": 7, "extractor": "other"})
+    with pytest.raises(InputError, match="reference: None in the baseline, of others now"):
+        require_comparable(now, {**planned, "reference": "of others"})

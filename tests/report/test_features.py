@@ -9,7 +9,7 @@ import torch
 
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
-from actvar_convert.report.features import ClassifierExtractor, QuadrantExtractor
+from actvar_convert.report.features import ClassifierExtractor, QuadrantExtractor, Reference
 
 QUADRANTS = [[label, (label + 1) % 5, (label + 2) % 5, (label + 3) % 5] for label in range(5)]
 
@@ -79,3 +79,13 @@ def test_the_fingerprint_covers_the_classes(classifier: FashionClassifier) -> No
         mosaics_of(classifier, quadrants=QUADRANTS[::-1]).fingerprint,
     }
     assert len(prints) == 3
+
+
+def test_the_real_images_have_a_fingerprint() -> None:
+    features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    known = Reference.of(features)
+    alone, shifted = (Reference(known.mean_F + more, known.covariance_FF) for more in (0, 1))
+    assert known.fingerprint == Reference.of(features.clone()).fingerprint
+    assert len({known.fingerprint, Reference.of(2 * features).fingerprint, alone.fingerprint, shifted.fingerprint}) == 4
+    computed = [Reference.of(features * scale, "one folder") for scale in (1, 1 + 1e-6)]
+    assert computed[0].fingerprint == computed[1].fingerprint, "whatever the device makes of the last digits"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from actvar_convert.errors import InputError
-from actvar_convert.report.inception import InceptionExtractor, folder_images, read_statistics
+from actvar_convert.report.inception import InceptionExtractor, folder_images, images_fingerprint, read_statistics
 
 
 def test_statistics_are_read(tmp_path: Path) -> None:
@@ -52,6 +52,10 @@ def test_folder_of_images_is_cropped_resized_and_ordered(tmp_path: Path) -> None
     assert torch.equal(image[0], torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 4, 4))
     assert float(image[1].max()) == 0
     assert torch.allclose(image[2], torch.tensor(128 / 255))
+    before = images_fingerprint(tmp_path, 4)
+    assert images_fingerprint(tmp_path, 4) == before != images_fingerprint(tmp_path, 5)
+    Image.fromarray(np.ones((5, 4, 3), np.uint8)).save(tmp_path / "c.png")
+    assert images_fingerprint(tmp_path, 4) != before
 
 
 def test_folder_problems_are_named(tmp_path: Path) -> None:

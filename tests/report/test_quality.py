@@ -16,6 +16,7 @@ from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import Sampling, VARModel
 from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
+from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.report import generation
 from actvar_convert.report.agreement import HELD_OUT_SEED
 from actvar_convert.report.features import ClassifierExtractor, state_fingerprint
@@ -106,6 +107,7 @@ def test_without_images_there_are_kl_and_agreement(
     report = evaluate_models(other, tiny_model, extractor=None, images=0, batch=BATCH, held_out=HELD_OUT)
     assert (report.kl, report.agreement, report.sampling) == (full.kl, full.agreement, full.sampling)
     assert (report.images, report.extractor, report.fid, report.inception_score) == (0, None, None, None)
+    assert report.reference is None
     assert (report.precision, report.recall, report.label_agreement) == (None, None, None)
     assert report.notes == ("no images were measured: there is no FID, and nothing else that is measured on images",)
     assert QualityReport.model_validate_json(report.to_json()) == report
@@ -173,7 +175,8 @@ def test_contract_of_the_json(
     data = json.loads(report.to_json())
     assert data["schema"] == "actvar.eval/1" and data["images"] == IMAGES and data["seeds"] == [0]
     assert data["sampling"] == {"cfg": 0.5, "top_k": 20, "top_p": 0.9, "chunk": BATCH}
-    assert data["extractor"] == "tiny" and data["plan"] is None and data["plans"] == {}
+    assert data["extractor"] == "tiny" and data["reference"] == extractor.reference().fingerprint
+    assert data["plan"] is None and data["plans"] == {}
     assert {"dense", "sparse", "tokenizer", "standard_error"} <= set(data["fid"])
     for name in ("inception_score", "precision", "recall", "label_agreement"):
         assert {"dense", "sparse"} <= set(data[name])
@@ -294,6 +297,12 @@ def test_fingerprint_follows_weights(tiny_model: VARModel, other: VARModel) -> N
     assert model_fingerprint(tiny_model) != model_fingerprint(other)
     low = cast(tiny_model, torch.float32, decoder=torch.bfloat16)
     assert model_fingerprint(low) != model_fingerprint(tiny_model), "its images are others"
+    mixed = copy.deepcopy(tiny_model)
+    mixed.tokenizer = VQVAE(tiny_model.tokenizer.config.model_copy(update={"residual_ratio": 0.1}))
+    mixed.tokenizer.load_state_dict(tiny_model.tokenizer.state_dict())
+    mixed.eval()
+    assert not torch.equal(mixed.generate([1]), tiny_model.generate([1]))
+    assert model_fingerprint(mixed) != model_fingerprint(tiny_model), "no tensor tells it"
 
 
 def test_all_problems_are_named_at_once(tiny_model: VARModel, extractor: ClassifierExtractor) -> None:
