@@ -27,6 +27,11 @@ def overrides(
     return [*(given or []), *(f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None)]
 
 
+def override_paths(given: list[str] | None) -> list[str]:
+    """The settings that ``--set`` names."""
+    return [text.partition("=")[0].strip() for text in given or []]
+
+
 def recipe_for(model: str) -> str | Recipe:
     """The recipe of a model for which none is named: the shipped one of that name or file name, else all defaults."""
     shipped = shipped_recipes()
@@ -37,21 +42,48 @@ def recipe_for(model: str) -> str | Recipe:
     return Recipe(name=name or "model", model=model)
 
 
-class Asked(NamedTuple):
-    """What a recipe asks for before its model is loaded: tokenizer file, device, and memory, by the recipe itself."""
+def flag_settings(flags: opt.DenseFlags) -> list[str]:
+    """What flags say of the dense model, as overrides: they overrule a recipe, and the written one says so."""
+    return [f"{name}={json.dumps(value, default=str)}" for name, value in flags.items() if value is not None]
 
-    vae: Path | None
+
+def model_setting(model: str, given: list[str] | None) -> str:
+    """The override that makes a recipe name the model that is the command's argument.
+
+    Raises:
+        InputError: ``--set`` names a model too.
+    """
+    if "model" in override_paths(given):
+        raise InputError(f"--set model: the model is {model}, the command's argument. Name the other one there.")
+    return f"model={json.dumps(model)}"
+
+
+class Asked(NamedTuple):
+    """What a recipe asks for before its model is loaded: what its files do not tell, device, memory by the recipe."""
+
+    dense: opt.DenseFlags
     device: str | None
     recipe: Recipe | None
 
 
-def asked_by(source: str | Path | Recipe, settings: list[str]) -> Asked:
-    """What a recipe asks for; nothing where it is wrong, which is said with all else later."""
+def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseFlags) -> Asked:
+    """What a recipe asks for; where it is wrong the flags alone, and that it is wrong is said with all else later.
+
+    Args:
+        source, settings: see ``load_recipe``; the flags are among the settings.
+        flags: what the command line says of the dense model.
+    """
     try:
         chosen = load_recipe(source, settings)
     except RecipeError:
-        return Asked(None, None, None)
-    return Asked(None if chosen.vae is None else Path(chosen.vae), chosen.device, chosen)
+        return Asked(flags, None, None)
+    dense = opt.DenseFlags(
+        vae=None if chosen.vae is None else Path(chosen.vae),
+        heads=chosen.heads,
+        sides=chosen.sides,
+        residual_ratio=chosen.residual_ratio,
+    )
+    return Asked(dense, chosen.device, chosen)
 
 
 def refuse_distilled(folder: Path) -> None:
@@ -77,8 +109,7 @@ SETTLED = (
 
 def refuse_settled(given: list[str] | None) -> None:
     """Raises InputError for overrides of a distillation that only a conversion could follow."""
-    paths = [text.partition("=")[0].strip() for text in given or []]
-    late = [path for path in paths if path.partition(".")[0] in SETTLED]
+    late = [path for path in override_paths(given) if path.partition(".")[0] in SETTLED]
     if late:
         raise InputError(
             f"--set {', '.join(late)}: this is settled when a model is converted, and training cannot change it. "
@@ -109,13 +140,10 @@ def convert(
     where --out names its folder.
     """
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
-    settings = [*overrides(override, seed=seed, device=device), f"model={json.dumps(model)}"]
-    if vae is not None:
-        settings.append(f"vae={json.dumps(str(vae))}")
+    settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags), model_setting(model, override)]
     source = recipe or recipe_for(model)
-    asked = asked_by(source, settings)
-    flags["vae"] = vae or asked.vae
-    dense = av.load(model, device=device or asked.device, recipe=asked.recipe, **flags)
+    asked = asked_by(source, settings, flags)
+    dense = av.load(model, device=device or asked.device, recipe=asked.recipe, **asked.dense)
     resolved = load_recipe(source, settings, config=dense.transformer.config)
     folder = out or Path("runs") / resolved.name
     if out is None:
@@ -159,7 +187,7 @@ def distill(
     refuse_settled(override)
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
     source = recipe or folder / "recipe.yaml"
-    place = asked_by(source, settings).device
+    place = asked_by(source, settings, flags).device
     sparse = av.load(folder, device=device or place)
     resolved = load_recipe(source, settings, config=sparse.transformer.config)
     dense = av.load(teacher, device=device or place, **flags) if teacher is not None else None

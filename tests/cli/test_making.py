@@ -199,6 +199,30 @@ def test_flags_for_what_a_file_does_not_tell(actvar: Actvar, dense_file: Path) -
     assert there.exit_code == 0, there.output
 
 
+def test_a_recipe_tells_what_the_file_does_not_unless_a_flag_does(actvar: Actvar, dense_file: Path) -> None:
+    tensors = {name: tensor for name, tensor in load_file(dense_file).items() if "scale_mul" not in name}
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lvl_1L"}, dense_file)
+    Path("mine.yaml").write_text(
+        f"name: mine\nmodel: {dense_file}\nheads: 2\nsides: [1, 2, 3, 4]\nresidual_ratio: 0.25\n"
+    )
+    for flags, heads, ratio in (([], 2, 0.25), (["--heads", 4, "--residual-ratio", "0.75"], 4, 0.75)):
+        made = actvar("convert", dense_file, "--recipe", "mine.yaml", "--out", "sparse", *flags, *small())
+        assert made.exit_code == 0, made.output
+        config = json.loads(Path("sparse/config.json").read_text())
+        assert (config["transformer"]["heads"], config["tokenizer"]["residual_ratio"]) == (heads, ratio)
+        said = load_recipe(Path("sparse"))
+        assert (said.heads, said.sides, said.residual_ratio) == (heads, (1, 2, 3, 4), ratio)
+
+
+def test_a_recipe_does_not_contradict_the_model_that_is_converted(actvar: Actvar, dense_file: Path) -> None:
+    other = actvar("convert", "fashion", "--set", "model=mosaics", *small())
+    assert other.exit_code == 2 and "--set model: the model is fashion" in other.stderr, other.output
+    for model, said in ((dense_file, "heads was given as 3, the file has 2"), ("fashion", "Leave heads out")):
+        heads = actvar("convert", model, "--set", "heads=3", *small())
+        assert heads.exit_code == 2 and said in heads.stderr, heads.output
+    assert not Path("runs").exists()
+
+
 def test_a_decoder_in_low_precision(actvar: Actvar, dense_file: Path) -> None:
     for name, flags in (("exact.png", []), ("low.png", ["--decoder-dtype", "bf16"])):
         made = actvar("sample", dense_file, "--out", name, "--device", "cpu", *flags)
