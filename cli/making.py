@@ -10,7 +10,8 @@ from typing import Annotated, NamedTuple
 import typer
 
 import actvar_convert as av
-from actvar_convert.errors import CheckpointError, InputError, RecipeError
+from actvar_convert.errors import InputError, RecipeError
+from actvar_convert.origins import refuse_distilled
 from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
 
 from . import options as opt
@@ -84,20 +85,6 @@ def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseF
         residual_ratio=chosen.residual_ratio,
     )
     return Asked(dense, chosen.device, chosen)
-
-
-def refuse_distilled(folder: Path) -> None:
-    """Raises InputError where a folder that nobody named holds a model that was trained, or one that cannot be read."""
-    if not (folder / "config.json").is_file():
-        return
-    try:
-        trained = bool(av.inspect(folder).provenance.get("distilled"))
-    except CheckpointError as error:
-        raise InputError(f"{folder} holds a model already. To replace it, name it with --out. {error}") from error
-    if trained:
-        raise InputError(
-            f"{folder} holds a distilled model. Choose another folder with --out; --out {folder} replaces it."
-        )
 
 
 SETTLED = (
@@ -178,7 +165,8 @@ def distill(
 ) -> None:
     """Train a sparse model in two stages to follow its dense teacher; the same line again resumes.
 
-    The teacher is the source that the folder records, or --teacher.
+    The teacher is the source that the folder records, or --teacher. A model that is distilled already is trained on and
+    replaced only where --out names its folder.
     """
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     if teacher is None and any(value is not None for value in flags.values()):
@@ -191,7 +179,15 @@ def distill(
     sparse = av.load(folder, device=device or place)
     resolved = load_recipe(source, settings, config=sparse.transformer.config)
     dense = av.load(teacher, device=device or place, **flags) if teacher is not None else None
-    av.distill(sparse, teacher=dense, recipe=resolved, out=out or folder, progress=reporter(quiet), shard=shard)
+    av.distill(
+        sparse,
+        teacher=dense,
+        recipe=resolved,
+        out=out or folder,
+        progress=reporter(quiet),
+        shard=shard,
+        replace=out is not None,
+    )
     typer.echo(out or folder)
 
 
@@ -208,6 +204,8 @@ def run(
     verbose: opt.Verbose = False,
 ) -> None:
     """Do all that a recipe says: convert, distill, report, sample, check. The same line again resumes.
+
+    A distilled model of another run is replaced only where --out names its folder.
 
     Ends with exit code 3 when one of the recipe's checks does not hold.
     """

@@ -162,6 +162,16 @@ def test_the_same_distillation_again_says_that_it_is_done(actvar: Actvar, conver
     assert "distilling" in first.stderr and "distilling" not in again.stderr
     assert f"{converted} holds the result of this distillation already" in again.stderr
     assert not converted.with_name("sparse.work").exists()
+    (converted / "eval.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in converted.iterdir()}
+    longer = ("distill", converted, "--set", "distill.stage2.steps=3")
+    other = actvar(*longer)
+    assert other.exit_code == 2 and f"{converted} holds a distilled model" in other.stderr, other.output
+    assert {path.name: path.read_bytes() for path in converted.iterdir()} == before
+    assert not converted.with_name("sparse.work").exists()
+    on = actvar(*longer, "--out", converted)
+    assert on.exit_code == 0 and len((converted / "metrics.jsonl").read_text().splitlines()) == 5, on.output
+    assert actvar(*longer).exit_code == 0, "the same distillation may go without --out"
     Path("runs").mkdir()
     converted.rename("runs/sparse")
     refused = actvar("convert", dense_file, *small(), *name)
