@@ -30,7 +30,7 @@ from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, full
 from actvar_convert.convert.search import measure_metrics, plan_model, search_steps, searches
 from actvar_convert.convert.thresholds import retuned_plans, without_thresholds
 from actvar_convert.distill.data import TokenStore
-from actvar_convert.distill.loop import distill_model
+from actvar_convert.distill.loop import distill_model, require_whole_student
 from actvar_convert.distill.memory import estimate_distill, estimate_sparsify
 from actvar_convert.distill.parallel import ALONE, Processes, join, made_by_main
 from actvar_convert.distill.sparsify import mean_used_share, sparsify_model
@@ -297,8 +297,8 @@ def distill(
         Interrupted: after Ctrl-C; the same call goes on.
         Diverged: a gradient is not finite; ``out`` is as it was.
         CheckpointError: the state beside ``out`` belongs to another recipe, teacher or converted model.
-        InputError: the teacher has another shape, less memory is free than the distillation needs, images are not
-            there, weights are not in fp32, or ``out`` holds something else.
+        InputError: the teacher has another shape, the student cannot be split, less memory is free than the
+            distillation needs, images are not there, weights are not in fp32, or ``out`` holds something else.
     """
     processes = join(model.device, shard=shard)
     progress = progress if progress is not None and processes.main else SilentProgress()
@@ -306,6 +306,7 @@ def distill(
         raise InputError("this model is dense; convert it first (actvar convert MODEL --out DIR)")
     chosen = load_recipe(recipe)
     check_recipe(chosen, model.transformer.config)
+    require_whole_student(chosen, processes)
     teacher = recorded_teacher(model) if teacher is None else teacher
     require_dense(teacher)
     unlike = differences(model.transformer.config, teacher.transformer.config)

@@ -20,6 +20,7 @@ from actvar_convert.checkpoint.official import REPOSITORY, official_names
 from actvar_convert.checkpoint.sparse import read_provenance, refuse_foreign, save_sparse, update_file
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.memory import require_memory
+from actvar_convert.distill.loop import require_whole_student
 from actvar_convert.distill.parallel import Processes, join
 from actvar_convert.errors import InputError
 from actvar_convert.models.config import TransformerConfig
@@ -109,6 +110,7 @@ def run(
     chosen = load_recipe(recipe, overrides, config=config_of)
     teacher = teachers[-1]
     processes = join(teacher.device, shard=shard)
+    require_whole_student(chosen, processes)
     progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
