@@ -430,7 +430,12 @@ def evaluate(
         dtype: fp32, bf16 or fp16, in which both models generate; their own by default.
         cache: folder in which features are kept while they are made.
         progress: told about every long step.
+
+    Raises:
+        InputError: settings that contradict each other or cannot be measured, or a teacher that is not at hand.
     """
+    if not images and reference is not None:
+        raise InputError("reference: no image is compared with it where images is 0; leave one of the two out")
     teacher = recorded_teacher(model) if teacher is None else teacher
     if teacher.is_sparse:
         raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")

@@ -92,7 +92,9 @@ def validate_recipe(
         if shape.plans:
             raise InputError(f"{chosen.model} is no dense VAR: {shape.line}")
         if shape.tokenizer is None:
-            raise InputError(f"{chosen.model} has no tokenizer in it or beside it; name its file under vae")
+            raise InputError(
+                f"{chosen.model} has no tokenizer in it or beside it; name its file under vae (--set vae=FILE)"
+            )
         shapes.append((shape.transformer, shape.tokenizer, shape.line))
         return shape.transformer
 

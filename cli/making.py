@@ -10,6 +10,9 @@ from typing import Annotated, NamedTuple
 import typer
 
 import actvar_convert as av
+from actvar_convert.checkpoint.locate import is_sparse_folder
+from actvar_convert.checkpoint.official import official_names
+from actvar_convert.checkpoint.zoo import bundled_names
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.origins import refuse_distilled
 from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
@@ -88,7 +91,7 @@ def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseF
 
 
 SETTLED = (
-    *("model", "heads", "sides", "residual_ratio", "sparsify"),
+    *("model", "vae", "heads", "sides", "residual_ratio", "sparsify"),
     *("experts", "gate", "budget", "plans", "default_plan"),
 )
 """Sections of a recipe that say how a model is converted: once it is, they change nothing."""
@@ -101,6 +104,16 @@ def refuse_settled(given: list[str] | None) -> None:
         raise InputError(
             f"--set {', '.join(late)}: this is settled when a model is converted, and training cannot change it. "
             "Set it for actvar convert, or for actvar run."
+        )
+
+
+def require_converted(folder: Path) -> None:
+    """Raises InputError for what is there, or is the name of a model, and is no sparse folder."""
+    named = str(folder) in (*bundled_names(), *official_names())
+    if not is_sparse_folder(folder) and (named or folder.exists()):
+        raise InputError(
+            f"{folder} is not the folder of a sparse model; a dense model is to be converted first: "
+            f"actvar convert {folder} --out DIR"
         )
 
 
@@ -166,17 +179,22 @@ def distill(
     """Train a sparse model in two stages to follow its dense teacher; the same line again resumes.
 
     The teacher is the source that the folder records, or --teacher. A model that is distilled already is trained on and
-    replaced only where --out names its folder.
+    replaced only where --out names its folder. Of --recipe is used what a training can follow: what the conversion has
+    settled (experts, gate, plans, ...) stays as the folder's own recipe says.
     """
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     if teacher is None and any(value is not None for value in flags.values()):
         alone = ", ".join(f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None)
         raise typer.BadParameter("it says something of --teacher; give that too", param_hint=alone)
     refuse_settled(override)
+    require_converted(folder)
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
-    source = recipe or folder / "recipe.yaml"
+    source: str | Path | Recipe = recipe or folder / "recipe.yaml"
     place = asked_by(source, settings, flags).device
     sparse = av.load(folder, device=device or place)
+    if recipe is not None:
+        own = load_recipe(folder)
+        source = load_recipe(recipe, settings).model_copy(update={name: getattr(own, name) for name in SETTLED})
     resolved = load_recipe(source, settings, config=sparse.transformer.config)
     dense = av.load(teacher, device=device or place, **flags) if teacher is not None else None
     av.distill(

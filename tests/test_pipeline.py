@@ -132,6 +132,8 @@ def test_what_cannot_be_measured_is_said_first(tiny_model: VARModel) -> None:
     sparse = av.convert(tiny_model, recipe=Recipe.model_validate(TINY))
     with pytest.raises(InputError, match="the teacher is sparse"):
         av.evaluate(sparse, teacher=sparse, images=0, held_out=4)
+    with pytest.raises(InputError, match="no image is compared with it where images is 0"):
+        av.evaluate(sparse, teacher=tiny_model, images=0, held_out=4, reference=Path("real"))
     with pytest.raises(InputError, match=r"seeds: \[-1\] given"):
         av.evaluate(sparse, teacher=tiny_model, images=0, held_out=4, seeds=[-1])
     with pytest.raises(InputError, match="cfg must be a number"):

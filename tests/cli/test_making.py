@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from actvar_convert.recipe import Recipe, load_recipe
-from actvar_convert_cli.making import recipe_for
+from actvar_convert_cli.making import SETTLED, recipe_for
 
 from .conftest import Actvar
 
@@ -74,6 +74,18 @@ def test_what_a_conversion_settled_is_not_a_setting_of_a_distillation(actvar: Ac
     assert (sorted(converted.iterdir()), (converted / "recipe.yaml").read_bytes()) == before
 
 
+def test_a_distillation_keeps_what_its_model_was_converted_by(actvar: Actvar, converted: Path) -> None:
+    text = "name: other\nmodel: fashion\nvae: no.pth\nheads: 3\nexperts: {count: 7}\nbudget: {reduction: 0.3}\n"
+    Path("other.yaml").write_text(text + "data: {pyramids: 8}\n")
+    more = ("--set", "distill.stage1={steps: 1, batch: 4}", "--set", "distill.stage2={steps: 3, batch: 4}")
+    result = actvar("distill", converted, "--recipe", "other.yaml", "--out", "trained", *more)
+    assert result.exit_code == 0, result.output
+    trained, given = load_recipe(Path("trained")), load_recipe(converted)
+    assert (trained.name, trained.data.pyramids, trained.distill.stage2.steps) == ("other", 8, 3)
+    for section in SETTLED:
+        assert getattr(trained, section) == getattr(given, section), section
+
+
 def test_distill_finds_its_teacher_and_keeps_the_recipe(actvar: Actvar, converted: Path) -> None:
     result = actvar("distill", converted, "--out", "trained", "--set", "distill.stage2.steps=3")
     assert result.exit_code == 0, result.output
@@ -113,6 +125,10 @@ def test_a_model_of_the_wrong_kind(actvar: Actvar, command: str, converted: Path
     result = actvar(command, *given)
     assert result.exit_code == 2 and ("sparse already" in result.stderr) == (command == "convert"), result.output
     assert not Path("x").exists()
+    if command == "distill":
+        for dense in (dense_file, dense_file.parent, "fashion", "var-d16"):
+            refused = actvar("distill", dense)
+            assert refused.exit_code == 2 and f"first: actvar convert {dense} --out DIR" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vae.safetensors", "recipe.yaml"])
@@ -269,6 +285,13 @@ def test_a_part_of_a_sparse_folder_is_no_model_and_the_folder_needs_no_tokenizer
         assert needless.exit_code == 2 and "brings its own tokenizer. Leave vae out." in needless.stderr
 
 
-def test_the_ways_of_a_model_as_json(actvar: Actvar, converted: Path) -> None:
+def test_the_ways_of_a_model_as_json(actvar: Actvar, converted: Path, dense_file: Path) -> None:
     result = actvar("benchmark", converted, "--ways", "--batches", "2", "--format", "json")
     assert json.loads(result.stdout)["schema"] == "actvar.ways/1"
+    timing = ("--against", dense_file), ("--split",), ("--repeats", 5), ("--decoder-dtype", "bf16")
+    for given, said in (
+        *((flags, f"'{flags[0]}': it says something of what is timed") for flags in timing),
+        (("--batches=-4",), "batches: [-4] given"),
+    ):
+        refused = actvar("benchmark", converted, "--ways", *given)
+        assert (refused.exit_code, refused.stdout) == (2, "") and said in refused.stderr, refused.output
