@@ -10,11 +10,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 import actvar_convert as av
-from actvar_convert.checkpoint.locate import is_sparse_folder
-from actvar_convert.checkpoint.official import official_names
-from actvar_convert.checkpoint.zoo import bundled_names
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.origins import refuse_distilled
 from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
 
 from . import options as opt
@@ -109,6 +105,10 @@ def refuse_settled(given: list[str] | None) -> None:
 
 def require_converted(folder: Path) -> None:
     """Raises InputError for what is there, or is the name of a model, and is no sparse folder."""
+    from actvar_convert.checkpoint.locate import is_sparse_folder
+    from actvar_convert.checkpoint.official import official_names
+    from actvar_convert.checkpoint.zoo import bundled_names
+
     named = str(folder) in (*bundled_names(), *official_names())
     if not is_sparse_folder(folder) and (named or folder.exists()):
         raise InputError(
@@ -139,6 +139,8 @@ def convert(
     Without --recipe it is the shipped one with the model's name, or the defaults. A distilled model is replaced only
     where --out names its folder.
     """
+    from actvar_convert.origins import refuse_distilled
+
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags), model_setting(model, override)]
     source = recipe or recipe_for(model)
