@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 from actvar_convert.checkpoint.infer import Overrides
+from actvar_convert.checkpoint.locate import is_sparse_folder
 from actvar_convert.checkpoint.run_state import check_run_state
 from actvar_convert.checkpoint.source import load_any
-from actvar_convert.checkpoint.sparse import load_sparse, read_provenance
+from actvar_convert.checkpoint.sparse import checked_config, load_sparse, read_provenance
 from actvar_convert.checkpoint.sparse_config import Provenance, provenance_of
 from actvar_convert.checkpoint.zoo import bundled_config, bundled_names
 from actvar_convert.convert.search import priced_by
@@ -101,6 +102,20 @@ def work_folder(out: Path) -> Path:
     """Where an unfinished run keeps its samples and state."""
     named = out if out.name not in ("", "..") else Path(os.path.abspath(out))
     return named.with_name(named.name + ".work")
+
+
+def refuse_distilled(folder: Path) -> None:
+    """Raises InputError where a folder that nobody named holds a model that was trained, or one that cannot be read."""
+    if not is_sparse_folder(folder):
+        return
+    try:
+        recorded = checked_config(folder).provenance.model_extra or {}
+    except CheckpointError as error:
+        raise InputError(f"{folder} holds a model already. To replace it, name it with --out. {error}") from error
+    if recorded.get("distilled"):
+        raise InputError(
+            f"{folder} holds a distilled model. Choose another folder with --out; --out {folder} replaces it."
+        )
 
 
 def refuse_other_state(out: Path, fingerprint: str) -> None:

@@ -30,13 +30,14 @@ from actvar_convert.convert.memory import MemoryEstimate, estimate_convert, full
 from actvar_convert.convert.search import measure_metrics, plan_model, search_steps, searches
 from actvar_convert.convert.thresholds import retuned_plans
 from actvar_convert.distill.data import TokenStore
-from actvar_convert.distill.loop import distill_model, student_print
+from actvar_convert.distill.loop import distill_model, require_whole_student, student_print
 from actvar_convert.distill.memory import estimate_distill, estimate_sparsify
 from actvar_convert.distill.parallel import ALONE, Processes, join, made_by_main
 from actvar_convert.distill.sparsify import mean_used_share, sparsify_model
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files import write_whole
 from actvar_convert.models.casting import cast
+from actvar_convert.models.config import differences
 from actvar_convert.models.model import NoiseSource, VARModel
 from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel
@@ -46,6 +47,7 @@ from actvar_convert.origins import (
     finished_model,
     provenance,
     recorded_teacher,
+    refuse_distilled,
     refuse_other_state,
     require_dense,
     run_fingerprint,
@@ -273,6 +275,7 @@ def distill(
     progress: Progress | None = None,
     origin: Provenance | None = None,
     shard: bool = False,
+    replace: bool = True,
 ) -> SparseVARModel:
     """Two-stage distillation of a converted model, in place; goes on where an interrupted call stopped.
 
@@ -288,13 +291,14 @@ def distill(
         progress: told about every long step.
         origin: provenance to record instead of what ``provenance`` finds.
         shard: split the student over the processes while it trains, instead of a copy in each.
+        replace: a distilled model of another call that ``out`` holds; else it is refused.
 
     Raises:
         Interrupted: after Ctrl-C; the same call goes on.
         Diverged: a gradient is not finite; ``out`` is as it was.
         CheckpointError: the state beside ``out`` belongs to another recipe, teacher or converted model.
-        InputError: less memory is free than the distillation needs, images are not there, weights are not in fp32, or
-            ``out`` holds something else.
+        InputError: the teacher has another shape, the student cannot be split, less memory is free than the
+            distillation needs, images are not there, weights are not in fp32, or ``out`` holds something else.
     """
     processes = join(model.device, shard=shard)
     progress = progress if progress is not None and processes.main else SilentProgress()
@@ -302,8 +306,12 @@ def distill(
         raise InputError("this model is dense; convert it first (actvar convert MODEL --out DIR)")
     chosen = load_recipe(recipe)
     check_recipe(chosen, model.transformer.config)
+    require_whole_student(chosen, processes)
     teacher = recorded_teacher(model) if teacher is None else teacher
     require_dense(teacher)
+    unlike = differences(model.transformer.config, teacher.transformer.config)
+    if unlike:
+        raise InputError("the model was not made from this teacher; give the dense model that it came from:", unlike)
     if (model.dtype, teacher.dtype) != (torch.float32, torch.float32):
         raise InputError(
             f"the weights are {model.dtype} (teacher: {teacher.dtype}), and a training moves them in fp32; load both "
@@ -321,6 +329,8 @@ def distill(
                 check_run_state(work / STATE, fingerprint)
                 shutil.rmtree(work, ignore_errors=True)
         return model
+    if not replace:
+        refuse_distilled(folder)
     require_images(chosen, teacher.transformer.config.classes, calibration=False)
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(folder, fingerprint)
@@ -420,7 +430,12 @@ def evaluate(
         dtype: fp32, bf16 or fp16, in which both models generate; their own by default.
         cache: folder in which features are kept while they are made.
         progress: told about every long step.
+
+    Raises:
+        InputError: settings that contradict each other or cannot be measured, or a teacher that is not at hand.
     """
+    if not images and reference is not None:
+        raise InputError("reference: no image is compared with it where images is 0; leave one of the two out")
     teacher = recorded_teacher(model) if teacher is None else teacher
     if teacher.is_sparse:
         raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")

@@ -21,6 +21,7 @@ from actvar_convert.checkpoint.official import REPOSITORY, official_names
 from actvar_convert.checkpoint.sparse import read_provenance, refuse_foreign, save_sparse, update_file
 from actvar_convert.convert.budget import recipe_plans
 from actvar_convert.convert.memory import require_memory
+from actvar_convert.distill.loop import require_whole_student
 from actvar_convert.distill.parallel import Processes, join
 from actvar_convert.errors import InputError
 from actvar_convert.models.config import TransformerConfig
@@ -30,6 +31,7 @@ from actvar_convert.origins import (
     class_names,
     finished_model,
     provenance,
+    refuse_distilled,
     refuse_other_state,
     run_fingerprint,
     work_folder,
@@ -82,14 +84,16 @@ def run(
 
     Args:
         recipe: name, file or Recipe.
-        out: the folder to make; ``runs/NAME`` by default. One that holds the same run already is measured again only
-            where a report is missing or was made with other settings.
+        out: the folder to make; ``runs/NAME`` by default, where a distilled model of another run is not replaced. One
+            that holds the same run already is measured again only where a report is missing or was made with other
+            settings.
         overrides: settings as ``a.b=value``.
         progress: told about every long step.
         shard: see ``distill``.
 
     Raises:
         RecipeError: everything that is wrong with the recipe, before any work.
+        InputError: the folder holds something else, or what the recipe names cannot be used.
         Interrupted: after Ctrl-C; the same call goes on.
 
     The recipe's checks are evaluated, not enforced: ``result.checks.raise_if_failed()`` does.
@@ -107,6 +111,7 @@ def run(
     chosen = load_recipe(recipe, overrides, config=config_of)
     teacher = teachers[-1]
     processes = join(teacher.device, shard=shard)
+    require_whole_student(chosen, processes)
     progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
@@ -117,6 +122,8 @@ def run(
     fingerprint = run_fingerprint(teacher, chosen)
     model = _finished(folder, fingerprint, teacher)
     if model is None:
+        if out is None:
+            refuse_distilled(folder)
         refuse_other_state(folder, fingerprint)
         model = _make(teacher, chosen, folder, fingerprint, progress, processes)
     measured = _measure(model, teacher, chosen, folder, extractor, baseline, progress) if processes.main else None

@@ -38,12 +38,7 @@ def pick_device(name: str | None = None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} is unknown; give cpu, cuda, cuda:N or mps") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"device {name!r} is not supported; give cpu, cuda, cuda:N or mps")
+    device = named_device(name)
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
@@ -52,6 +47,21 @@ def pick_device(name: str | None = None) -> torch.device:
             return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % found)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps' asked for, this machine has none; give cpu, or leave it out")
+    return device
+
+
+def named_device(name: str) -> torch.device:
+    """The device of that name, whether this machine has it or not.
+
+    Raises:
+        InputError: no such kind of device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is unknown; give cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {name!r} is not supported; give cpu, cuda, cuda:N or mps")
     return device
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,10 +15,14 @@ from actvar_convert.convert.memory import estimate_convert
 from actvar_convert.distill.memory import estimate_distill
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.load import RecipeSource, load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report.flops import count_flops
-from actvar_convert.runtime import free_memory_bytes, pick_device
+from actvar_convert.report.inception import require_reference
+from actvar_convert.report.quality_report import load_quality
+from actvar_convert.runtime import free_memory_bytes, named_device, pick_device
+from actvar_convert.stores import require_images
 
 
 class PlanFigures(BaseModel):
@@ -87,19 +92,23 @@ def validate_recipe(
         if shape.plans:
             raise InputError(f"{chosen.model} is no dense VAR: {shape.line}")
         if shape.tokenizer is None:
-            raise InputError(f"{chosen.model} has no tokenizer in it or beside it; name its file under vae")
+            raise InputError(
+                f"{chosen.model} has no tokenizer in it or beside it; name its file under vae (--set vae=FILE)"
+            )
         shapes.append((shape.transformer, shape.tokenizer, shape.line))
         return shape.transformer
 
     chosen = load_recipe(recipe, overrides, config=config_of)
-    few = [
+    wrong = [
         f"distill.{name}.batch: given {stage.batch}, for {processes} processes at least {processes}, one for each"
         for name, stage in (("stage1", chosen.distill.stage1), ("stage2", chosen.distill.stage2))
         if stage.steps and stage.batch < processes
     ]
-    if few:
-        raise RecipeError(f"recipe {chosen.name!r}: {counted(len(few), 'problem')}", few)
+    wrong += split_problems(chosen) if sharded else []
     config, tokenizer, line = shapes[-1]
+    wrong += _not_at_hand(chosen, config.classes)
+    if wrong:
+        raise RecipeError(f"recipe {chosen.name!r}: {counted(len(wrong), 'problem')}", wrong)
     try:
         plans, default = recipe_plans(config, chosen)
     except RecipeError as error:
@@ -126,6 +135,28 @@ def validate_recipe(
         device=device.type,
         device_free_bytes=free_memory_bytes(device),
     )
+
+
+def _not_at_hand(recipe: Recipe, classes: int) -> list[str]:
+    """What a recipe names beside its model and that no machine has, or that is not there, or no such thing."""
+    baseline = None if recipe.checks is None else recipe.checks.baseline
+    named: list[tuple[str, Callable[[str], object], str | None]] = [
+        ("device", named_device, recipe.device),
+        ("evaluate.reference", lambda path: require_reference(Path(path)), recipe.evaluate.reference),
+        ("checks.baseline", lambda path: load_quality(Path(path)), baseline),
+    ]
+    problems = []
+    for where, look, given in named:
+        if given is not None:
+            try:
+                look(given)
+            except InputError as error:
+                problems.append(f"{where}: {error.message}")
+    try:
+        require_images(recipe, classes)
+    except InputError as error:
+        problems += error.problems
+    return problems
 
 
 def _device_here(name: str | None) -> torch.device:

@@ -103,7 +103,7 @@ def _let_the_first_speak() -> None:
 def resumes(ctx: Any) -> bool:
     """Whether the command that was stopped keeps what it has done, so that the same line goes on from there."""
     command, line = ctx.invoked_subcommand, ctx.meta[LINE]
-    return command not in ("convert", "sample", "export", "benchmark", "evaluate") or " --cache" in line
+    return command in ("run", "distill", "sweep") or (command == "evaluate" and " --cache" in line)
 
 
 def _say_how_to_resume(ctx: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 import actvar_convert as av
-from actvar_convert.errors import CheckpointError, InputError, RecipeError
+from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
 
 from . import options as opt
@@ -27,6 +27,11 @@ def overrides(
     return [*(given or []), *(f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None)]
 
 
+def override_paths(given: list[str] | None) -> list[str]:
+    """The settings that ``--set`` names."""
+    return [text.partition("=")[0].strip() for text in given or []]
+
+
 def recipe_for(model: str) -> str | Recipe:
     """The recipe of a model for which none is named: the shipped one of that name or file name, else all defaults."""
     shipped = shipped_recipes()
@@ -37,39 +42,52 @@ def recipe_for(model: str) -> str | Recipe:
     return Recipe(name=name or "model", model=model)
 
 
-class Asked(NamedTuple):
-    """What a recipe asks for before its model is loaded: tokenizer file, device, and memory, by the recipe itself."""
+def flag_settings(flags: opt.DenseFlags) -> list[str]:
+    """What flags say of the dense model, as overrides: they overrule a recipe, and the written one says so."""
+    return [f"{name}={json.dumps(value, default=str)}" for name, value in flags.items() if value is not None]
 
-    vae: Path | None
+
+def model_setting(model: str, given: list[str] | None) -> str:
+    """The override that makes a recipe name the model that is the command's argument.
+
+    Raises:
+        InputError: ``--set`` names a model too.
+    """
+    if "model" in override_paths(given):
+        raise InputError(f"--set model: the model is {model}, the command's argument. Name the other one there.")
+    return f"model={json.dumps(model)}"
+
+
+class Asked(NamedTuple):
+    """What a recipe asks for before its model is loaded: what its files do not tell, device, memory by the recipe."""
+
+    dense: opt.DenseFlags
     device: str | None
     recipe: Recipe | None
 
 
-def asked_by(source: str | Path | Recipe, settings: list[str]) -> Asked:
-    """What a recipe asks for; nothing where it is wrong, which is said with all else later."""
+def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseFlags) -> Asked:
+    """What a recipe asks for; where it is wrong the flags alone, and that it is wrong is said with all else later.
+
+    Args:
+        source, settings: see ``load_recipe``; the flags are among the settings.
+        flags: what the command line says of the dense model.
+    """
     try:
         chosen = load_recipe(source, settings)
     except RecipeError:
-        return Asked(None, None, None)
-    return Asked(None if chosen.vae is None else Path(chosen.vae), chosen.device, chosen)
-
-
-def refuse_distilled(folder: Path) -> None:
-    """Raises InputError where a folder that nobody named holds a model that was trained, or one that cannot be read."""
-    if not (folder / "config.json").is_file():
-        return
-    try:
-        trained = bool(av.inspect(folder).provenance.get("distilled"))
-    except CheckpointError as error:
-        raise InputError(f"{folder} holds a model already. To replace it, name it with --out. {error}") from error
-    if trained:
-        raise InputError(
-            f"{folder} holds a distilled model. Choose another folder with --out; --out {folder} replaces it."
-        )
+        return Asked(flags, None, None)
+    dense = opt.DenseFlags(
+        vae=None if chosen.vae is None else Path(chosen.vae),
+        heads=chosen.heads,
+        sides=chosen.sides,
+        residual_ratio=chosen.residual_ratio,
+    )
+    return Asked(dense, chosen.device, chosen)
 
 
 SETTLED = (
-    *("model", "heads", "sides", "residual_ratio", "sparsify"),
+    *("model", "vae", "heads", "sides", "residual_ratio", "sparsify"),
     *("experts", "gate", "budget", "plans", "default_plan"),
 )
 """Sections of a recipe that say how a model is converted: once it is, they change nothing."""
@@ -77,12 +95,25 @@ SETTLED = (
 
 def refuse_settled(given: list[str] | None) -> None:
     """Raises InputError for overrides of a distillation that only a conversion could follow."""
-    paths = [text.partition("=")[0].strip() for text in given or []]
-    late = [path for path in paths if path.partition(".")[0] in SETTLED]
+    late = [path for path in override_paths(given) if path.partition(".")[0] in SETTLED]
     if late:
         raise InputError(
             f"--set {', '.join(late)}: this is settled when a model is converted, and training cannot change it. "
             "Set it for actvar convert, or for actvar run."
+        )
+
+
+def require_converted(folder: Path) -> None:
+    """Raises InputError for what is there, or is the name of a model, and is no sparse folder."""
+    from actvar_convert.checkpoint.locate import is_sparse_folder
+    from actvar_convert.checkpoint.official import official_names
+    from actvar_convert.checkpoint.zoo import bundled_names
+
+    named = str(folder) in (*bundled_names(), *official_names())
+    if not is_sparse_folder(folder) and (named or folder.exists()):
+        raise InputError(
+            f"{folder} is not the folder of a sparse model; a dense model is to be converted first: "
+            f"actvar convert {folder} --out DIR"
         )
 
 
@@ -108,14 +139,13 @@ def convert(
     Without --recipe it is the shipped one with the model's name, or the defaults. A distilled model is replaced only
     where --out names its folder.
     """
+    from actvar_convert.origins import refuse_distilled
+
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
-    settings = [*overrides(override, seed=seed, device=device), f"model={json.dumps(model)}"]
-    if vae is not None:
-        settings.append(f"vae={json.dumps(str(vae))}")
+    settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags), model_setting(model, override)]
     source = recipe or recipe_for(model)
-    asked = asked_by(source, settings)
-    flags["vae"] = vae or asked.vae
-    dense = av.load(model, device=device or asked.device, recipe=asked.recipe, **flags)
+    asked = asked_by(source, settings, flags)
+    dense = av.load(model, device=device or asked.device, recipe=asked.recipe, **asked.dense)
     resolved = load_recipe(source, settings, config=dense.transformer.config)
     folder = out or Path("runs") / resolved.name
     if out is None:
@@ -150,20 +180,34 @@ def distill(
 ) -> None:
     """Train a sparse model in two stages to follow its dense teacher; the same line again resumes.
 
-    The teacher is the source that the folder records, or --teacher.
+    The teacher is the source that the folder records, or --teacher. A model that is distilled already is trained on and
+    replaced only where --out names its folder. Of --recipe is used what a training can follow: what the conversion has
+    settled (experts, gate, plans, ...) stays as the folder's own recipe says.
     """
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     if teacher is None and any(value is not None for value in flags.values()):
         alone = ", ".join(f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None)
         raise typer.BadParameter("it says something of --teacher; give that too", param_hint=alone)
     refuse_settled(override)
+    require_converted(folder)
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
-    source = recipe or folder / "recipe.yaml"
-    place = asked_by(source, settings).device
+    source: str | Path | Recipe = recipe or folder / "recipe.yaml"
+    place = asked_by(source, settings, flags).device
     sparse = av.load(folder, device=device or place)
+    if recipe is not None:
+        own = load_recipe(folder)
+        source = load_recipe(recipe, settings).model_copy(update={name: getattr(own, name) for name in SETTLED})
     resolved = load_recipe(source, settings, config=sparse.transformer.config)
     dense = av.load(teacher, device=device or place, **flags) if teacher is not None else None
-    av.distill(sparse, teacher=dense, recipe=resolved, out=out or folder, progress=reporter(quiet), shard=shard)
+    av.distill(
+        sparse,
+        teacher=dense,
+        recipe=resolved,
+        out=out or folder,
+        progress=reporter(quiet),
+        shard=shard,
+        replace=out is not None,
+    )
     typer.echo(out or folder)
 
 
@@ -180,6 +224,8 @@ def run(
     verbose: opt.Verbose = False,
 ) -> None:
     """Do all that a recipe says: convert, distill, report, sample, check. The same line again resumes.
+
+    A distilled model of another run is replaced only where --out names its folder.
 
     Ends with exit code 3 when one of the recipe's checks does not hold.
     """

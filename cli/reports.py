@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import actvar_convert as av
+from actvar_convert.errors import InputError
 
 from . import options as opt
 from .console import closing, reporter, show, show_text
@@ -137,7 +138,9 @@ def benchmark(
         str, typer.Option("--dtype", metavar="NAME,...", help="Number formats: fp32, bf16, fp16.")
     ] = "fp32",
     decoder_dtype: opt.DecoderDtype = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs per side, after one to warm up.")] = 5,
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", min=1, help="Timed runs per side, after one to warm up. Default: 5.")
+    ] = None,
     split: Annotated[
         bool, typer.Option("--split", help="Also the time by component: attention, FFN, router, decoder and others.")
     ] = False,
@@ -157,6 +160,10 @@ def benchmark(
     """Time generation, dense against sparse, beside the speed-up that the FLOPs promise."""
     from actvar_convert.report.render import render_benchmark_table
 
+    timing = {"--against": against, "--decoder-dtype": decoder_dtype, "--repeats": repeats, "--split": split or None}
+    idle = [name for name, value in timing.items() if value is not None]
+    if ways and idle:
+        raise typer.BadParameter("it says something of what is timed, and --ways times nothing", param_hint=idle)
     sizes, formats = opt.several(batches, "--batches", int), opt.several(dtypes, "--dtype", str)
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     sparse = av.load(model, device=device, plan=plan, **own_flags(model, flags, against))
@@ -176,7 +183,7 @@ def benchmark(
         batches=sizes,
         dtypes=formats,
         decoder_dtype=decoder_dtype,
-        repeats=repeats,
+        repeats=5 if repeats is None else repeats,
         split=split,
         progress=reporter(quiet),
     )
@@ -200,7 +207,11 @@ def inspect(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Say what is in a file: kind of model, shape, tensors that are missing, unexpected or mis-shaped."""
+    """Say what is in a file: kind of model, shape, tensors that are missing, unexpected or mis-shaped.
+
+    Ends with exit code 2 where that is neither a VAR nor its tokenizer; problems of those are listed and change no exit
+    code.
+    """
     from actvar_convert.report.render import render_inspection
 
     inspection = av.inspect(path, values=values, **opt.dense_flags(vae, heads, sides, residual_ratio))
@@ -208,3 +219,5 @@ def inspect(
         show_text(inspection.to_json())
     else:
         show(render_inspection(inspection))
+    if inspection.kind == "other":
+        raise typer.Exit(InputError.exit_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
 
 from . import options as opt
 from .console import closing, reporter, show, show_text
-from .making import asked_by, overrides, recipe_for
+from .making import asked_by, flag_settings, model_setting, overrides, recipe_for
 
 app = typer.Typer()
 
@@ -71,18 +70,17 @@ def sweep(
     """
     from actvar_convert.report.render import render_sweep_table
 
-    settings = overrides(override, seed=seed, device=device)
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
+    settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags)]
     method: str | Recipe
     if recipe is None and names_recipe(source):
         chosen = load_recipe(source, settings)
         model, method = chosen.model, chosen
     else:
         model, method = source, recipe or recipe_for(source)
-        settings.append(f"model={json.dumps(source)}")
-    asked = asked_by(method, settings)
-    flags["vae"] = vae or asked.vae
-    dense = av.load(model, device=device or asked.device, **flags)
+        settings.append(model_setting(source, override))
+    asked = asked_by(method, settings, flags)
+    dense = av.load(model, device=device or asked.device, **asked.dense)
     resolved = load_recipe(method, settings, config=dense.transformer.config)
     folder = out or Path("runs") / f"{resolved.name}-sweep"
     report = av.sweep(

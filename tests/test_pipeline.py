@@ -15,6 +15,8 @@ from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.progress import SilentProgress, Task
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.report.features import ClassifierExtractor
@@ -144,6 +146,8 @@ def test_what_cannot_be_measured_is_said_first(tiny_model: VARModel) -> None:
     sparse = av.convert(tiny_model, recipe=Recipe.model_validate(TINY))
     with pytest.raises(InputError, match="the teacher is sparse"):
         av.evaluate(sparse, teacher=sparse, images=0, held_out=4)
+    with pytest.raises(InputError, match="no image is compared with it where images is 0"):
+        av.evaluate(sparse, teacher=tiny_model, images=0, held_out=4, reference=Path("real"))
     with pytest.raises(InputError, match=r"seeds: \[-1\] given"):
         av.evaluate(sparse, teacher=tiny_model, images=0, held_out=4, seeds=[-1])
     with pytest.raises(InputError, match="cfg must be a number"):
@@ -159,6 +163,16 @@ def test_what_cannot_be_trained_is_said_first(tiny_model: VARModel, tmp_path: Pa
     half = cast(start, torch.bfloat16)
     with pytest.raises(InputError, match="a training moves them in fp32"):
         av.distill(half, teacher=tiny_model, recipe=recipe, out=tmp_path / "out")
+    config = tiny_model.transformer.config.model_copy(update={"vocab": 16, "hidden": 64})
+    tokenizer = VQVAE(tiny_model.tokenizer.config.model_copy(update={"vocab": 16}))
+    with pytest.raises(InputError, match="not made from this teacher") as shapes:
+        other, progress = VARModel(VARTransformer(config), tokenizer), Listener()
+        av.distill(start, teacher=other, recipe=recipe, out=tmp_path / "out", progress=progress)
+    assert shapes.value.problems == [
+        "hidden: the model has 128, its teacher 64",
+        "vocab: the model has 32, its teacher 16",
+    ]
+    assert not progress.heard
     (tmp_path / "images" / "one class").mkdir(parents=True)
     images = {"source": "images", "images": str(tmp_path / "images")}
     for section, verb in (("calibration", "convert"), ("data", "distill")):

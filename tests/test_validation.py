@@ -104,6 +104,44 @@ def test_a_model_that_could_not_be_loaded_is_no_valid_one(tmp_path: Path, tiny_m
         av.validate_recipe("fashion", ["vae=x.pth"])
 
 
+def test_what_keeps_a_model_whole_is_said_where_it_is_to_be_split() -> None:
+    settings = ["distill.stage2.on_policy=0.25", "distill.stage2.plans=random"]
+    assert av.validate_recipe("fashion", settings, processes=2).processes == 2
+    with pytest.raises(RecipeError) as raised:
+        av.validate_recipe("fashion", settings, processes=2, sharded=True)
+    assert [problem.split(", allowed")[0] for problem in raised.value.problems] == [
+        "distill.stage2.on_policy: given 0.25",
+        "distill.stage2.optimizer: given muon",
+    ]
+
+
+def test_what_a_recipe_names_beside_its_model_has_to_be_there(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("{}")
+    settings = [
+        "device=foo",
+        f"evaluate.reference={tmp_path}/some.txt",
+        f"checks.baseline={tmp_path}/no.json",
+        f"data={{source: images, images: {tmp_path}/none}}",
+    ]
+    with pytest.raises(RecipeError, match="4 problems") as raised:
+        av.validate_recipe("fashion", settings)
+    for said, problem in zip(
+        (
+            "device: device 'foo' is unknown",
+            f"evaluate.reference: {tmp_path}/some.txt: no folder of images",
+            f"checks.baseline: {tmp_path}/no.json: cannot be read",
+            f"data.images: {tmp_path}/none: no such folder",
+        ),
+        raised.value.problems,
+        strict=True,
+    ):
+        assert problem.startswith(said)
+    missing = f"evaluate.reference={tmp_path}/statistics.npz"
+    with pytest.raises(RecipeError, match=r"statistics\.npz: no folder of images and no \.npz file"):
+        av.validate_recipe("fashion", [missing])
+    assert av.validate_recipe("fashion", ["device=cuda:7"]).name == "fashion", "another machine may have it"
+
+
 def test_models_that_are_not_there_or_no_dense_var(tmp_path: Path, tiny_sparse: SparseVARModel) -> None:
     sparse = save_sparse(tiny_sparse, tmp_path / "sparse", provenance={}, recipe_text="name: x\n")
     torch.save({"blocks.0.attn.mat_qkv.weight": torch.zeros(6, 2)}, tmp_path / "part.pth")

@@ -19,6 +19,7 @@ from actvar_convert.checkpoint.infer import (
     missing_blocks,
 )
 from actvar_convert.checkpoint.inspection import Inspection, inspect_file
+from actvar_convert.checkpoint.locate import AS_VAE
 from actvar_convert.checkpoint.official import published_sampling
 from actvar_convert.checkpoint.parts import DenseFiles, problems_of, read_dense, what_instead
 from actvar_convert.checkpoint.skeleton import assign, common_dtype, compare, empty_dense, nonfinite_problems
@@ -77,13 +78,13 @@ def build_dense(
     if files.transformer is None:
         if files.tokenizer is not None:
             raise CheckpointError(
-                f"{path} holds a VQVAE and no transformer. Give the VAR transformer, and this as vae."
+                f"{path} holds a VQVAE and no transformer. Give the VAR transformer, and this {AS_VAE}."
             )
         raise CheckpointError(f"{path} is not a VAR: {what_instead(files.rest)}. Give a VAR file or folder.")
     if files.tokenizer is None:
         raise CheckpointError(
-            f"{path} has no tokenizer in it, and no single one lies beside it. Give the VQVAE file as vae "
-            "(the published models all use vae_ch160v4096z32.pth of huggingface.co/FoundationVision/var)."
+            f"{path} has no tokenizer in it, and no single one lies beside it. Give the VQVAE file "
+            f"{AS_VAE}. The published models all use vae_ch160v4096z32.pth of huggingface.co/FoundationVision/var."
         )
     with problems_of(path):
         config = infer_transformer(files.transformer, overrides, files.hints)

@@ -12,6 +12,9 @@ from actvar_convert.errors import CheckpointError, InputError
 
 SPARSE_FORMAT: Final = "actvar-sparse"
 
+AS_VAE = "with --vae (vae=, or vae in a recipe: --set vae=FILE)"
+"""How a tokenizer's file is given."""
+
 _MODEL = ("model", "var", "pytorch_model")
 """Names of a folder's transformer, the most telling first."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from actvar_convert.checkpoint.files import os_error_number
+from actvar_convert.checkpoint.locate import AS_VAE
 from actvar_convert.errors import InputError, explained
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import Sampling
@@ -116,5 +117,5 @@ def _fetch(name: str, file: str, revision: str | None) -> Path:
         raise InputError(
             f"{needed}, which is not in the cache and cannot be fetched ({what}). Connect to the network (unset "
             f"HF_HUB_OFFLINE if it is set), or download {name.replace('-', '_')}.pth and {TOKENIZER_FILE} elsewhere "
-            "and give their paths (the second as vae)."
+            f"and give their paths, the second {AS_VAE}."
         ) from error

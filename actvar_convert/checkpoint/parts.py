@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from actvar_convert.checkpoint.keymap import Parts, guess_model, split_parts
-from actvar_convert.checkpoint.locate import Located, locate
+from actvar_convert.checkpoint.locate import AS_VAE, Located, locate
 from actvar_convert.checkpoint.reading import read_tensors
 from actvar_convert.errors import CheckpointError
 
@@ -49,7 +49,7 @@ def read_dense(source: Path, vae: Path | None) -> DenseFiles:
         if separate.tokenizer is None:
             what = "it is a VAR transformer" if separate.transformer is not None else what_instead(separate.rest)
             raise CheckpointError(
-                f"{located.tokenizer} has no VAR tokenizer in it: {what}. Give the VQVAE file as vae."
+                f"{located.tokenizer} has no VAR tokenizer in it: {what}. Give the VQVAE file {AS_VAE}."
             )
         tokenizer = separate.tokenizer
         notes += separate.notes

@@ -39,6 +39,7 @@ from actvar_convert.errors import CheckpointError, Diverged, InputError, Interru
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import MetricsLog, Progress
+from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.schema import Recipe, StageRecipe
 from actvar_convert.report.features import state_fingerprint
 from actvar_convert.runtime import autocast_dtype
@@ -253,7 +254,7 @@ def distill_model(
     names = [stage.name for stage, _ in stages]
     processes = processes or Processes(device=model.device)
     _require_rows(stages, store, processes)
-    _require_whole_student(stages, processes)
+    require_whole_student(recipe, processes)
     plan = model.plan_name
     found = processes.from_main(state_path is not None and state_path.exists())
     state = load_run_state(state_path, fingerprint) if found and state_path is not None else None
@@ -306,19 +307,9 @@ def _require_rows(stages: Sequence[tuple[Stage, StageRecipe]], store: TokenStore
         )
 
 
-def _require_whole_student(stages: Sequence[tuple[Stage, StageRecipe]], processes: Processes) -> None:
-    """Raises InputError where a student that is split over the processes would have to draw pyramids, or its matrices
-    be whole for Muon."""
-    problems = [
-        f"{stage.section}.on_policy: given {own.on_policy}, allowed: 0"
-        for stage, own in stages
-        if own.steps and own.on_policy
-    ]
-    problems += [
-        f"{stage.section}.optimizer: given muon, allowed: adamw"
-        for stage, own in stages
-        if own.steps and own.optimizer == "muon"
-    ]
+def require_whole_student(recipe: Recipe, processes: Processes) -> None:
+    """Raises InputError where a student that is split over the processes would have to be whole."""
+    problems = split_problems(recipe)
     if processes.shard and problems:
         raise InputError(
             "a student that is split over the processes draws no pyramids and has no whole matrices; start without "

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
+from actvar_convert.errors import InputError
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 
@@ -141,7 +142,15 @@ def join(device: torch.device, *, shard: bool = False) -> Processes:
     Args:
         device: what this process computes on; decides how messages travel.
         shard: see ``Processes``; ``accelerate launch --use_fsdp`` asks for it too.
+
+    Raises:
+        InputError: ``shard`` without a launcher.
     """
+    if shard and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "--shard splits the model in training over several processes, and this one is alone. Start it under "
+            "torchrun (torchrun --nproc-per-node N -m actvar_convert_cli ...), or leave --shard out."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(device=device)
     state = PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Annotated
 
@@ -118,6 +118,14 @@ class TransformerConfig(BaseModel):
     def attention_scale(self) -> float:
         """Factor on query-key products; with L2 normalisation the learnt scale takes its place."""
         return 1.0 if self.l2_attention else 0.25 / math.sqrt(self.head_dim)
+
+
+def differences(
+    model: TransformerConfig, teacher: TransformerConfig, fields: Iterable[str] = tuple(TransformerConfig.model_fields)
+) -> list[str]:
+    """In what a model differs from its teacher, a line for each of the fields."""
+    pairs = [(name, getattr(model, name), getattr(teacher, name)) for name in fields]
+    return [f"{name}: the model has {ours}, its teacher {theirs}" for name, ours, theirs in pairs if ours != theirs]
 
 
 class TokenizerConfig(BaseModel):

@@ -29,6 +29,17 @@ def check_recipe(recipe: Recipe, config: TransformerConfig | None = None) -> Non
         raise RecipeError(f"recipe {recipe.name!r} cannot be carried out:", problems)
 
 
+def split_problems(recipe: Recipe) -> list[str]:
+    """Why a recipe's student cannot be split over processes: it draws pyramids, or Muon needs whole matrices."""
+    found, reason = [], "where the model is split over processes (--shard)"
+    for name, stage in _stages(recipe):
+        if stage.steps and stage.on_policy:
+            found.append(f"{name}.on_policy: given {stage.on_policy:g}, allowed: 0 {reason}")
+        if stage.steps and stage.optimizer == "muon":
+            found.append(f"{name}.optimizer: given muon, allowed: adamw {reason}")
+    return found
+
+
 def _stages(recipe: Recipe) -> Iterator[tuple[str, StageRecipe]]:
     yield "distill.stage1", recipe.distill.stage1
     yield "distill.stage2", recipe.distill.stage2

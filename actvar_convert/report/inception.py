@@ -42,8 +42,7 @@ class InceptionExtractor:
         Raises:
             InputError: torch-fidelity is not installed, or the reference cannot be read.
         """
-        if not reference.is_dir() and reference.suffix != ".npz":
-            raise InputError(f"{reference}: no folder of images and no .npz file with mu and sigma")
+        require_reference(reference)
         try:
             fidelity = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
         except ModuleNotFoundError as error:
@@ -75,6 +74,12 @@ class InceptionExtractor:
 
     def tokenizer_distance(self, tokenizer: nn.Module) -> float | None:
         return None
+
+
+def require_reference(reference: Path) -> None:
+    """Raises InputError where real images can be read from a path neither as a folder nor as an .npz."""
+    if not reference.is_dir() and not (reference.is_file() and reference.suffix == ".npz"):
+        raise InputError(f"{reference}: no folder of images and no .npz file with mu and sigma")
 
 
 def read_statistics(path: Path, feature_dim: int) -> Reference:

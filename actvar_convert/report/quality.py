@@ -16,6 +16,7 @@ from torch import Tensor
 
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
+from actvar_convert.models.config import differences
 from actvar_convert.models.model import Sampling, VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.progress import Progress, SilentProgress
@@ -303,10 +304,7 @@ def _check(
         problems.append(f"held_out: {held_out} given, at least 2 needed")
     if images and not 1 <= neighbours < images:
         problems.append(f"neighbours: {neighbours} given, 1 to {images - 1} possible")
-    ours, theirs = model.transformer.config, teacher.transformer.config
-    for name in ("sides", "vocab", "classes"):
-        if getattr(ours, name) != getattr(theirs, name):
-            problems.append(f"{name}: the model has {getattr(ours, name)}, its teacher {getattr(theirs, name)}")
+    problems += differences(model.transformer.config, teacher.transformer.config, ("sides", "vocab", "classes"))
     if images and extractor is not None:
         problems += [f"extractor: {problem}" for problem in extractor.problems(teacher)]
     if plans:

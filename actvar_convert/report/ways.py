@@ -108,13 +108,18 @@ def ways_report(model: VARModel, batches: Sequence[int], dtypes: Sequence[str]) 
     """The choices for the plan that a sparse model runs, on the device it is on.
 
     Raises:
-        InputError: the model is dense, or a number format has no such name.
+        InputError: the model is dense, a batch has no image, or a number format has no such name.
     """
     if not isinstance(model, SparseVARModel):
         raise InputError("the model is dense: only the FFNs of a sparse model have experts to choose a way for")
+    problems = []
+    if not batches or min(batches) < 1:
+        problems.append(f"batches: {list(batches)} given, one or more numbers of at least 1 needed")
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown:
-        raise InputError(f"dtype: {', '.join(unknown)} given, possible are {', '.join(DTYPES)}")
+        problems.append(f"dtype: {', '.join(unknown)} given, possible are {', '.join(DTYPES)}")
+    if problems:
+        raise InputError("no way can be chosen for this:", problems)
     device = model.device
     triton = device.type == "cuda" and triton_works(device)
     rows = [

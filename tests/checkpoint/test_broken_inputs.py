@@ -335,7 +335,7 @@ CASES: dict[str, tuple[Case, str]] = {
         _change(_wrong_tokenizer),
         r"(?s)do not belong together.*codebook size: transformer 32, tokenizer 64.*scales: transformer 4, tokenizer 6",
     ),
-    "no tokenizer": (_only_transformer, "no tokenizer in it, and no single one lies beside it. Give the VQVAE file as"),
+    "no tokenizer": (_only_transformer, "no tokenizer in it, and .* lies beside it. Give the VQVAE file with --vae "),
     "transformer as tokenizer": (_vae_is_transformer, "no VAR tokenizer in it: it is a VAR transformer. Give"),
     "tokenizer as transformer": (lambda f, t, v: _pair(f, v, v), "a VQVAE and no transformer. Give the VAR"),
     "diffusers model": (lambda f, t, v: _pair(f, UNET, v), "not a VAR: it looks like a diffusers U-Net"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -75,7 +76,7 @@ FULL = "the disk is full. Free some space, or choose a folder elsewhere."
         ("EROFS", 2, "actvar: cannot use /somewhere/file: the file system is read-only. Choose a folder elsewhere.\n"),
         ("ENOENT", 2, "actvar: cannot use /somewhere/file: no such file or folder. Check the path.\n"),
         ("EIO", 2, "actvar: cannot use /somewhere/file: Input/output error. Check the path and the disk.\n"),
-        ("keys", 130, "actvar: stopped\nTo go on, give the same line again:\n  actvar end keys --out 'a b'\n"),
+        ("keys", 130, "actvar: stopped\n"),
     ],
 )  # fmt: skip
 def test_exit_codes_and_messages(how: str, code: int, message: str) -> None:
@@ -101,7 +102,11 @@ def test_memory_that_runs_out_is_said_in_a_message(how: str, said: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "resumed"),
-    [(["sample"], False), (["evaluate"], False), (["evaluate", "--cache", "kept"], True), (["sweep"], True)],
+    [
+        *(([name], False) for name in ("sample", "inspect", "report-flops", "recipes", "evaluate")),
+        *(([name], True) for name in ("run", "distill", "sweep")),
+        (["evaluate", "--cache", "a b"], True),
+    ],
 )
 def test_only_what_goes_on_says_so(line: list[str], resumed: bool) -> None:
     commands = typer.Typer(cls=ActvarGroup)
@@ -109,10 +114,11 @@ def test_only_what_goes_on_says_so(line: list[str], resumed: bool) -> None:
     def stopped(cache: str = "") -> None:
         raise KeyboardInterrupt
 
-    for name in ("sample", "evaluate", "sweep"):
+    for name in ("sample", "inspect", "report-flops", "recipes", "evaluate", "run", "distill", "sweep"):
         commands.command(name)(stopped)
     result = CliRunner().invoke(commands, line)
-    assert result.exit_code == 130 and ("To go on" in result.stderr) == resumed
+    again = f"To go on, give the same line again:\n  {shlex.join(['actvar', *line])}\n" if resumed else ""
+    assert (result.exit_code, result.stderr) == (130, f"actvar: stopped\n{again}")
 
 
 def test_other_errors_of_torch_are_not_taken_for_it() -> None:

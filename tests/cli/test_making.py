@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from actvar_convert.recipe import Recipe, load_recipe
-from actvar_convert_cli.making import recipe_for
+from actvar_convert_cli.making import SETTLED, recipe_for
 
 from .conftest import Actvar
 
@@ -74,6 +74,18 @@ def test_what_a_conversion_settled_is_not_a_setting_of_a_distillation(actvar: Ac
     assert (sorted(converted.iterdir()), (converted / "recipe.yaml").read_bytes()) == before
 
 
+def test_a_distillation_keeps_what_its_model_was_converted_by(actvar: Actvar, converted: Path) -> None:
+    text = "name: other\nmodel: fashion\nvae: no.pth\nheads: 3\nexperts: {count: 7}\nbudget: {reduction: 0.3}\n"
+    Path("other.yaml").write_text(text + "data: {pyramids: 8}\n")
+    more = ("--set", "distill.stage1={steps: 1, batch: 4}", "--set", "distill.stage2={steps: 3, batch: 4}")
+    result = actvar("distill", converted, "--recipe", "other.yaml", "--out", "trained", *more)
+    assert result.exit_code == 0, result.output
+    trained, given = load_recipe(Path("trained")), load_recipe(converted)
+    assert (trained.name, trained.data.pyramids, trained.distill.stage2.steps) == ("other", 8, 3)
+    for section in SETTLED:
+        assert getattr(trained, section) == getattr(given, section), section
+
+
 def test_distill_finds_its_teacher_and_keeps_the_recipe(actvar: Actvar, converted: Path) -> None:
     result = actvar("distill", converted, "--out", "trained", "--set", "distill.stage2.steps=3")
     assert result.exit_code == 0, result.output
@@ -113,6 +125,10 @@ def test_a_model_of_the_wrong_kind(actvar: Actvar, command: str, converted: Path
     result = actvar(command, *given)
     assert result.exit_code == 2 and ("sparse already" in result.stderr) == (command == "convert"), result.output
     assert not Path("x").exists()
+    if command == "distill":
+        for dense in (dense_file, dense_file.parent, "fashion", "var-d16"):
+            refused = actvar("distill", dense)
+            assert refused.exit_code == 2 and f"first: actvar convert {dense} --out DIR" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vae.safetensors", "recipe.yaml"])
@@ -162,6 +178,16 @@ def test_the_same_distillation_again_says_that_it_is_done(actvar: Actvar, conver
     assert "distilling" in first.stderr and "distilling" not in again.stderr
     assert f"{converted} holds the result of this distillation already" in again.stderr
     assert not converted.with_name("sparse.work").exists()
+    (converted / "eval.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in converted.iterdir()}
+    longer = ("distill", converted, "--set", "distill.stage2.steps=3")
+    other = actvar(*longer)
+    assert other.exit_code == 2 and f"{converted} holds a distilled model" in other.stderr, other.output
+    assert {path.name: path.read_bytes() for path in converted.iterdir()} == before
+    assert not converted.with_name("sparse.work").exists()
+    on = actvar(*longer, "--out", converted)
+    assert on.exit_code == 0 and len((converted / "metrics.jsonl").read_text().splitlines()) == 5, on.output
+    assert actvar(*longer).exit_code == 0, "the same distillation may go without --out"
     Path("runs").mkdir()
     converted.rename("runs/sparse")
     refused = actvar("convert", dense_file, *small(), *name)
@@ -197,6 +223,30 @@ def test_flags_for_what_a_file_does_not_tell(actvar: Actvar, dense_file: Path) -
     assert lone.exit_code == 2 and "--teacher; give that too" in lone.stderr
     there = actvar("distill", "sparse", "--teacher", dense_file, *flags, "--out", "trained")
     assert there.exit_code == 0, there.output
+
+
+def test_a_recipe_tells_what_the_file_does_not_unless_a_flag_does(actvar: Actvar, dense_file: Path) -> None:
+    tensors = {name: tensor for name, tensor in load_file(dense_file).items() if "scale_mul" not in name}
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lvl_1L"}, dense_file)
+    Path("mine.yaml").write_text(
+        f"name: mine\nmodel: {dense_file}\nheads: 2\nsides: [1, 2, 3, 4]\nresidual_ratio: 0.25\n"
+    )
+    for flags, heads, ratio in (([], 2, 0.25), (["--heads", 4, "--residual-ratio", "0.75"], 4, 0.75)):
+        made = actvar("convert", dense_file, "--recipe", "mine.yaml", "--out", "sparse", *flags, *small())
+        assert made.exit_code == 0, made.output
+        config = json.loads(Path("sparse/config.json").read_text())
+        assert (config["transformer"]["heads"], config["tokenizer"]["residual_ratio"]) == (heads, ratio)
+        said = load_recipe(Path("sparse"))
+        assert (said.heads, said.sides, said.residual_ratio) == (heads, (1, 2, 3, 4), ratio)
+
+
+def test_a_recipe_does_not_contradict_the_model_that_is_converted(actvar: Actvar, dense_file: Path) -> None:
+    other = actvar("convert", "fashion", "--set", "model=mosaics", *small())
+    assert other.exit_code == 2 and "--set model: the model is fashion" in other.stderr, other.output
+    for model, said in ((dense_file, "heads was given as 3, the file has 2"), ("fashion", "Leave heads out")):
+        heads = actvar("convert", model, "--set", "heads=3", *small())
+        assert heads.exit_code == 2 and said in heads.stderr, heads.output
+    assert not Path("runs").exists()
 
 
 def test_a_decoder_in_low_precision(actvar: Actvar, dense_file: Path) -> None:
@@ -235,6 +285,13 @@ def test_a_part_of_a_sparse_folder_is_no_model_and_the_folder_needs_no_tokenizer
         assert needless.exit_code == 2 and "brings its own tokenizer. Leave vae out." in needless.stderr
 
 
-def test_the_ways_of_a_model_as_json(actvar: Actvar, converted: Path) -> None:
+def test_the_ways_of_a_model_as_json(actvar: Actvar, converted: Path, dense_file: Path) -> None:
     result = actvar("benchmark", converted, "--ways", "--batches", "2", "--format", "json")
     assert json.loads(result.stdout)["schema"] == "actvar.ways/1"
+    timing = ("--against", dense_file), ("--split",), ("--repeats", 5), ("--decoder-dtype", "bf16")
+    for given, said in (
+        *((flags, f"'{flags[0]}': it says something of what is timed") for flags in timing),
+        (("--batches=-4",), "batches: [-4] given"),
+    ):
+        refused = actvar("benchmark", converted, "--ways", *given)
+        assert (refused.exit_code, refused.stdout) == (2, "") and said in refused.stderr, refused.output

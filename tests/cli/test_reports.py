@@ -61,6 +61,20 @@ def test_inspect_knows_names(actvar: Actvar) -> None:
     assert misspelt.exit_code == 2 and "does not exist" in misspelt.stderr
 
 
+def test_inspect_ends_with_2_for_what_is_no_model(actvar: Actvar, dense_file: Path) -> None:
+    files = {"empty.pth": b"", "cut.pth": b"PK\x03\x04" + bytes(60), "picture.png": b"\x89PNG\r\n\x1a\n" + bytes(99)}
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+        table, form = actvar("inspect", name), actvar("inspect", name, "--format", "json")
+        assert table.exit_code == form.exit_code == 2 and "Not weights" in table.stdout, table.output
+        assert json.loads(form.stdout)["kind"] == "other" and "Traceback" not in table.output
+    tensors = load_file(dense_file)
+    save_file({key: tensor for key, tensor in tensors.items() if key != "head.bias"}, dense_file)
+    problems = actvar("inspect", dense_file)
+    assert problems.exit_code == 0 and "head.bias" in problems.stdout, "problems of a VAR are what it is there to list"
+    assert actvar("inspect", dense_file.with_name("vae.safetensors")).exit_code == 0
+
+
 def test_flops_of_a_file_need_no_tokenizer(actvar: Actvar, dense_file: Path) -> None:
     tokenizer = dense_file.with_name("vae.safetensors").rename(dense_file.parents[1] / "tokenizer.safetensors")
     alone = json.loads(actvar("report-flops", dense_file, "--format", "json").stdout)

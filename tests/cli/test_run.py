@@ -46,6 +46,14 @@ def test_fashion_leaves_a_complete_folder_and_ends_with_one_table(actvar: Actvar
     again = actvar("run", "fashion", "--out", "made", *shrunk())
     assert again.exit_code == 0 and again.stdout == result.stdout
     assert "distilling" not in again.stderr and "images of the" not in again.stderr
+    Path("runs").mkdir()
+    Path("runs/fashion").symlink_to(Path("made").absolute())
+    assert actvar("run", "fashion", *shrunk()).exit_code == 0, "the same run may go without --out"
+    before = {path.name: path.read_bytes() for path in Path("made").iterdir()}
+    other = actvar("run", "fashion", *shrunk("seed=1"))
+    assert other.exit_code == 2 and "runs/fashion holds a distilled model" in other.stderr and "--out" in other.stderr
+    assert {path.name: path.read_bytes() for path in Path("made").iterdir()} == before
+    assert [path.name for path in Path("runs").iterdir()] == ["fashion"]
     more = actvar("run", "fashion", "--out", "made", *shrunk("evaluate.held_out=6", "benchmark.repeats=2"))
     assert "distilling" not in more.stderr and "benchmark" in more.stderr
     assert json.loads(Path("made/eval.json").read_text())["kl"]["pyramids"] == 6

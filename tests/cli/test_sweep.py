@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from actvar_convert_cli.sweeping import names_recipe
 
 from .conftest import Actvar
@@ -67,3 +69,17 @@ def test_a_recipe_beside_the_model_says_which_tokenizer_and_device(actvar: Actva
     assert refused.exit_code == 2 and "'cuda:99' asked for" in refused.stderr
     made = actvar(*line, "--device", "cpu")
     assert made.exit_code == 0, made.output
+
+
+def test_a_recipe_tells_the_shape_of_a_file_that_does_not(actvar: Actvar, dense_file: Path) -> None:
+    tensors = {name: tensor for name, tensor in load_file(dense_file).items() if "scale_mul" not in name}
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lvl_1L"}, dense_file)
+    Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\nheads: 4\nsides: [1, 2, 3, 4]\n")
+    beside = ("sweep", dense_file, "--recipe", "mine.yaml", "--out", "a")
+    for line in (("sweep", "mine.yaml", "--out", "b"), beside):
+        made = actvar(*line, "--reductions", "0.1", "--format", "json", "--quiet", *small())
+        assert made.exit_code == 0, made.output
+    other = actvar(*beside, "--heads", 2, "--reductions", "0.1", "--quiet", *small())
+    assert other.exit_code == 2 and "is a sweep of another model" in other.stderr, other.output
+    named = actvar("sweep", dense_file, "--set", "model=mosaics", *small())
+    assert named.exit_code == 2 and "--set model: the model is" in named.stderr, named.output

@@ -49,6 +49,7 @@ from actvar_convert.recipe.schema import (
     Recipe,
     RouterStage,
 )
+from actvar_convert.runs import run
 from actvar_convert.runtime import end_process
 
 STEPS = 5
@@ -231,6 +232,13 @@ def main(folder: Path) -> None:
     chosen = given.recipe.model_copy(update={"distill": given.recipe.distill.model_copy(update={"stage2": whole})})
     with pytest.raises(InputError, match=r"no whole matrices.*\n.*distill\.stage2\.optimizer: given muon"):
         train(given._replace(recipe=chosen), folder / "few", split)
+    for refuse in (
+        lambda out: pipeline.distill(given.student, teacher=given.teacher, recipe=chosen, out=out, shard=True),
+        lambda out: run("fashion", out=out, shard=True),
+    ):
+        with pytest.raises(InputError, match=r"no whole matrices.*\n.*distill\.stage2\.optimizer: given muon"):
+            refuse(folder / "whole")
+    assert not list(folder.glob("whole*"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -371,6 +379,10 @@ def test_rows_are_shared_without_gap_or_overlap() -> None:
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join(torch.device("cpu")) == ALONE
+    with pytest.raises(InputError, match=r"this one is alone\. Start it under torchrun"):
+        join(torch.device("cpu"), shard=True)
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert join(torch.device("cpu"), shard=True) == ALONE
 
 

@@ -23,6 +23,12 @@ def test_scales_that_run_everything_are_left_out(tiny_sparse: SparseVARModel) ->
     assert not plan_ways(config, everything, batch=3, dtype=torch.bfloat16, device="cuda", triton=True)
 
 
+def test_a_batch_without_images_is_refused(tiny_sparse: SparseVARModel) -> None:
+    for batches in ([-4], [1, 0], []):
+        with pytest.raises(InputError, match=r"batches: \[.*\] given, one or more numbers of at least 1 needed"):
+            ways_report(tiny_sparse, batches, ["fp32"])
+
+
 def test_the_table_names_way_and_reason(tiny_sparse: SparseVARModel, tiny_model: VARModel) -> None:
     console = Console(width=200)
     with console.capture() as capture:
