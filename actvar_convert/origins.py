@@ -143,24 +143,18 @@ def run_fingerprint(teacher: VARModel, recipe: Recipe) -> str:
     return hashlib.sha256(f"{weights}/{method}{given}".encode()).hexdigest()
 
 
-def finished_model(
-    folder: Path, fingerprint: str, *, distilled: bool = True, student: str | None = None
-) -> SparseVARModel | None:
+def finished_model(folder: Path, fingerprint: str, *, distilled: bool = True) -> SparseVARModel | None:
     """The model in a folder, on the CPU, if it is what the run with this fingerprint makes; None for anything else.
 
     Args:
         distilled: the run's result; else its model before the training.
-        student: ``student_print`` of the model that the training has to have begun with; None: any.
 
     Raises:
         CheckpointError: the folder is a damaged one of this package.
     """
     if not (folder / "config.json").exists():
         return None
-    provenance = read_provenance(folder)
-    recorded = provenance.model_extra or {}
+    recorded = read_provenance(folder).model_extra or {}
     if recorded.get("run") != fingerprint or bool(recorded.get("distilled")) != distilled:
-        return None
-    if student not in (None, provenance.student):
         return None
     return load_sparse(folder)

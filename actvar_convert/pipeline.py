@@ -21,7 +21,7 @@ from actvar_convert.checkpoint.run_state import check_run_state
 from actvar_convert.checkpoint.shape import model_shape, published_inspection
 from actvar_convert.checkpoint.shards import size_of
 from actvar_convert.checkpoint.source import load_any, refuse_unneeded
-from actvar_convert.checkpoint.sparse import refuse_foreign, save_sparse
+from actvar_convert.checkpoint.sparse import read_provenance, refuse_foreign, save_sparse
 from actvar_convert.checkpoint.sparse_config import Provenance
 from actvar_convert.checkpoint.zoo import bundled_folder, bundled_names
 from actvar_convert.convert.budget import recipe_plans
@@ -376,9 +376,9 @@ def distill(
 
 
 def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str, student: str) -> bool:
-    """Gives a model weights and thresholds of the finished run in ``folder``, if there is one that began with it."""
-    found = finished_model(folder, fingerprint, student=student)
-    if found is None:
+    """Gives a model weights and thresholds of the finished run in ``folder``, if that began with it or is it."""
+    found = finished_model(folder, fingerprint)
+    if found is None or student not in (read_provenance(folder).student, student_print(found)):
         return False
     model.transformer.replace_plans(found.plans)
     model.transformer.load_state_dict(found.transformer.state_dict())
