@@ -139,6 +139,7 @@ def convert(
     out: str | Path | None = None,
     work: str | Path | None = None,
     progress: Progress | None = None,
+    replace: bool = True,
 ) -> SparseVARModel:
     """A sparse model from a dense one: calibrated, usable at once without training.
 
@@ -149,6 +150,7 @@ def convert(
         work: folder in which pyramids and sums are kept as they are made, so an interrupted call goes on; the caller
             removes it.
         progress: told about every long step.
+        replace: a distilled model that ``out`` holds; else it is refused.
 
     Raises:
         RecipeError: the recipe does not fit the model, all problems at once, before any work.
@@ -160,6 +162,8 @@ def convert(
     chosen = load_recipe(recipe, config=model.transformer.config)
     if out is not None:
         refuse_foreign(out)
+        if not replace:
+            refuse_distilled(Path(out))
     config = model.transformer.config
     recipe_plans(config, chosen)
     require_images(chosen, config.classes, data=bool(chosen.sparsify.steps))

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 import actvar_convert as av
-from actvar_convert.errors import InputError, RecipeError
+from actvar_convert.errors import ActvarError, InputError, RecipeError
 from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
 
 from . import options as opt
@@ -104,13 +104,12 @@ def refuse_settled(given: list[str] | None) -> None:
 
 
 def require_converted(folder: Path) -> None:
-    """Raises InputError for what is there, or is the name of a model, and is no sparse folder."""
-    from actvar_convert.checkpoint.locate import is_sparse_folder
-    from actvar_convert.checkpoint.official import official_names
-    from actvar_convert.checkpoint.zoo import bundled_names
-
-    named = str(folder) in (*bundled_names(), *official_names())
-    if not is_sparse_folder(folder) and (named or folder.exists()):
+    """Raises InputError for a model, named or on disk, that is no sparse folder."""
+    try:
+        kind = av.inspect(str(folder)).kind
+    except ActvarError:
+        return  # what is wrong with it is said where it is loaded
+    if kind != "sparse":
         raise InputError(
             f"{folder} is not the folder of a sparse model; a dense model is to be converted first: "
             f"actvar convert {folder} --out DIR"
@@ -139,8 +138,6 @@ def convert(
     Without --recipe it is the shipped one with the model's name, or the defaults. A distilled model is replaced only
     where --out names its folder.
     """
-    from actvar_convert.origins import refuse_distilled
-
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags), model_setting(model, override)]
     source = recipe or recipe_for(model)
@@ -148,9 +145,7 @@ def convert(
     dense = av.load(model, device=device or asked.device, recipe=asked.recipe, **asked.dense)
     resolved = load_recipe(source, settings, config=dense.transformer.config)
     folder = out or Path("runs") / resolved.name
-    if out is None:
-        refuse_distilled(folder)
-    sparse = av.convert(dense, recipe=resolved, out=folder, progress=reporter(quiet))
+    sparse = av.convert(dense, recipe=resolved, out=folder, progress=reporter(quiet), replace=out is not None)
     typer.echo(folder)
     if sparse.plan.guidance == "folded":
         typer.echo("guidance is folded in, and only distillation teaches it: until then images are unguided", err=True)

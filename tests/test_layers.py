@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 BASE = ("errors", "_version", "files", "image_files", "runtime", "progress")
 FOLDERS = (
     *("kernels", "models", "recipe", "checkpoint", "report", "convert", "distill"),
-    *("validation", "origins", "stores", "pipeline", "sweep", "runs"),
+    *("stores", "validation", "origins", "pipeline", "sweep", "runs"),
 )
 """In the order of imports; each may import the base, itself and what stands before it."""
 COMMAND_MAY = ("actvar_convert", "_version", "errors", "runtime", "progress", "recipe", "report")

@@ -41,11 +41,13 @@ def uniform(
     prefix: int = 1,
     routed: int = 1,
     keep: float = 0.5,
+    reconstruction_rank: int = 4,
     **rest,
 ) -> SparsityPlan:
     scales = config.pyramid.num_scales
     block = BlockPlan(prefix=(prefix,) * scales, routed=(routed,) * scales, keep=(keep,) * scales)
-    return SparsityPlan(experts=experts, blocks=(block,) * config.depth, **rest)
+    blocks = (block,) * config.depth
+    return SparsityPlan(experts=experts, blocks=blocks, reconstruction_rank=reconstruction_rank, **rest)
 
 
 def giga(cost) -> float:
@@ -240,7 +242,8 @@ def test_json_keeps_its_contract():
 
 
 def test_plans_that_do_not_fit_are_named_together():
-    bad = {"a": uniform(TINY, experts=3), "b": SparsityPlan(experts=4, blocks=uniform(TINY).blocks[:1])}
+    short = SparsityPlan(experts=4, blocks=uniform(TINY).blocks[:1], reconstruction_rank=3)
+    bad = {"a": uniform(TINY, experts=3), "b": short}
     with pytest.raises(RecipeError) as error:
         count_flops(TINY, None, bad, "a")
     assert len(error.value.problems) == 2
