@@ -356,6 +356,7 @@ def distill(
             log=log,
             progress=progress,
             processes=processes,
+            student=student,
         )
     if chosen.experts.selection == "threshold" and len(store):
         plans = {}
@@ -382,7 +383,7 @@ def distill(
 def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str, student: str) -> bool:
     """Gives a model weights and thresholds of the finished run in ``folder``, if that began with it or is it."""
     found = finished_model(folder, fingerprint)
-    if found is None or student not in (read_provenance(folder).student, student_print(found)):
+    if found is None or (student != read_provenance(folder).student and student != student_print(found)):
         return False
     model.transformer.replace_plans(found.plans)
     model.transformer.load_state_dict(found.transformer.state_dict())

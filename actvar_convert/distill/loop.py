@@ -233,6 +233,7 @@ def distill_model(
     progress: Progress,
     processes: Processes | None = None,
     stages: Sequence[tuple[Stage, StageRecipe]] | None = None,
+    student: str = "",
 ) -> None:
     """Runs stages on ``model`` in place; goes on where ``state_path`` stopped.
 
@@ -241,6 +242,7 @@ def distill_model(
         log: gets a line per step; None in all but the main process.
         processes: those that share the work; the state is the same for any number of them.
         stages: what runs, with its settings; by default both stages of the recipe.
+        student: ``student_print`` of the model; found here where a state is kept and it is not given.
 
     Raises:
         Interrupted: after Ctrl-C, with everything done so far on disk.
@@ -258,8 +260,7 @@ def distill_model(
     plan = model.plan_name
     found = processes.from_main(state_path is not None and state_path.exists())
     state = load_run_state(state_path, fingerprint) if found and state_path is not None else None
-    student = ""
-    if state_path is not None:
+    if state_path is not None and not student:
         student = processes.from_main(student_print(model) if processes.main else "")
     if state is not None and state.scalars.get("student") != student:
         raise CheckpointError(
