@@ -9,15 +9,17 @@ images = sparse.generate([0, 1, 2], seed=0)
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from actvar_convert._version import __version__
 
 if TYPE_CHECKING:
-    from actvar_convert.pipeline import (
+    from actvar_convert.measure.sweep_report import SweepReport
+    from actvar_convert.preflight import ValidationResult, validate_recipe
+    from actvar_convert.runs import RunResult, run
+    from actvar_convert.sweeps import sweep
+    from actvar_convert.verbs import (
         benchmark,
         convert,
         distill,
@@ -28,22 +30,18 @@ if TYPE_CHECKING:
         report_flops,
         sample,
     )
-    from actvar_convert.report.sweep_report import SweepReport
-    from actvar_convert.runs import RunResult, run
-    from actvar_convert.sweep import sweep
-    from actvar_convert.validation import ValidationResult, validate_recipe
 
 _VERBS = {
     **dict.fromkeys(
         ("load", "convert", "distill", "evaluate", "benchmark", "report_flops", "inspect", "sample", "export"),
-        "actvar_convert.pipeline",
+        "actvar_convert.verbs",
     ),
     "RunResult": "actvar_convert.runs",
     "run": "actvar_convert.runs",
-    "SweepReport": "actvar_convert.report.sweep_report",
-    "sweep": "actvar_convert.sweep",
-    "ValidationResult": "actvar_convert.validation",
-    "validate_recipe": "actvar_convert.validation",
+    "SweepReport": "actvar_convert.measure.sweep_report",
+    "sweep": "actvar_convert.sweeps",
+    "ValidationResult": "actvar_convert.preflight",
+    "validate_recipe": "actvar_convert.preflight",
 }
 
 __all__ = [
@@ -66,25 +64,13 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """This package, with the verbs as properties that import what they need when they are first used.
-
-    Importing torch takes seconds; the command's help and the recipes do without. ``convert`` and ``distill`` name
-    sub-packages too: the import of one of those would take the place of a verb that is a plain attribute.
-    """
-
-
-def _verb(name: str, module: str) -> property:
-    def get(package: ModuleType) -> Any:
-        return getattr(import_module(module), name)
-
-    def put(package: ModuleType, value: object) -> None:
-        if not isinstance(value, ModuleType):
-            raise AttributeError(f"{name} of {__name__} cannot be replaced")
-
-    return property(get, put)
+def __getattr__(name: str) -> Any:
+    """A verb, imported when it is first used: importing torch takes seconds, and the command's help does without."""
+    if name not in _VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_VERBS[name]), name)
+    return value
 
 
-for _name, _module in _VERBS.items():
-    setattr(_Package, _name, _verb(_name, _module))
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return __all__

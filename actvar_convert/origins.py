@@ -6,20 +6,20 @@ import hashlib
 import os
 from pathlib import Path
 
-from actvar_convert.checkpoint.infer import Overrides
-from actvar_convert.checkpoint.locate import is_sparse_folder
-from actvar_convert.checkpoint.run_state import check_run_state
-from actvar_convert.checkpoint.source import load_any
-from actvar_convert.checkpoint.sparse import checked_config, load_sparse, read_provenance
-from actvar_convert.checkpoint.sparse_config import Provenance, provenance_of
-from actvar_convert.checkpoint.zoo import bundled_config, bundled_names
-from actvar_convert.convert.search import priced_by
+from actvar_convert.conversion.search import priced_by
 from actvar_convert.errors import CheckpointError, InputError
+from actvar_convert.files.bundled import bundled_config, bundled_names
+from actvar_convert.files.infer import Overrides
+from actvar_convert.files.locate import is_sparse_folder
+from actvar_convert.files.run_state import check_run_state
+from actvar_convert.files.source import load_any
+from actvar_convert.files.sparse_config import Provenance, provenance_of
+from actvar_convert.files.sparse_folder import checked_config, load_sparse, read_provenance
+from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report.features import state_fingerprint
-from actvar_convert.runtime import pick_device, pick_dtype
+from actvar_convert.system.device import pick_device, pick_dtype
 
 STATE = "state.safetensors"
 """File of an unfinished distillation in its ``work_folder``."""

@@ -16,14 +16,18 @@ from typing import TypeVar
 import torch
 from pydantic import BaseModel
 
-from actvar_convert import pipeline
-from actvar_convert.checkpoint.official import REPOSITORY, official_names
-from actvar_convert.checkpoint.sparse import read_provenance, refuse_foreign, save_sparse, update_file
-from actvar_convert.convert.budget import recipe_plans
-from actvar_convert.convert.memory import require_memory
-from actvar_convert.distill.loop import require_whole_student
-from actvar_convert.distill.parallel import Processes, join
+from actvar_convert import verbs
+from actvar_convert.conversion.budget import recipe_plans
+from actvar_convert.conversion.conversion_memory import require_memory
+from actvar_convert.cost.flops import FlopsReport
+from actvar_convert.distillation.loop import require_whole_student
 from actvar_convert.errors import InputError
+from actvar_convert.files.official import REPOSITORY, official_names
+from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse, update_file
+from actvar_convert.measure.checks import CheckTable, require_comparable, run_checks
+from actvar_convert.measure.features import FeatureExtractor
+from actvar_convert.measure.latency import BenchmarkReport, hardware_name
+from actvar_convert.measure.quality_report import QualityReport, SamplingSettings, load_quality
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
@@ -36,19 +40,15 @@ from actvar_convert.origins import (
     run_fingerprint,
     work_folder,
 )
-from actvar_convert.progress import MetricsLog, Progress, SilentProgress
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import BenchmarkRecipe, Recipe
-from actvar_convert.report.card import model_card
-from actvar_convert.report.checks import CheckTable, require_comparable, run_checks
-from actvar_convert.report.features import FeatureExtractor
-from actvar_convert.report.flops import FlopsReport
-from actvar_convert.report.html import report_html
-from actvar_convert.report.latency import BenchmarkReport, hardware_name
-from actvar_convert.report.pictures import samples_picture
-from actvar_convert.report.quality_report import QualityReport, SamplingSettings, load_quality
-from actvar_convert.runtime import DTYPES
+from actvar_convert.show.card import model_card
+from actvar_convert.show.html import report_html
+from actvar_convert.show.pictures import samples_picture
 from actvar_convert.stores import require_images
+from actvar_convert.system.device import DTYPES
+from actvar_convert.system.processes import Processes, join
+from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 
 Report = TypeVar("Report", bound=BaseModel)
 
@@ -71,7 +71,7 @@ class RunResult:
 
 
 def run(
-    recipe: pipeline.RecipeLike,
+    recipe: verbs.RecipeLike,
     *,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -104,7 +104,7 @@ def run(
         place = Path(out) if out is not None else Path("runs") / recipe.name
         begun = any((each / "config.json").exists() for each in (place, work_folder(place) / "converted"))
         due = None if begun else recipe  # what is converted already needs no memory for it
-        made = pipeline.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, **recipe.shape)
+        made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, **recipe.shape)
         teachers.append(made)
         return teachers[-1].transformer.config
 
@@ -139,9 +139,9 @@ def _extractor(recipe: Recipe, teacher: VARModel, progress: Progress) -> Feature
         InputError: what the recipe names cannot judge, or one of its checks needs a judge.
     """
     if recipe.evaluate.reference is not None:
-        return pipeline.extractor_for(teacher, recipe.evaluate.reference)
+        return verbs.extractor_for(teacher, recipe.evaluate.reference)
     try:
-        return pipeline.extractor_for(teacher)
+        return verbs.extractor_for(teacher)
     except InputError as error:
         if recipe.checks is not None and recipe.checks.max_fid_increase is not None:
             raise InputError(f"checks.max_fid_increase needs a FID: {error.message}", error.problems) from error
@@ -170,9 +170,7 @@ def _baseline(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor | N
     return baseline
 
 
-def _finished(
-    folder: Path, fingerprint: str, teacher: VARModel, *, distilled: bool = True
-) -> SparseVARModel | None:
+def _finished(folder: Path, fingerprint: str, teacher: VARModel, *, distilled: bool = True) -> SparseVARModel | None:
     """What this very run left in ``folder``, on the teacher's device."""
     found = finished_model(folder, fingerprint, distilled=distilled)
     return None if found is None else found.to(teacher.device)
@@ -185,13 +183,13 @@ def _make(
     work = work_folder(folder)
     converted = work / "converted"
     sparse = _finished(converted, fingerprint, teacher, distilled=False)
-    require_memory(pipeline.distillation_memory(teacher, recipe, processes), teacher.device)
+    require_memory(verbs.distillation_memory(teacher, recipe, processes), teacher.device)
     origin = provenance(teacher, recipe, run=fingerprint)
     if sparse is None:
-        sparse = pipeline.convert(teacher, recipe=recipe, work=work, progress=progress)
+        sparse = verbs.convert(teacher, recipe=recipe, work=work, progress=progress)
         if processes.main:
             save_sparse(sparse, converted, provenance=origin, recipe_text=dump_recipe(recipe))
-    return pipeline.distill(
+    return verbs.distill(
         sparse,
         teacher=teacher,
         recipe=recipe,
@@ -237,12 +235,12 @@ def _measure(
 ) -> RunResult:
     """Reports, picture and card; each is written when it is ready, evaluation first since it takes longest."""
     work = work_folder(folder)
-    flops = pipeline.report_flops(model)
+    flops = verbs.report_flops(model)
     update_file(folder, "flops.json", flops.to_json().encode())
     settings = recipe.evaluate
     quality = _stored(folder / "eval.json", QualityReport)
     if quality is None or not _measured_as(quality, recipe, _measured_by(recipe, teacher, extractor)):
-        quality = pipeline.evaluate(
+        quality = verbs.evaluate(
             model,
             teacher=teacher,
             images=0 if extractor is None else settings.images,
@@ -261,7 +259,7 @@ def _measure(
     timing = recipe.benchmark
     benchmark = _stored(folder / "benchmark.json", BenchmarkReport)
     if benchmark is None or not _timed_as(benchmark, timing, model.device):
-        benchmark = pipeline.benchmark(
+        benchmark = verbs.benchmark(
             model,
             against=teacher,
             batches=timing.batches,
@@ -273,7 +271,7 @@ def _measure(
     names = class_names(teacher)
     shown = list(range(min(len(names) - 1, 10)))
     pictures = [
-        pipeline.sample(each, labels=shown, per_class=recipe.samples.per_class, seed=recipe.samples.seed)
+        verbs.sample(each, labels=shown, per_class=recipe.samples.per_class, seed=recipe.samples.seed)
         for each in (teacher, model)
     ]
     samples = samples_picture(pictures[0], pictures[1], [names[label] for label in shown])

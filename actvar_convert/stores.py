@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actvar_convert.distill.data import MOST_CODES, TokenStore, labelled_images, store_from_images, store_from_teacher
-from actvar_convert.distill.parallel import ALONE, Processes
+from actvar_convert.distillation.data import (
+    MOST_CODES,
+    TokenStore,
+    labelled_images,
+    store_from_images,
+    store_from_teacher,
+)
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
-from actvar_convert.progress import Progress
 from actvar_convert.recipe.schema import CalibrationRecipe, DataRecipe, Recipe
-from actvar_convert.runtime import pick_dtype
+from actvar_convert.system.device import pick_dtype
+from actvar_convert.system.processes import ALONE, Processes
+from actvar_convert.system.progress import Progress
 
 
 def calibration_store(

@@ -22,12 +22,12 @@ from plain import PlainGeneration
 from sides import Goal, Results, Row, measure, random_dense, random_sparse, recipe_plan, same_tokens
 
 import actvar_convert as av
+from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.models.vqvae import FAST_DECODERS
-from actvar_convert.report.latency import hardware_name
-from actvar_convert.runtime import DTYPES, limit_threads
+from actvar_convert.system.device import DTYPES, limit_threads
 
 D16_PLAN = ("budget.reduction=0.4", "budget.gate_keep=0.6", "budget.gate_scales=2", "budget.prefix_share=1.0")
 """No routing: on a CPU it costs more than it saves (docs/experiments.md), as in the recipe ``fashion``."""

@@ -32,18 +32,18 @@ from rivals.method import saved
 from rivals.training import Workshop
 
 import actvar_convert as av
-from actvar_convert.checkpoint.run_state import fingerprint_of
+from actvar_convert.cost import macs as costs
 from actvar_convert.errors import ActvarError
-from actvar_convert.files import write_whole
+from actvar_convert.files.run_state import fingerprint_of
+from actvar_convert.measure.latency import hardware_name
+from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.progress import Progress, SilentProgress
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report import costs
-from actvar_convert.report.features import state_fingerprint
-from actvar_convert.report.latency import hardware_name
-from actvar_convert.runtime import limit_threads
+from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.device import limit_threads
+from actvar_convert.system.progress import Progress, SilentProgress
 
 CODE = "2"
 """Version of what a row shows; raised by hand when a change of the code changes results."""
@@ -288,4 +288,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-

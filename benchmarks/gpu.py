@@ -42,11 +42,11 @@ from sides import (
 )
 
 from actvar_convert.kernels.linear import linear_gelu, linear_gelu_reference
+from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models import vqvae
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.plan import SparsityPlan
-from actvar_convert.report.latency import hardware_name
+from actvar_convert.plan import SparsityPlan
 
 ROUTINGS = ("static", "balanced", "skewed")
 

@@ -32,18 +32,18 @@ from rivals.small_model import SmallModel
 from rivals.training import LEVELS, Workshop
 
 import actvar_convert as av
-from actvar_convert.checkpoint.run_state import fingerprint_of
 from actvar_convert.errors import ActvarError, InputError
-from actvar_convert.files import write_whole
+from actvar_convert.files.run_state import fingerprint_of
+from actvar_convert.measure.features import FeatureExtractor
+from actvar_convert.measure.latency import hardware_name
+from actvar_convert.measure.quality import evaluate_models
 from actvar_convert.models.model import VARModel
-from actvar_convert.pipeline import extractor_for
-from actvar_convert.progress import Progress, TerminalProgress
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report.features import FeatureExtractor
-from actvar_convert.report.latency import hardware_name
-from actvar_convert.report.quality import evaluate_models
-from actvar_convert.runtime import pick_dtype
+from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.device import pick_dtype
+from actvar_convert.system.progress import Progress, TerminalProgress
+from actvar_convert.verbs import extractor_for
 
 QUICK = (
     *("calibration.pyramids=16", "calibration.batch=16", "data.pyramids=16", "data.batch=16"),

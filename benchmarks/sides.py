@@ -14,19 +14,19 @@ from typing import Literal, NamedTuple
 import torch
 from plain import PlainGeneration
 
-from actvar_convert.checkpoint.official import official_config
-from actvar_convert.convert.budget import uniform_plan
+from actvar_convert.conversion.budget import uniform_plan
+from actvar_convert.cost.flops import count_flops
+from actvar_convert.files.official import official_config
+from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.casting import cast
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
-from actvar_convert.report.flops import count_flops
-from actvar_convert.report.latency import hardware_name
-from actvar_convert.runtime import peak_memory_bytes, reset_peak_memory, synchronize
+from actvar_convert.system.device import peak_memory_bytes, reset_peak_memory, synchronize
 
 Measure = Literal["dense/plain", "speed-up", "realised"]
 

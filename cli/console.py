@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
 from actvar_convert.errors import ActvarError, InputError, Interrupted, explained
-from actvar_convert.progress import Progress, SilentProgress, TerminalProgress
+from actvar_convert.system.progress import Progress, SilentProgress, TerminalProgress
 
 LINE, VERBOSE, MEASURED = "actvar.line", "actvar.verbose", "actvar.measured"
 """Keys in the context's meta: the command line as typed, whether tracebacks are wanted, whether memory is reported."""
@@ -67,7 +67,7 @@ class ActvarGroup(TyperGroup):
 
 def _explain_shortage(ctx: Any, error: BaseException) -> None:
     """Says that memory ran out and what helps; raises the error again where it is another one."""
-    from actvar_convert.runtime import memory_shortage
+    from actvar_convert.system.device import memory_shortage
 
     shortage = memory_shortage(error)
     if shortage is None:
@@ -114,7 +114,7 @@ def _say_how_to_resume(ctx: Any) -> None:
 
 def _say_peak_memory(ctx: Any) -> None:
     if ctx.meta.get(MEASURED) and first_process():
-        from actvar_convert.report.wording import peak_memory_line
+        from actvar_convert.show.wording import peak_memory_line
 
         typer.echo(peak_memory_line(), err=True)
 

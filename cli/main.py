@@ -65,7 +65,7 @@ def main() -> None:
         app(prog_name="actvar")
     except SystemExit as end:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from actvar_convert.runtime import end_process
+            from actvar_convert.system.device import end_process
 
             end_process(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise

@@ -224,7 +224,7 @@ def run(
 
     Ends with exit code 3 when one of the recipe's checks does not hold.
     """
-    from actvar_convert.report.render import render_summary
+    from actvar_convert.show.render import render_summary
 
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
     result = av.run(recipe, out=out, overrides=settings, progress=reporter(quiet), shard=shard)

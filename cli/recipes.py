@@ -94,7 +94,7 @@ def validate(
 
 def validation_lines(found: av.ValidationResult) -> list[str]:
     """What a valid recipe amounts to: its model, its plans, the memory that it will need and that is free here."""
-    from actvar_convert.runtime import memory_text
+    from actvar_convert.system.device import memory_text
 
     plans = [
         f"plan {name}: {plan.flops / 1e9:,.1f} of {found.dense_flops / 1e9:,.1f} GFLOPs per image, "

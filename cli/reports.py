@@ -46,7 +46,7 @@ def report_flops(
 
     No weights are read; an official name such as var-d16 needs no file and no network.
     """
-    from actvar_convert.report import html, render
+    from actvar_convert.show import html, render
 
     report = av.report_flops(model, guidance=guidance, **opt.dense_flags(vae, heads, sides, residual_ratio))
     if form is opt.FlopsFormat.table:
@@ -103,7 +103,7 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Measure quality against the dense teacher: FID and companions, KL and agreement per scale."""
-    from actvar_convert.report.render import render_quality_table
+    from actvar_convert.show.render import render_quality_table
 
     chosen = opt.several(seeds, "--seeds", int)
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
@@ -158,7 +158,7 @@ def benchmark(
     verbose: opt.Verbose = False,
 ) -> None:
     """Time generation, dense against sparse, beside the speed-up that the FLOPs promise."""
-    from actvar_convert.report.render import render_benchmark_table
+    from actvar_convert.show.render import render_benchmark_table
 
     timing = {"--against": against, "--decoder-dtype": decoder_dtype, "--repeats": repeats, "--split": split or None}
     idle = [name for name, value in timing.items() if value is not None]
@@ -168,7 +168,7 @@ def benchmark(
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     sparse = av.load(model, device=device, plan=plan, **own_flags(model, flags, against))
     if ways:
-        from actvar_convert.report.ways import render_ways, ways_report
+        from actvar_convert.measure.ways import render_ways, ways_report
 
         found = ways_report(sparse, sizes, formats)
         if form is opt.Format.json:
@@ -212,7 +212,7 @@ def inspect(
     Ends with exit code 2 where that is neither a VAR nor its tokenizer; problems of those are listed and change no exit
     code.
     """
-    from actvar_convert.report.render import render_inspection
+    from actvar_convert.show.render import render_inspection
 
     inspection = av.inspect(path, values=values, **opt.dense_flags(vae, heads, sides, residual_ratio))
     if form is opt.Format.json:

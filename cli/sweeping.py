@@ -68,7 +68,7 @@ def sweep(
     All cuts share their calibration and held-out pyramids. The same line again resumes, and other --reductions add to
     the curve. The folder gets sweep.json, sweep.csv and sweep.png.
     """
-    from actvar_convert.report.render import render_sweep_table
+    from actvar_convert.show.render import render_sweep_table
 
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags)]

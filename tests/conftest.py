@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.plan import BlockPlan, SparsityPlan
 
 SIDES = (1, 2, 3, 4)
 

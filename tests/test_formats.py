@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from actvar_convert.checkpoint.inspection import Inspection
-from actvar_convert.checkpoint.sparse_config import SparseConfig
-from actvar_convert.models.plan import BlockPlan, SparsityPlan
-from actvar_convert.report.flops import FlopsReport
-from actvar_convert.report.latency import BenchmarkReport, BenchmarkRow
-from actvar_convert.report.quality_report import FidQuality, KLQuality, QualityReport, RoutingLoad
-from actvar_convert.report.sweep_report import SweepPoint, SweepReport
-from actvar_convert.report.ways import WaysReport, WaysRow
+from actvar_convert.cost.flops import FlopsReport
+from actvar_convert.files.inspection import Inspection
+from actvar_convert.files.sparse_config import SparseConfig
+from actvar_convert.measure.latency import BenchmarkReport, BenchmarkRow
+from actvar_convert.measure.quality_report import FidQuality, KLQuality, QualityReport, RoutingLoad
+from actvar_convert.measure.sweep_report import SweepPoint, SweepReport
+from actvar_convert.measure.ways import WaysReport, WaysRow
+from actvar_convert.plan import BlockPlan, SparsityPlan
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
 SECTIONS = {part.split("\n", 1)[0]: part for part in TEXT.split("\n## ")[1:]}

@@ -1,4 +1,4 @@
-"""Imports run one way: base, kernels, models, recipe, checkpoint, report, convert, distill, verbs, command."""
+"""Imports run one way: the base, then the folders in the order of FOLDERS, the verbs, the command."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = ("errors", "_version", "files", "image_files", "runtime", "progress")
+BASE = ("errors", "_version", "system")
 FOLDERS = (
-    *("kernels", "models", "recipe", "checkpoint", "report", "convert", "distill"),
-    *("stores", "validation", "origins", "pipeline", "sweep", "runs"),
+    *("kernels", "plan", "models", "recipe", "files", "cost", "conversion", "distillation", "measure", "show"),
+    *("stores", "origins", "verbs", "preflight", "sweeps", "runs"),
 )
 """In the order of imports; each may import the base, itself and what stands before it."""
-COMMAND_MAY = ("actvar_convert", "_version", "errors", "runtime", "progress", "recipe", "report")
+COMMAND_MAY = ("actvar_convert", "_version", "errors", "system", "recipe", "measure", "show")
 """What the command may import: the public verbs, the base, and what reads recipes and shows results."""
 
 
@@ -86,6 +86,6 @@ def test_the_command_imports_the_public_api_alone(path: Path) -> None:
 
 def test_the_rule_sees_a_wrong_import(tmp_path: Path) -> None:
     file = tmp_path / "wrong.py"
-    file.write_text("def f():\n    from actvar_convert.report import flops\n    from actvar_convert import pipeline\n")
-    assert imported(file) == {"actvar_convert.report.flops", "actvar_convert.pipeline"}
-    assert {layer(name) for name in imported(file)} == {"report", "pipeline"}
+    file.write_text("def f():\n    from actvar_convert.cost import flops\n    from actvar_convert import verbs\n")
+    assert imported(file) == {"actvar_convert.cost.flops", "actvar_convert.verbs"}
+    assert {layer(name) for name in imported(file)} == {"cost", "verbs"}

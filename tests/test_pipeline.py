@@ -11,15 +11,15 @@ import torch
 
 import actvar_convert as av
 from actvar_convert.errors import InputError
+from actvar_convert.measure.features import ClassifierExtractor
 from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
-from actvar_convert.progress import SilentProgress, Task
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report.features import ClassifierExtractor
+from actvar_convert.system.progress import SilentProgress, Task
 
 TINY = {
     "name": "tiny",

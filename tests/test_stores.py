@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from actvar_convertNone import stores
 
-from actvar_convert import stores
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
-from actvar_convert.progress import SilentProgress
 from actvar_convert.recipe.schema import CalibrationRecipe, DataRecipe, Recipe
+from actvar_convert.system.progress import SilentProgress
 
 
 def recipe(dtype: str) -> Recipe:

@@ -12,24 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from actvar_convertNone import sweep as sweep_verb
 from PIL import Image
 
 import actvar_convert as av
-from actvar_convert import pipeline
-from actvar_convert import sweep as sweep_verb
-from actvar_convert.convert.converter import convert_model
+from actvar_convert import verbs
+from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import InputError, RecipeError
+from actvar_convert.measure.agreement import HELD_OUT_SEED, compare_logits
+from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.sweep_report import CSV_COLUMNS, SweepReport
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
+from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.progress import SilentProgress
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report.agreement import HELD_OUT_SEED, compare_logits
-from actvar_convert.report.features import ClassifierExtractor
-from actvar_convert.report.generation import balanced_labels
-from actvar_convert.report.sweep_report import CSV_COLUMNS, SweepReport
+from actvar_convert.system.progress import SilentProgress
 
-MODULE = import_module("actvar_convert.sweep")
+MODULE = import_module("actvar_convert.sweeps")
 HELD_OUT = 6
 
 
@@ -66,7 +66,7 @@ def test_a_point_is_what_convert_gives(tiny_model: VARModel) -> None:
     tokens = tiny_model.generate_tokens(balanced_labels(HELD_OUT, 5), seed=HELD_OUT_SEED, chunk=4)
     for point in report.points:
         own = recipe(budget={"search": "uniform", "reduction": point.target})
-        sparse = pipeline.convert(tiny_model, recipe=own)
+        sparse = verbs.convert(tiny_model, recipe=own)
         with SilentProgress().task("") as task:
             found = compare_logits(sparse, tiny_model, tokens, balanced_labels(HELD_OUT, 5), task)
         kl, top1 = found.per_token(found.kl_NS), found.per_token(found.top1_NS)
@@ -158,7 +158,8 @@ def test_the_largest_cut_within_a_limit(tiny_model: VARModel, tmp_path: Path, mo
     assert within(None) is None
     stored = Conversions(monkeypatch)
     first, second = (
-        point.kl.mean for point in SweepReport.model_validate_json((tmp_path / "s/sweep.json").read_bytes()).points
+        point.kl.mean
+        for point in SweepReport.model_validate_json((tmp_path / "s/sweep.json").read_bytes()).points
         if point.kl is not None
     )
     assert first < second
@@ -227,7 +228,7 @@ def test_fid_joins_the_points_where_images_are_asked_for(
     with torch.inference_mode():
         features = classifier.features(torch.rand(40, 3, 8, 8))
     judge = ClassifierExtractor(classifier, features, name="tiny", image_size=8)
-    monkeypatch.setattr(pipeline, "extractor_for", lambda model, reference: judge)
+    monkeypatch.setattr(verbs, "extractor_for", lambda model, reference: judge)
     out = tmp_path / "s"
     plain = av.sweep(tiny_model, recipe=recipe(), reductions=(0.3,), out=out).at(0.3)
     judged = av.sweep(tiny_model, recipe=recipe(), reductions=(0.3,), images=20, out=out).at(0.3)

@@ -24,11 +24,11 @@ from torch import Tensor
 from train_fashion import HELD_OUT, TOKENIZER, TRANSFORMER, tokenise
 from training import load_split
 
+from actvar_convert.measure.features import ClassifierExtractor
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.vqvae import VQVAE
-from actvar_convert.progress import TerminalProgress
-from actvar_convert.report.features import ClassifierExtractor
-from actvar_convert.runtime import limit_threads
+from actvar_convert.system.device import limit_threads
+from actvar_convert.system.progress import TerminalProgress
 
 LABEL_AGREEMENT = 0.9
 """Least share of images classified as their label that a guidance strength should reach."""

@@ -32,13 +32,13 @@ from train_mosaics import (
 )
 from training import load_split
 
-from actvar_convert.checkpoint import zoo
+from actvar_convert.files import bundled as zoo
+from actvar_convert.measure.features import QuadrantExtractor
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.vqvae import VQVAE
-from actvar_convert.progress import TerminalProgress
-from actvar_convert.report.features import QuadrantExtractor
-from actvar_convert.runtime import limit_threads
+from actvar_convert.system.device import limit_threads
+from actvar_convert.system.progress import TerminalProgress
 
 LABEL_AGREEMENT = round(0.9**4, 3)
 """Least share of mosaics that count as their class that a guidance strength should reach."""

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from measuring import Figures, Measured
 
-from actvar_convert.checkpoint import zoo
-from actvar_convert.files import write_whole
+from actvar_convert.files import bundled as zoo
 from actvar_convert.models.classifier import FashionClassifier
+from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Sampling, VARModel
-from actvar_convert.report.features import state_fingerprint
+from actvar_convert.system.atomic import write_whole
 
 CLASS_NAMES = (
     "T-shirt",

@@ -17,14 +17,16 @@ from stages import HELD_OUT_PART, grow, var_loss
 from torch import Tensor, nn
 from training import to_float
 
+from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.fid import frechet_inception_distance, precision_recall
+from actvar_convert.measure.generation import generated_features
 from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Sampling, VARModel
+from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
-from actvar_convert.progress import Progress
-from actvar_convert.report.features import ClassifierExtractor, state_fingerprint
-from actvar_convert.report.fid import frechet_inception_distance, precision_recall
-from actvar_convert.report.generation import balanced_labels, generated_features
+from actvar_convert.system.progress import Progress
 
 CHUNK = 64
 PART = 250

@@ -37,10 +37,10 @@ from train_fashion import HELD_OUT
 from train_fashion import TOKENIZER as SINGLE_TOKENIZER
 from training import Log, load_split, to_float
 
-from actvar_convert.checkpoint import zoo
-from actvar_convert.files import write_whole
+from actvar_convert.files import bundled as zoo
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.system.atomic import write_whole
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """The pyramid of the published models of 256 x 256 pixels."""

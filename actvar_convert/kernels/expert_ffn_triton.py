@@ -141,9 +141,7 @@ def _keys(chosen_RK, keys_R, R, K, K_PADDED: tl.constexpr, BLOCK: tl.constexpr) 
 
 
 @triton.jit(do_not_specialize=["R", "F"])
-def _unions(
-    keys_R, experts_TS, counts_T, R, F, F_PADDED: tl.constexpr, M: tl.constexpr
-) -> None:
+def _unions(keys_R, experts_TS, counts_T, R, F, F_PADDED: tl.constexpr, M: tl.constexpr) -> None:
     """The experts that any row of a tile chose, in ascending order, and their number."""
     tile = tl.program_id(0)
     place = tile * M + tl.arange(0, M)

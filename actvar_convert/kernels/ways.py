@@ -82,9 +82,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(
-    shape: FFNShape, *, gradients: bool = False, observer: Observer = "nobody", triton: bool = False
-) -> Choice:
+def choose(shape: FFNShape, *, gradients: bool = False, observer: Observer = "nobody", triton: bool = False) -> Choice:
     """How to compute an expert FFN.
 
     Args:
@@ -169,9 +167,7 @@ def gpu_seconds(shape: FFNShape) -> dict[Way, float]:
         # rows copied in and partial rows out, each written and read; the bias reads and writes hidden values too
         moved["grouped"] = R * K * (4 * C + 6 * N) * item
     return {
-        way: shape.expert_flops * experts / GPU_FLOPS[way]
-        + moved[way] / GPU_BYTES
-        + GPU_STEPS[way] * GPU_STEP_SECONDS
+        way: shape.expert_flops * experts / GPU_FLOPS[way] + moved[way] / GPU_BYTES + GPU_STEPS[way] * GPU_STEP_SECONDS
         for way, experts in computed.items()
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actvar_convert.models.model import VARModel
-from actvar_convert.runtime import release_pages
+from actvar_convert.system.device import release_pages
 
 _LARGE = 1 << 22
 """Bytes from which on the pages of a tensor that was read from a mapped file are worth handing back at once."""

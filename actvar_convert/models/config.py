@@ -111,6 +111,14 @@ class TransformerConfig(BaseModel):
         return TokenPyramid(sides=self.sides)
 
     @property
+    def num_scales(self) -> int:
+        return len(self.sides)
+
+    @property
+    def finest_side(self) -> int:
+        return self.sides[-1]
+
+    @property
     def head_dim(self) -> int:
         return self.width // self.heads
 

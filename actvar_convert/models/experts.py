@@ -15,8 +15,8 @@ from actvar_convert.kernels.expert_ffn import expert_ffn, expert_ffn_selected
 from actvar_convert.kernels.expert_weights import DerivedWeights, ExpertWeights
 from actvar_convert.kernels.linear import linear, linear_gelu, watched
 from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.var import Span
+from actvar_convert.plan import SparsityPlan
 
 
 class Router(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actvar_convert.models.plan import ReconstructionKind
+from actvar_convert.plan import ReconstructionKind
 
 
 class TokenChoice(NamedTuple):

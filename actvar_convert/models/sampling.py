@@ -105,3 +105,20 @@ def draw(logits_BLV: Tensor, noise_BLV: Tensor) -> Tensor:
     same numbers, but checks its input on the host first.
     """
     return F.softmax(logits_BLV, dim=-1).div_(noise_BLV.to(logits_BLV.device)).argmax(-1)
+
+
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of this share, less their whole parts, lie evenly between 0 and 1 however many are taken."""
+
+
+def balanced_labels(count: int, classes: int) -> Tensor:
+    """Labels [count] int64 that go round the classes, so that every stretch of images is balanced.
+
+    Where there are too few for every class, they lie spread over all of them, and so do the first of them alone: the
+    classes of ImageNet are in order of kinship.
+    """
+    numbers = torch.arange(count)
+    if count >= classes:
+        return numbers % classes
+    ranks = (numbers.double() * GOLDEN % 1).argsort().argsort()
+    return ranks * classes // count

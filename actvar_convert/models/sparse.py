@@ -19,9 +19,9 @@ from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.gate import Reconstruction, TokenChoice, TokenGate, upsample_update
 from actvar_convert.models.model import Sampling, VARModel
-from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.var import Block, Span, VARTransformer
 from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.plan import SparsityPlan
 
 
 class SparseBlock(Block):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from actvar_convert.models.plan import GuidanceKind, ReconstructionKind, SparsityPlan
+from actvar_convert.plan import GuidanceKind, ReconstructionKind, SparsityPlan
 
 Source = Literal["teacher", "images"]
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -323,8 +323,10 @@ class Recipe(Section):
         None, min_length=1, description="side of every scale, coarse to fine, where the model's file does not tell them"
     )
     residual_ratio: float | None = Field(
-        None, ge=0, le=1, description="share of the tokenizer's phi convolution in its output, which no file tells; "
-        "null: 0.5"
+        None,
+        ge=0,
+        le=1,
+        description="share of the tokenizer's phi convolution in its output, which no file tells; null: 0.5",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of calibration, clustering and distillation")
     device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU where there is one")

@@ -9,7 +9,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from actvar_convert.errors import RecipeError
-from actvar_convert.files import write_whole
+from actvar_convert.system.atomic import write_whole
 
 
 def shipped_recipes() -> dict[str, Traversable]:

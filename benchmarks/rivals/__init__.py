@@ -2,7 +2,7 @@
 
 Every rival is a simple implementation of a published idea, written for this comparison: it generates through
 ``VARModel.generate``, runs under teacher forcing, is trained by the project's own loop, and is priced by the rules of
-``actvar_convert.report.costs``. Each file states what it counts beyond them.
+``actvar_convert.cost.macs``. Each file states what it counts beyond them.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from actvar_convert.checkpoint.run_state import Scalar
+from actvar_convert.cost import macs as costs
+from actvar_convert.files.run_state import Scalar
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARTransformer
-from actvar_convert.progress import Progress
+from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report import costs
+from actvar_convert.system.progress import Progress
 from rivals.method import Built, Level, Method, joint_only, mark, sparse_from
 
 

@@ -1,6 +1,6 @@
 """Our conversion and the baselines that differ from it by a setting of the recipe.
 
-Priced by ``actvar_convert.report.costs`` as they stand. All of them get their plan as the recipe's budget says: by the
+Priced by ``actvar_convert.cost.macs`` as they stand. All of them get their plan as the recipe's budget says: by the
 same search, where it searches.
 """
 
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import actvar_convert as av
-from actvar_convert.checkpoint.run_state import Scalar
-from actvar_convert.convert.budget import recipe_plans
+from actvar_convert.conversion.budget import recipe_plans
+from actvar_convert.cost import macs as costs
 from actvar_convert.errors import RecipeError
+from actvar_convert.files.run_state import Scalar
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.progress import Progress
+from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report import costs
+from actvar_convert.system.progress import Progress
 from rivals.method import Built, Level, Method, OutOfReach
 
 

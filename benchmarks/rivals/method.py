@@ -10,17 +10,17 @@ from typing import ClassVar, Literal, TypeVar
 
 import torch
 
-from actvar_convert.checkpoint.run_state import Scalar
+from actvar_convert.cost import macs as costs
 from actvar_convert.errors import InputError
+from actvar_convert.files.run_state import Scalar
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import VARTransformer
-from actvar_convert.progress import Progress
+from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report import costs
+from actvar_convert.system.progress import Progress
 
 CODE = "2"
 """Version of the methods and of how they are measured; a change of what a row would show changes it."""

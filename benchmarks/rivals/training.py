@@ -11,14 +11,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from actvar_convert.checkpoint.run_state import RunState, fingerprint_of, load_run_state, save_run_state
-from actvar_convert.distill.data import TokenStore, store_from_images, store_from_teacher
-from actvar_convert.distill.loop import distill_model
+from actvar_convert.distillation.data import TokenStore, store_from_images, store_from_teacher
+from actvar_convert.distillation.loop import distill_model
 from actvar_convert.errors import InputError
+from actvar_convert.files.run_state import RunState, fingerprint_of, load_run_state, save_run_state
+from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import VARModel
-from actvar_convert.progress import MetricsLog, Progress, SilentProgress
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report.features import state_fingerprint
+from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 from rivals.method import CODE, Built, Level, Method
 
 LEVELS: tuple[Level, ...] = ("none", "stage1", "full")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from actvar_convert.measure.features import ClassifierExtractor
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.recipe.schema import (
     BudgetRecipe,
@@ -21,7 +22,6 @@ from actvar_convert.recipe.schema import (
     Recipe,
     RouterStage,
 )
-from actvar_convert.report.features import ClassifierExtractor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

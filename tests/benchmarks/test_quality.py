@@ -15,15 +15,15 @@ from rivals import METHODS
 from rivals.method import Level
 from rivals.training import Workshop
 
-from actvar_convert.distill import loop
-from actvar_convert.distill.loop import distill_model
+from actvar_convert.distillation import loop
+from actvar_convert.distillation.loop import distill_model
 from actvar_convert.errors import InputError, Interrupted
+from actvar_convert.measure.agreement import compare_logits
+from actvar_convert.measure.features import ClassifierExtractor
 from actvar_convert.models.model import VARModel
-from actvar_convert.progress import SilentProgress
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report.agreement import compare_logits
-from actvar_convert.report.features import ClassifierExtractor
+from actvar_convert.system.progress import SilentProgress
 
 
 def frontier(teacher: VARModel, recipe: Recipe, folder: Path, extractor: ClassifierExtractor) -> Frontier:

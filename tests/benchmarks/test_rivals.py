@@ -18,14 +18,14 @@ from rivals.small_model import DraftedTransformer, SmallModel, narrowed
 from rivals.token_merging import MergingBlock, MergingTransformer, TokenMerging, match_tokens, targets
 from rivals.token_skipping import SkippingTransformer
 
+from actvar_convert.cost import macs as costs
+from actvar_convert.measure.generation import model_fingerprint
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARTransformer
 from actvar_convert.models.var import Span, VARTransformer
-from actvar_convert.progress import SilentProgress
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.report import costs
-from actvar_convert.report.generation import model_fingerprint
+from actvar_convert.system.progress import SilentProgress
 
 LABELS = [0, 3, 5, 1]
 LENGTHS = (1, 4, 9, 16)

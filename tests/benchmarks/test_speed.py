@@ -14,11 +14,11 @@ import torch
 from plain import PlainGeneration
 from sides import Goal, Results, Row, Timing
 
-from actvar_convert.checkpoint.official import official_config
+from actvar_convert.cost import macs as costs
+from actvar_convert.files.official import official_config
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.models.vqvae import FAST_DECODERS
-from actvar_convert.report import costs
 
 CPU = torch.device("cpu")
 ROW = Row("d16", "bf16", 64, "tokens", "balanced", 300.0, 100.0, 80.0, 1.4, 0.02, 2**30, 3)

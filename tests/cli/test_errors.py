@@ -14,8 +14,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from actvar_convert import runtime
 from actvar_convert.errors import ChecksFailed, InputError, Interrupted
+from actvar_convert.system import device as runtime
 from actvar_convert_cli.console import GRACE, ActvarGroup, show_text
 from actvar_convert_cli.main import main
 from actvar_convert_cli.options import Verbose, several

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import actvar_convert as av
-from actvar_convert.checkpoint.shape import model_shape
 from actvar_convert.errors import InputError
+from actvar_convert.files.shape import model_shape
 from actvar_convert.models.model import VARModel
 from actvar_convert.recipe import Recipe, dump_recipe, load_recipe
 
@@ -45,7 +45,7 @@ def test_from_python(tiny_model: VARModel, tmp_path: Path) -> None:
 def test_a_conversion_that_cannot_fit_is_refused_before_any_work(
     actvar: Actvar, dense_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actvar_convert.convert import memory
+    from actvar_convert.cost import conversion_memory as memory
 
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 10**8)
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
@@ -58,15 +58,15 @@ def test_a_conversion_that_cannot_fit_is_refused_before_any_work(
 def test_a_file_in_half_precision_is_priced_as_what_it_becomes_before_its_weights_are_read(
     actvar: Actvar, dense_file: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    from actvar_convert import pipeline
-    from actvar_convert.convert import memory
+    from actvar_convert import verbs
+    from actvar_convert.cost import conversion_memory as memory
 
     save_file({name: t.half() for name, t in load_file(dense_file).items()}, dense_file)
     shape = model_shape(dense_file)
     recipe = load_recipe(Recipe(name="x", model=str(dense_file)), SETTINGS)
     assert shape.tokenizer is not None and shape.dtype == "fp16"
     by_shape = memory.estimate_convert(shape.transformer, shape.tokenizer, recipe, held=shape.held_bytes("cpu"))
-    loaded = pipeline.conversion_memory(av.load(dense_file, device="cpu"), recipe)
+    loaded = verbs.conversion_memory(av.load(dense_file, device="cpu"), recipe)
     priced, needed = (each.parts["dense weights in memory"] for each in (by_shape, loaded))
     assert 0.9 * needed < priced <= needed
     held = by_shape.total
@@ -74,7 +74,7 @@ def test_a_file_in_half_precision_is_priced_as_what_it_becomes_before_its_weight
     def read(*_: object, **__: object) -> None:
         raise InputError("the weights were read")
 
-    monkeypatch.setattr(pipeline, "load_any", read)
+    monkeypatch.setattr(verbs, "load_any", read)
     Path("mine.yaml").write_text(dump_recipe(recipe))
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     given = [dense_file, *settings] if verb == "convert" else ["mine.yaml"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import actvar_convert as av
+from actvar_convert import preflight
 from actvar_convert.recipe import load_recipe, settings, shipped_recipes
 
 from .conftest import Actvar
@@ -52,10 +53,9 @@ def test_copy_validate_and_back(actvar: Actvar, tmp_path: Path) -> None:
 
 
 def test_validate_says_whether_the_machine_has_the_memory(actvar: Actvar, monkeypatch: pytest.MonkeyPatch) -> None:
-    from actvar_convert import validation
 
-    monkeypatch.setattr(validation, "free_memory_bytes", lambda device=None: int(22.4e9 if device is None else 80e9))
-    monkeypatch.setattr(validation, "pick_device", lambda name=None: torch.device("cuda"))
+    monkeypatch.setattr(preflight, "free_memory_bytes", lambda device=None: int(22.4e9 if device is None else 80e9))
+    monkeypatch.setattr(preflight, "pick_device", lambda name=None: torch.device("cuda"))
     found = av.validate_recipe("var_d36")
     convert, distill = (f"{size / 1e9:.1f} GB" for size in (found.convert_bytes, found.distill_bytes))
     alone = actvar("recipes", "validate", "var_d36").stdout.splitlines()
@@ -72,7 +72,7 @@ def test_validate_says_whether_the_machine_has_the_memory(actvar: Actvar, monkey
     assert eight[-3].endswith(f"distill {shared.distill_bytes / 1e9:.1f} GB on each of 8 devices")
     sharded = actvar("recipes", "validate", "var_d36", "--processes", 8, "--shard").stdout.splitlines()
     assert sharded[-3].endswith(f"distill {split.distill_bytes / 1e9:.1f} GB on each of 8 devices, sharded")
-    monkeypatch.setattr(validation, "pick_device", lambda name=None: torch.device("cpu"))
+    monkeypatch.setattr(preflight, "pick_device", lambda name=None: torch.device("cpu"))
     together = actvar("recipes", "validate", "var_d36", "--processes", 8).stdout
     said = f"{8 * shared.distill_bytes / 1e9:.1f} GB (8 of {shared.distill_bytes / 1e9:.1f} GB)"
     assert f"distill on cpu needs {said}, 80.0 GB are free here: does not fit\n" in together

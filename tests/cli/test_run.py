@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actvar_convert import pipeline
-from actvar_convert.checkpoint.run_state import RunState, save_run_state
+from actvar_convert import verbs
+from actvar_convert.files.run_state import RunState, save_run_state
+from actvar_convert.measure.features import ClassifierExtractor
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.report.features import ClassifierExtractor
 
 from .conftest import Actvar
 
@@ -116,7 +116,7 @@ def test_a_report_of_other_images_or_another_machine_is_made_anew(
         classifier = FashionClassifier(classes=5).eval()
         real = {name: torch.randn(30, classifier.feature_dim) for name in ("a", "b")}
     judges = {name: ClassifierExtractor(classifier, real[name], name="one judge", image_size=8) for name in real}
-    monkeypatch.setattr(pipeline, "extractor_for", lambda model, reference=None: judges[reference])
+    monkeypatch.setattr(verbs, "extractor_for", lambda model, reference=None: judges[reference])
     settings = "experts: {count: 8}\ngate: {rank: 4}\nbudget: {reduction: 0.1}\n"
     Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\n{settings}")
 

@@ -26,9 +26,7 @@ def make_weights(width: int, experts: int, neurons: int) -> ExpertWeights:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     hidden = experts * neurons
-    return ExpertWeights(
-        draw(hidden, width), draw(hidden), draw(width, hidden), draw(width), draw(experts, width)
-    )
+    return ExpertWeights(draw(hidden, width), draw(hidden), draw(width, hidden), draw(width), draw(experts, width))
 
 
 @pytest.mark.parametrize(
@@ -36,9 +34,7 @@ def make_weights(width: int, experts: int, neurons: int) -> ExpertWeights:
     [(1, 3, 2, 1, 0), (7, 5, 4, 3, 1), (13, 8, 5, 7, 4), (6, 4, 3, 2, 3), (0, 4, 3, 2, 1), (9, 6, 1, 5, 0)],
 )
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
-def test_loop_equals_reference(
-    rows: int, width: int, experts: int, neurons: int, prefix: int, density: float
-) -> None:
+def test_loop_equals_reference(rows: int, width: int, experts: int, neurons: int, prefix: int, density: float) -> None:
     weights = make_weights(width, experts, neurons)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, width, generator=generator, dtype=torch.float64)

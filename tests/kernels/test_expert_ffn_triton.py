@@ -50,9 +50,7 @@ def made(
         return torch.randn(*shape, generator=generator).mul(0.3).to(DEVICE, dtype)
 
     hidden = experts * neurons
-    weights = ExpertWeights(
-        draw(hidden, width), draw(hidden), draw(width, hidden), draw(width), draw(experts, width)
-    )
+    weights = ExpertWeights(draw(hidden, width), draw(hidden), draw(width, hidden), draw(width), draw(experts, width))
     score = torch.randn(rows, experts - prefix, generator=generator)
     score[:, 1:2] -= 100.0
     return draw(rows, width), weights, score.topk(routed, dim=-1, sorted=False).indices.to(DEVICE)

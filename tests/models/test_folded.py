@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actvar_convert.distill.losses import kl_per_token
-from actvar_convert.distill.stages import STAGES
+from actvar_convert.cost import macs as costs
+from actvar_convert.cost.flops import count_flops
+from actvar_convert.distillation.losses import kl_per_token
+from actvar_convert.distillation.stages import STAGES
 from actvar_convert.errors import InputError, RecipeError
+from actvar_convert.measure.agreement import compare_logits
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.model import VARModel, guided_logits
-from actvar_convert.models.plan import SparsityPlan
 from actvar_convert.models.sampling import Sampling, guided
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.progress import SilentProgress
+from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import JointStage
-from actvar_convert.report import costs
-from actvar_convert.report.agreement import compare_logits
-from actvar_convert.report.flops import count_flops
+from actvar_convert.system.progress import SilentProgress
 
 LABELS = torch.tensor([0, 3, 5, 1])
 

@@ -111,9 +111,7 @@ def no_waiting() -> Iterator[None]:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
-def test_graphs_draw_what_the_plain_path_draws(
-    request: pytest.FixtureRequest, kind: str, dtype: torch.dtype
-) -> None:
+def test_graphs_draw_what_the_plain_path_draws(request: pytest.FixtureRequest, kind: str, dtype: torch.dtype) -> None:
     model: VARModel = request.getfixturevalue(kind).cuda()
     model.to(dtype)
     exact = dtype == torch.float32

@@ -9,9 +9,9 @@ from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.models.attention import GenerationCache
 from actvar_convert.models.experts import select_experts, share_scores
 from actvar_convert.models.model import VARModel
-from actvar_convert.models.plan import BlockPlan, SparsityPlan
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import Span, VARTransformer
+from actvar_convert.plan import BlockPlan, SparsityPlan
 
 
 def block(**changes: object) -> BlockPlan:
@@ -42,9 +42,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_everything_on_is_the_dense_model(
-    tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_everything_on_is_the_dense_model(tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]) -> None:
     config = tiny_model.transformer.config
     sparse = sparse_from(tiny_model.transformer, {"all": SparsityPlan.dense(config, 8)}, "all")
     assert relative_error(sparse(*pyramids), tiny_model.transformer(*pyramids)) <= 1e-5

@@ -6,7 +6,7 @@ import pytest
 
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.plan import BlockPlan, SparsityPlan
+from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe import Recipe, check_recipe, load_recipe, problems_for
 
 TINY = TransformerConfig(depth=2, width=64, heads=2, hidden=128, sides=(1, 2, 3, 4), vocab=32, z_channels=8, classes=5)

@@ -8,7 +8,7 @@ import pytest
 
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.plan import SparsityPlan
+from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 
 TINY = TransformerConfig(depth=2, width=64, heads=2, hidden=128, sides=(1, 2, 3, 4), vocab=32, z_channels=8, classes=5)

@@ -9,7 +9,7 @@ import bundle_fashion
 import pytest
 import train_fashion
 
-from actvar_convert.checkpoint import zoo
+from actvar_convert.files import bundled as zoo
 
 from .conftest import HELD_OUT, tiny
 

@@ -14,16 +14,16 @@ from mosaics import QUADRANTS, Mosaics
 from torch import Tensor
 
 import actvar_convert as av
-from actvar_convert.checkpoint import zoo
 from actvar_convert.errors import InputError
+from actvar_convert.files import bundled as zoo
+from actvar_convert.measure.features import QuadrantExtractor
+from actvar_convert.measure.fid import frechet_inception_distance
 from actvar_convert.models.classifier import FashionClassifier
+from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.origins import class_names
-from actvar_convert.pipeline import extractor_for
-from actvar_convert.report.features import QuadrantExtractor
-from actvar_convert.report.fid import frechet_inception_distance
-from actvar_convert.report.generation import balanced_labels
+from actvar_convert.verbs import extractor_for
 
 from .conftest import HELD_OUT, assert_equal_checkpoints, tiny
 

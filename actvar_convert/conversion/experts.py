@@ -1,0 +1,197 @@
+"""Partition, order, router start and constants of one FFN's experts.
+
+Shapes: T tokens, C width, H neurons, E experts of N neurons, F experts that the router scores.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actvar_convert.conversion.clustering import METHODS
+from actvar_convert.conversion.least_squares import CHUNK, Moments
+from actvar_convert.models.experts import ExpertFFN
+from actvar_convert.models.var import FFN
+from actvar_convert.recipe.schema import ExpertsRecipe
+
+
+@dataclass
+class Partition:
+    """Order of the neurons of one FFN: expert e owns ``permutation[e N : (e + 1) N]``, most important experts first."""
+
+    permutation: Tensor
+
+
+def activations(ffn: FFN, x_TC: Tensor) -> Tensor:
+    """Hidden activations [T, H] of a dense FFN."""
+    hidden = x_TC.new_empty(len(x_TC), ffn.fc1.out_features)
+    for x, out in zip(torch.split(x_TC, CHUNK), torch.split(hidden, CHUNK), strict=True):
+        out.copy_(F.gelu(F.linear(x, ffn.fc1.weight, ffn.fc1.bias), approximate="tanh"))
+    return hidden
+
+
+def neuron_importance(ffn: FFN, hidden_TH: Tensor, root_CC: Tensor | None = None) -> Tensor:
+    """Root mean square [H] of what each neuron adds to the output: rms activation times norm of its output weights.
+
+    With ``root_CC`` the norm is that of R' w: how much the addition matters to the loss (``fisher.OutputMetric``).
+    """
+    size: Tensor = torch.linalg.vector_norm(hidden_TH, dim=0) * output_norms(ffn, root_CC)
+    return size / math.sqrt(len(hidden_TH))
+
+
+def output_norms(ffn: FFN, root_CC: Tensor | None = None) -> Tensor:
+    """Norms [H] of the neurons' output weights w, or of R' w; see ``neuron_importance``."""
+    w2_CH = ffn.fc2.weight if root_CC is None else root_CC.T @ ffn.fc2.weight.float()
+    norms: Tensor = torch.linalg.vector_norm(w2_CH, dim=0)
+    return norms
+
+
+def partition_neurons(
+    ffn: FFN, x_TC: Tensor, recipe: ExpertsRecipe, shared: int, seed: int, root_CC: Tensor | None = None
+) -> Partition:
+    """Splits an FFN's neurons into experts.
+
+    Args:
+        ffn: the dense FFN.
+        x_TC: calibration inputs, from the scales that will be sparse.
+        recipe: number of experts and method.
+        shared: experts that every scale runs. With ``recipe.shared == "neurons"`` they are the most important neurons,
+            one by one, and only the others are clustered; with ``"experts"`` all neurons are clustered and the most
+            important clusters come first.
+        seed: of the clustering.
+        root_CC: see ``neuron_importance``; also what clustering by ``gradient`` weighs activations with.
+    """
+    hidden = activations(ffn, x_TC)
+    importance = neuron_importance(ffn, hidden, root_CC if recipe.importance == "gradient" else None)
+    neurons = ffn.fc1.out_features
+    size = neurons // recipe.count
+    ranked = importance.argsort(descending=True, stable=True)
+    head = ranked[: shared * size] if recipe.shared == "neurons" else ranked[:0]
+    tail = ranked[len(head) :].sort().values
+    groups = [head.view(-1, size)] if len(head) else []
+    if len(tail):
+        measured = hidden[:, tail]
+        del hidden
+        if recipe.clustering == "gradient":
+            measured *= output_norms(ffn, root_CC)[tail]
+        weights = _array(ffn.fc1.weight.detach()[tail])
+        label = METHODS[recipe.clustering](_array(measured), weights, len(tail) // size, recipe.projection, seed)
+        members = tail[torch.from_numpy(np.argsort(label, kind="stable")).to(tail.device)].view(-1, size)
+        energy = importance.square()[members].sum(1)
+        groups.append(members[energy.argsort(descending=True, stable=True)])
+    return Partition(torch.cat(groups).flatten())
+
+
+def _array(x: Tensor) -> npt.NDArray[np.float32]:
+    return x.float().cpu().numpy()
+
+
+def install_experts(sparse: ExpertFFN, ffn: FFN, partition: Partition) -> None:
+    """Gives an expert FFN its own copy of the dense weights, neurons in expert order; it may have no memory yet."""
+    order = partition.permutation
+    weights = {
+        "fc1.weight": ffn.fc1.weight.detach().index_select(0, order),
+        "fc1.bias": ffn.fc1.bias.detach().index_select(0, order),
+        "fc2.weight": ffn.fc2.weight.detach().index_select(1, order),
+        "fc2.bias": ffn.fc2.bias.detach().clone(),
+        "permutation": order.clone(),
+    }
+    sparse.load_state_dict(weights, strict=False, assign=True)
+
+
+def squared_sizes(hidden_TEN: Tensor, w2_ENC: Tensor) -> Tensor:
+    """Squared norms [T, E] of f_e(x), from hidden activations and output weights by expert; rounding may go below 0."""
+    return torch.einsum("ten,enm,tem->te", hidden_TEN, w2_ENC @ w2_ENC.transpose(1, 2), hidden_TEN)
+
+
+def expert_sizes(ffn: ExpertFFN, hidden_TH: Tensor, inactive_EC: Tensor | None = None) -> Tensor:
+    """Norms [T, E] of f_e(x), or of f_e(x) - m_e when constants are given, from hidden activations in expert order.
+
+    ||W_e h - m||^2 = h' W_e' W_e h - 2 h' W_e' m + m' m, so no [T, E, C] tensor is made.
+    """
+    E, size = ffn.experts, hidden_TH.shape[1] // ffn.experts
+    h = hidden_TH.view(-1, E, size)
+    w = ffn.fc2.weight.T.reshape(E, size, -1)
+    squared = squared_sizes(h, w)
+    if inactive_EC is not None:
+        product = torch.einsum("ten,en->te", h, torch.einsum("enc,ec->en", w, inactive_EC))
+        squared = squared - 2 * product + inactive_EC.square().sum(1)
+    return squared.clamp_min(0).sqrt()
+
+
+@torch.no_grad()
+def start_router(ffn: ExpertFFN, x_TC: Tensor) -> None:
+    """Least-squares start of the router: predicts ||f_e(x)|| of the experts that it scores."""
+    if ffn.router is None:
+        return
+    moments = Moments(x_TC.shape[1], ffn.scored, x_TC.device)
+    for x in torch.split(x_TC, CHUNK):
+        target = expert_sizes(ffn, F.gelu(ffn.fc1(x), approximate="tanh"))
+        moments.add(x, target[:, ffn.experts - ffn.scored :])
+    weight, bias = moments.ridge()
+    ffn.router.linear.weight.data.copy_(weight)
+    ffn.router.linear.bias.data.copy_(bias)
+    if ffn.router.width:
+        generator = torch.Generator().manual_seed(ffn.block)
+        down = ffn.router.down.weight
+        down.data.copy_(torch.randn(down.shape, generator=generator) / down.shape[1] ** 0.5)
+
+
+@torch.no_grad()
+def calibrate_inactive(ffn: ExpertFFN, inputs: list[Tensor], kind: str) -> None:
+    """Constants that inactive experts contribute, per scale, from FFN inputs [T_s, C] of every scale.
+
+    ``skipped_mean``: the mean of f_e over the tokens that skip e; ``mean``: over all tokens; ``none``: zero. An expert
+    that rests under several plans gets the constant of the plan in force, if that is among them. Where a neighbourhood
+    of tokens shares its experts, the inputs have to be whole maps.
+    """
+    ffn.inactive.data.zero_()
+    if kind == "none":
+        return
+    own = ffn.plan
+    try:
+        for plan in (*(each for each in ffn.plans.values() if each != own), own):
+            ffn.plan = plan
+            for scale, x in enumerate(inputs):
+                if not plan.runs_all(ffn.block, scale):
+                    prefix = plan.blocks[ffn.block].prefix[scale]
+                    constant, rests = _constants(ffn, x, scale, kind)
+                    ffn.inactive.data[scale, prefix:][rests] = constant[rests].to(ffn.inactive.dtype)
+    finally:
+        ffn.plan = own
+
+
+def as_maps(ffn: ExpertFFN, x_TC: Tensor, scale: int) -> Tensor:
+    """Tokens [T, C] of one scale as the router takes them: maps [M, L, C] where neighbours share, else one row."""
+    length = ffn.config.pyramid.lengths[scale] if ffn.plan.neighbourhood > 1 else len(x_TC)
+    return x_TC.view(-1, length, x_TC.shape[1])
+
+
+def active_neurons(
+    ffn: ExpertFFN, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden activations [B, L, E, N] of all experts in fp32, and which of these the plan in force runs, [B, L, E]."""
+    hidden = F.gelu(ffn.fc1(x_BLC), approximate="tanh").float().view(*x_BLC.shape[:2], ffn.experts, -1)
+    runs = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=x_BLC.device)
+    if not ffn.plan.runs_all(ffn.block, scale):
+        runs[..., ffn.plan.blocks[ffn.block].prefix[scale] :] = ffn.route(x_BLC, scale, position_BL)
+    return hidden, runs
+
+
+def _constants(ffn: ExpertFFN, x_TC: Tensor, scale: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Constants [F, C] of the experts after the prefix under the plan in force, and which of them ever rest [F]."""
+    prefix = ffn.plan.blocks[ffn.block].prefix[scale]
+    hidden, runs = (found.flatten(0, 1)[:, prefix:] for found in active_neurons(ffn, as_maps(ffn, x_TC, scale), scale))
+    w = ffn.fc2.weight.float().T.reshape(ffn.experts, hidden.shape[2], -1)[prefix:]
+    skips = (~runs).float()
+    if kind == "mean":
+        mean = hidden.mean(0)
+    else:
+        mean = torch.einsum("tf,tfn->fn", skips, hidden) / skips.sum(0).clamp_min(1).unsqueeze(1)
+    return torch.einsum("fn,fnc->fc", mean, w), skips.any(0)

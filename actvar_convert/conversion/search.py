@@ -1,0 +1,359 @@
+"""The search for a plan: experts and tokens rest where the model's predictions feel it least.
+
+Every (block, scale) offers the same settings of active experts and keep ratio; each has a price, in MACs or seconds,
+and a damage in nats (``sensitivity``). Damages are taken to add up, so the best plan for a budget is found exactly on
+the convex hull: one exchange rate between damage and price, and every cell takes the setting with the smallest sum. The
+rate is bisected until the plan meets the target, and what the plan saves beyond it is given back. After the
+sensitivity-guided search of SnapViT (arXiv 2510.17700), whose evolutionary part the additive damages make unnecessary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from actvar_convert.conversion.activations import Wanted, record_blocks
+from actvar_convert.conversion.budget import (
+    Choice,
+    assemble_plan,
+    first_sparse_scale,
+    may_skip,
+    recipe_plans,
+    reduction,
+    require_reach,
+    targets,
+)
+from actvar_convert.conversion.experts import Partition
+from actvar_convert.conversion.fisher import BlockMetrics, output_metrics
+from actvar_convert.conversion.sensitivity import BlockSensitivity, expert_damage, gate_damage
+from actvar_convert.cost import macs as costs
+from actvar_convert.cost.macs import block_macs
+from actvar_convert.kernels.ways import FFNShape, ffn_seconds, product_flops
+from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.var import FFN
+from actvar_convert.plan import SparsityPlan, kept_tokens
+from actvar_convert.recipe.schema import Recipe
+from actvar_convert.system.device import DTYPES, autocast_dtype, release_pages
+
+TOKENS_PER_SCALE = 512
+"""FFN inputs per scale and block on which experts are formed and choices are measured; all scales take part."""
+BISECTIONS = 48
+
+
+Picks = npt.NDArray[np.intp]
+"""Number of the setting [blocks, scales] that every block takes at every scale."""
+
+
+class Setting(NamedTuple):
+    """What one block does at one scale: its active experts, and the share of the tokens that it computes."""
+
+    choice: Choice
+    keep: float
+
+
+class Planned(NamedTuple):
+    """What a conversion is to make.
+
+    Attributes:
+        plans: by name; default: the one in force.
+        partitions: of every block's neurons; None: the conversion makes them.
+        damage: nats of KL per token that each plan is expected to cost untrained; empty without a search.
+    """
+
+    plans: dict[str, SparsityPlan]
+    default: str
+    partitions: list[Partition] | None
+    damage: dict[str, float]
+
+
+def plan_model(
+    model: VARModel,
+    recipe: Recipe,
+    tokens_PL: Tensor,
+    labels_P: Tensor,
+    *,
+    metrics: Sequence[BlockMetrics] | None = None,
+    on_step: Callable[[int], None] = lambda steps: None,
+) -> Planned:
+    """The plans of a recipe for a dense model: those it states, uniform ones, or the result of a search.
+
+    Args:
+        model: the dense model.
+        recipe: with its budget.
+        tokens_PL, labels_P: calibration pyramids [P, L] int64 and their classes; the search looks at the first
+            ``budget.pyramids``.
+        metrics: what ``measure_metrics`` found for them; measured here where it is not given.
+        on_step: told of steps done, ``search_steps`` in all, those of ``measure_metrics`` included.
+
+    Raises:
+        RecipeError: the budget is out of reach.
+    """
+    config = model.transformer.config
+    if not searches(recipe):
+        plans, default = recipe_plans(config, recipe)
+        return Planned(plans, default, None, {})
+    sensitivities = measure_sensitivity(model, recipe, tokens_PL, labels_P, metrics=metrics, on_step=on_step)
+    wanted, default = targets(recipe)
+    device = model.device.type
+    found = {name: search_plan(config, recipe, sensitivities, share, device) for name, share in wanted.items()}
+    return Planned(
+        {name: plan for name, (plan, _) in found.items()},
+        default,
+        [block.partition for block in sensitivities],
+        {name: damage for name, (_, damage) in found.items()},
+    )
+
+
+def searches(recipe: Recipe) -> bool:
+    """Whether a recipe's plans are found by a search on the model."""
+    return not recipe.plans and recipe.budget.search == "sensitivity"
+
+
+def search_steps(config: TransformerConfig, recipe: Recipe) -> int:
+    """Steps that ``plan_model`` reports: pyramids, then blocks; 0 without a search."""
+    return min(recipe.budget.pyramids, recipe.calibration.pyramids) + config.depth if searches(recipe) else 0
+
+
+def measure_metrics(
+    model: VARModel,
+    recipe: Recipe,
+    tokens_PL: Tensor,
+    labels_P: Tensor,
+    *,
+    state: Path | None = None,
+    on_step: Callable[[int], None] = lambda steps: None,
+    rank: int = 0,
+    processes: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda own: own,
+) -> list[BlockMetrics]:
+    """What errors in every block cost the predictions, on the pyramids that the search looks at; see
+    ``output_metrics`` for all arguments."""
+    metrics = output_metrics(
+        model,
+        tokens_PL[: recipe.budget.pyramids],
+        labels_P[: recipe.budget.pyramids],
+        batch=recipe.calibration.batch,
+        seed=recipe.seed,
+        autocast=autocast_dtype(recipe.calibration.dtype),
+        state=state,
+        on_batch=on_step,
+        rank=rank,
+        processes=processes,
+        total=total,
+    )
+    release_pages(model.transformer.state_dict().values())
+    return metrics
+
+
+def measure_sensitivity(
+    model: VARModel,
+    recipe: Recipe,
+    tokens_PL: Tensor,
+    labels_P: Tensor,
+    *,
+    metrics: Sequence[BlockMetrics] | None = None,
+    on_step: Callable[[int], None] = lambda steps: None,
+) -> list[BlockSensitivity]:
+    """Experts of every block, and the damage of every setting that a plan of the recipe may have."""
+    if metrics is None:
+        metrics = measure_metrics(model, recipe, tokens_PL, labels_P, on_step=on_step)
+    config, batch = model.transformer.config, recipe.calibration.batch
+    tokens_PL, labels_P = tokens_PL[: recipe.budget.pyramids], labels_P[: recipe.budget.pyramids]
+    pyramid, levels = config.pyramid, keep_levels(recipe)
+    scales = range(first_sparse_scale(config, recipe), pyramid.num_scales)
+
+    def gates(block: int) -> dict[int, list[float]]:
+        return {s: levels for s in range(pyramid.num_scales) if may_skip(config, recipe, block, s)}
+
+    def wanted(block: int) -> Wanted:
+        gated = gates(block)
+        begin = 0 if recipe.gate.skipped_kv == "dropped" else max(0, min(gated, default=0) - 1)
+        return Wanted(frozenset(scales), begin if gated else None)
+
+    found = []
+    for block, record in record_blocks(
+        model,
+        tokens_PL,
+        labels_P,
+        wanted=wanted,
+        batch=batch,
+        tokens_per_scale=TOKENS_PER_SCALE,
+        seed=recipe.seed,
+        whole_maps=recipe.experts.neighbourhood > 1,
+    ):
+        assert isinstance(block.ffn, FFN)
+        own = metrics[record.index]
+        partition, damage = expert_damage(
+            block.ffn,
+            record,
+            own.ffn,
+            recipe.experts,
+            scales=scales,
+            prefix_share=recipe.budget.prefix_share,
+            pyramid=pyramid,
+            seed=recipe.seed,
+        )
+        skipping = gate_damage(block, record, own.block, recipe.gate, keeps=gates(record.index), pyramid=pyramid)
+        found.append(BlockSensitivity(partition, damage, skipping))
+        del record
+        release_pages(block.state_dict().values())
+        on_step(1)
+    return found
+
+
+def keep_levels(recipe: Recipe) -> list[float]:
+    """Keep ratios that a search tries: all tenths from the recipe's least share up."""
+    least = recipe.budget.gate_keep
+    return sorted({least, *(tenth / 10 for tenth in range(1, 11) if tenth / 10 >= least)}, reverse=True)
+
+
+def search_plan(
+    config: TransformerConfig,
+    recipe: Recipe,
+    sensitivities: Sequence[BlockSensitivity],
+    target: float,
+    device: str = "cpu",
+) -> tuple[SparsityPlan, float]:
+    """The plan of least summed damage that saves at least ``target`` of the transformer's FLOPs, and that damage.
+
+    A setting's damage is that of its skipped tokens, and that of its resting experts for the share of tokens that the
+    block computes.
+
+    Args:
+        config: shape of the dense model.
+        recipe: experts and gates.
+        sensitivities: of every block, measured for this recipe.
+        target: share of the transformer's FLOPs, with guidance.
+        device: kind of device that a price by the clock is counted for.
+
+    Returns:
+        The plan, and its damage in nats per token.
+
+    Raises:
+        RecipeError: the target is out of reach.
+    """
+    settings = [Setting(c, keep) for keep in keep_levels(recipe) for c in _offered(sensitivities)]
+    cost, price = _tables(config, recipe, sensitivities, settings, device)
+
+    def plan_of(picks: Picks) -> SparsityPlan:
+        return assemble_plan(
+            config, recipe, lambda b, s: settings[picks[b, s]].choice, lambda b, s: settings[picks[b, s]].keep
+        )
+
+    def saves_enough(picks: Picks) -> bool:
+        return reduction(config, plan_of(picks)) >= target
+
+    possible = np.isfinite(cost)
+    dearest = np.where(possible, cost, 0).max() + 1e-12
+    cheapest = np.where(possible, price, np.inf).argmin(2)
+    require_reach(recipe, target, reduction(config, plan_of(cheapest)))
+    low, high = cost.argmin(2), cheapest
+    below, above = 0.0, float(dearest / price[price > 0].min())
+    for _ in range(BISECTIONS):
+        rate = (below + above) / 2
+        picks = (cost + rate * price).argmin(2)
+        if saves_enough(picks):
+            above, high = rate, picks
+        else:
+            below, low = rate, picks
+    high = _give_back(low, high, cost, price, saves_enough)
+    total = float(np.take_along_axis(cost, high[..., None], 2).sum())
+    return plan_of(high), total / config.pyramid.total
+
+
+def _offered(sensitivities: Sequence[BlockSensitivity]) -> list[Choice]:
+    """The choices of active experts, the same in every cell; all experts first, which wins where nothing differs."""
+    tried = next(iter(sensitivities[0].damage.values()))
+    return sorted(tried, key=lambda choice: -sum(choice))
+
+
+def _tables(
+    config: TransformerConfig,
+    recipe: Recipe,
+    sensitivities: Sequence[BlockSensitivity],
+    settings: Sequence[Setting],
+    device: str,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Damage and price [blocks, scales, settings]; an impossible setting has infinite damage."""
+    lengths = config.pyramid.lengths
+    cost = np.full((config.depth, len(lengths), len(settings)), np.inf)
+    for block, own in enumerate(sensitivities):
+        for scale, length in enumerate(lengths):
+            damage = own.damage.get(scale, {Choice(recipe.experts.count, 0): 0.0})
+            skipping = {1.0: 0.0, **own.skipping.get(scale, {})}
+            for index, (choice, keep) in enumerate(settings):
+                if choice in damage and keep in skipping:
+                    share = kept_tokens(keep, length) / length
+                    cost[block, scale, index] = skipping[keep] + share * damage[choice]
+    scales = range(len(lengths))
+    by_scale = [[setting_price(config, recipe, each, scale, device) for each in settings] for scale in scales]
+    price = np.array(by_scale, np.float64)
+    return cost, np.broadcast_to(price, cost.shape)
+
+
+def priced_by(recipe: Recipe, device: str) -> tuple[str, ...]:
+    """What a search's prices depend on beside the recipe's budget, on a kind of device."""
+    return (recipe.benchmark.dtypes[0], device) if searches(recipe) and recipe.budget.price == "clock" else ()
+
+
+def setting_price(
+    config: TransformerConfig, recipe: Recipe, setting: Setting, scale: int, device: str = "cpu"
+) -> float:
+    """Price of one block at one scale under a setting, the same at all scales.
+
+    MACs of one row; with ``budget.price`` clock seconds of ``price_batch`` images with guidance on that kind of device,
+    in the first number format that the recipe times: products at full rate, the FFN as ``kernels.ways`` counts it.
+    """
+    plan = assemble_plan(config, recipe, lambda b, s: setting.choice, lambda b, s: setting.keep)
+    macs = block_macs(config, plan, 0, scale)
+    if recipe.budget.price == "flops":
+        return sum(macs.values())
+    rows, dtype = plan.rows * recipe.budget.price_batch, DTYPES[recipe.benchmark.dtypes[0]]
+    ffn = FFNShape(
+        device=device,
+        dtype=dtype,
+        rows=rows * plan.blocks[0].kept(scale, config.pyramid.lengths[scale]),
+        width=config.width,
+        neurons=config.hidden // plan.experts,
+        experts=plan.experts,
+        prefix=setting.choice.prefix,
+        routed=setting.choice.routed,
+    )
+    others = sum(value for name, value in macs.items() if name != "ffn")
+    products = costs.FLOPS_PER_MAC * rows * others / product_flops(device, dtype)
+    return products + ffn_seconds(ffn, triton=device == "cuda")
+
+
+def _give_back(
+    low: Picks,
+    high: Picks,
+    cost: npt.NDArray[np.float64],
+    price: npt.NDArray[np.float64],
+    saves_enough: Callable[[Picks], bool],
+) -> Picks:
+    """``high``, with better settings in the cells where ``low`` differs, as far as the target allows.
+
+    A cell may take what ``low`` has there or anything in between, which no exchange rate picks: the setting that saves
+    most damage for its price first.
+    """
+    picks = high.copy()
+    between: list[tuple[float, float, tuple[int, ...], int]] = []
+    for cell in map(tuple, np.argwhere(low != high)):
+        costs_here, prices_here = cost[cell], price[cell]
+        gain = costs_here[high[cell]] - costs_here
+        extra = np.maximum(prices_here - prices_here[high[cell]], 1e-12)
+        offered = np.flatnonzero((gain > 0) & (prices_here <= prices_here[low[cell]]))
+        between += [(gain[each] / extra[each], gain[each], cell, int(each)) for each in offered]
+    for _, _, cell, setting in sorted(between, key=lambda each: each[:2], reverse=True):
+        if cost[cell][setting] < cost[cell][picks[cell]]:
+            tried = picks.copy()
+            tried[cell] = setting
+            if saves_enough(tried):
+                picks = tried
+    return picks

@@ -1,1 +1,0 @@
-"""Two-stage distillation of a sparse VAR from its dense teacher."""

@@ -1,0 +1,379 @@
+"""The one training loop: runs the stages in order, keeps metrics and resumable state.
+
+A step depends on the weights, the seed and its own number alone (``schedule``), so a resumed run equals an
+uninterrupted one. How many processes share a step changes the order of sums and nothing else; where the student draws
+pyramids itself, rounding may so decide a token.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from actvar_convert.distillation.data import TokenStore
+from actvar_convert.distillation.lora import attach_lora, fold_lora
+from actvar_convert.distillation.optimizers import Optimizers
+from actvar_convert.distillation.schedule import (
+    drop_labels,
+    learning_rate,
+    noise_seed,
+    plan_of_step,
+    sampled_scales,
+    straight_through,
+)
+from actvar_convert.distillation.sharding import shard_student, split_like, whole, whole_student
+from actvar_convert.distillation.stages import STAGES, Stage, trainable_parameters
+from actvar_convert.errors import CheckpointError, Diverged, InputError, Interrupted
+from actvar_convert.files.run_state import RunState, Scalar, load_run_state, save_run_state
+from actvar_convert.models.fingerprint import state_fingerprint
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.recipe.check import split_problems
+from actvar_convert.recipe.schema import Recipe, StageRecipe
+from actvar_convert.system.device import autocast_dtype
+from actvar_convert.system.processes import Processes, local
+from actvar_convert.system.progress import MetricsLog, Progress
+
+ECHO = 5.0
+"""Seconds within which a launcher passes a signal on."""
+
+
+class StopRequest:
+    """Turns the first Ctrl-C into a request that the loop honours after the step in hand; a second one is immediate.
+
+    A launcher repeats to its processes what the terminal has told them already: that is no second one.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._echo_until = 0.0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:
+            self._echo_until = time.monotonic() + (ECHO if "LOCAL_RANK" in os.environ else 0)
+        elif time.monotonic() > self._echo_until:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Listens for the signal while the block runs; elsewhere than in the main thread it does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class StageRun:
+    """One stage in progress: parameters, optimiser, averaged weights and the number of steps done.
+
+    Args:
+        state: what an earlier run of the stage saved; None: the stage begins.
+        processes: those that share the stage.
+    """
+
+    def __init__(
+        self,
+        model: SparseVARModel,
+        stage: Stage,
+        recipe: StageRecipe,
+        seed: int,
+        state: RunState | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.model, self.stage, self.recipe, self.seed = model, stage, recipe, seed
+        self.processes = processes or Processes(device=model.device)
+        self.plans = stage.plans(model, recipe)
+        self.objective: Callable[..., dict[str, Tensor]] = stage.objective
+        if recipe.trainable == "lora":
+            attach_lora(model.transformer, recipe.lora_rank, seed)
+        if state is not None:
+            model.transformer.load_state_dict(_below("model/", state.tensors))
+        model.transformer.requires_grad_(False)
+        for parameter in trainable_parameters(model.transformer, recipe).values():
+            parameter.requires_grad_(True)
+        if self.processes.shard:
+            self.objective = shard_student(model.transformer, stage.objective, self.processes)
+        self.parameters = trainable_parameters(model.transformer, recipe)
+        self.optimizers = Optimizers(self.parameters, recipe)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if recipe.ema else {}
+        self.step = 0
+        if state is not None:
+            self._restore(state)
+
+    def train_step(
+        self, teacher: VARModel, tokens_BL: Tensor, labels_B: Tensor, autocast: AbstractContextManager[object]
+    ) -> dict[str, float]:
+        """One optimiser step on this process's rows; returns losses, learning rate and gradient norm of all rows.
+
+        A step whose plan or pyramids give nothing to train changes nothing. It counts where those of others may. A
+        token weighs the same in every step: on the first scales alone the gradient is their share of a whole one.
+        """
+        recipe, processes = self.recipe, self.processes
+        rate = learning_rate(recipe, self.step)
+        for block in self.model.transformer.sparse_layers:
+            block.straight_through = straight_through(recipe, self.step)
+        with autocast:
+            losses = self.objective(self.model, teacher, recipe, tokens_BL, labels_B, processes.total)
+        shares = torch.stack(list(losses.values())) if losses else None
+        if shares is None or not shares.requires_grad:
+            if len(self.plans) > 1 or recipe.on_policy:
+                self.step += 1
+            return {"loss": 0.0}
+        self.optimizers.zero_grad()
+        torch.autograd.backward(shares.sum() * self._covered(tokens_BL))
+        processes.add_gradients(self.parameters.values())
+        norm = float(processes.clip_gradients(self.parameters.values(), recipe.gradient_clip))
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"{self.stage.name} diverged: the gradient of step {self.step + 1} is not finite, and nothing of that "
+                f"step was kept. Lower {self.stage.section}.learning_rate (given {recipe.learning_rate:g}), give a "
+                f"longer {self.stage.section}.warmup, or train with dtype fp32 (--set)."
+            )
+        self.optimizers.step(rate)
+        self.step += 1
+        if self.average and recipe.ema is not None:
+            weight = min(recipe.ema, (self.step + 1) / (self.step + 10))
+            for name, parameter in self.parameters.items():
+                local(self.average[name]).lerp_(local(parameter.detach()), 1 - weight)
+        totals = processes.total(shares)
+        values = dict(zip(losses, totals.tolist(), strict=True))
+        return {"loss": float(totals.sum()), **values, "learning_rate": rate, "gradient_norm": norm}
+
+    def _covered(self, tokens_BL: Tensor) -> float:
+        """Share of a pyramid's tokens that losses on these cover: the scales given, and the one that they lead to."""
+        pyramid = self.model.transformer.config.pyramid
+        scales = min(pyramid.scales_in(tokens_BL.shape[1]) + 1, pyramid.num_scales)
+        return pyramid.ends[scales - 1] / pyramid.total
+
+    def choose(self) -> dict[str, str | int]:
+        """Puts the plan of the step in force; returns what was chosen for the step, where there was a choice.
+
+        ``plan``: its name. ``sampled_scales``: how many scales of the pyramids the student draws; 0: none.
+        """
+        chosen: dict[str, str | int] = {}
+        if len(self.plans) > 1:
+            chosen["plan"] = plan_of_step(self.plans, self.seed, self.step)
+        self.model.use_plan(str(chosen.get("plan", self.plans[0])))
+        if self.recipe.on_policy:
+            sparse = self.stage.sparse_scales(self.model.plan)
+            scales = self.model.transformer.config.pyramid.num_scales
+            first = sparse[0] if sparse else scales
+            chosen["sampled_scales"] = sampled_scales(self.recipe.on_policy, first, scales, self.seed, self.step)
+        return chosen
+
+    def finish(self) -> None:
+        """Puts the averaged weights in force, folds low-rank updates and freezes the model again."""
+        if self.processes.shard:
+            rank = self.recipe.lora_rank if self.recipe.trainable == "lora" else None
+            self.model.transformer = whole_student(self.model.transformer, self.average, rank)
+        else:
+            with torch.no_grad():
+                for name, value in self.average.items():
+                    self.parameters[name].copy_(value)
+            fold_lora(self.model.transformer)
+            self.model.transformer.requires_grad_(False)
+        for block in self.model.transformer.sparse_layers:
+            block.straight_through = 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the rest of the run depends on, whole; empty in all but the main process."""
+        state = {f"model/{name}": value for name, value in self.model.transformer.state_dict().items()}
+        state |= {f"average/{name}": value for name, value in self.average.items()}
+        for name, parameter in self.parameters.items():
+            state |= {f"optimizer/{name}/{key}": value for key, value in self.optimizers.state(parameter).items()}
+        saved = {}
+        for name, value in state.items():
+            gathered = whole(value)
+            if self.processes.main:
+                saved[name] = gathered if gathered is value else gathered.cpu()
+        return saved
+
+    def _restore(self, state: RunState) -> None:
+        """Takes up averages, optimiser and step where ``tensors`` were saved."""
+        for name, parameter in self.parameters.items():
+            if self.average:
+                self.average[name] = split_like(state.tensors[f"average/{name}"], parameter)
+            own = _below(f"optimizer/{name}/", state.tensors)
+            if own:
+                self.optimizers.restore(
+                    parameter,
+                    {key: value if key == "step" else split_like(value, parameter) for key, value in own.items()},
+                )
+        self.step = int(str(state.scalars["step"]))
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def distill_model(
+    model: SparseVARModel,
+    teacher: VARModel,
+    recipe: Recipe,
+    store: TokenStore,
+    *,
+    state_path: Path | None,
+    fingerprint: str,
+    log: MetricsLog | None,
+    progress: Progress,
+    processes: Processes | None = None,
+    stages: Sequence[tuple[Stage, StageRecipe]] | None = None,
+    student: str = "",
+) -> None:
+    """Runs stages on ``model`` in place; goes on where ``state_path`` stopped.
+
+    Args:
+        state_path: file that keeps what is done; None: nothing is kept.
+        log: gets a line per step; None in all but the main process.
+        processes: those that share the work; the state is the same for any number of them.
+        stages: what runs, with its settings; by default both stages of the recipe.
+        student: ``student_print`` of the model; found here where a state is kept and it is not given.
+
+    Raises:
+        Interrupted: after Ctrl-C, with everything done so far on disk.
+        Diverged: a gradient is not finite.
+        CheckpointError: the state belongs to another recipe, teacher or converted model.
+        InputError: a batch has fewer pyramids than there are processes, or a student that is split would have to draw
+            pyramids.
+    """
+    if stages is None:
+        stages = [(stage, getattr(recipe.distill, name)) for name, stage in STAGES.items()]
+    names = [stage.name for stage, _ in stages]
+    processes = processes or Processes(device=model.device)
+    _require_rows(stages, store, processes)
+    require_whole_student(recipe, processes)
+    plan = model.plan_name
+    found = processes.from_main(state_path is not None and state_path.exists())
+    state = load_run_state(state_path, fingerprint) if found and state_path is not None else None
+    if state_path is not None and not student:
+        student = processes.from_main(student_print(model) if processes.main else "")
+    if state is not None and state.scalars.get("student") != student:
+        raise CheckpointError(
+            f"{state_path} is the state of a run that began with another converted model; continuing it would mix the "
+            f"two. Start with that model, or delete {state_path} to start over."
+        )
+    begin = names.index(str(state.scalars["stage"])) if state is not None else 0
+    if state is None and log is not None:
+        log.rewind(-1)
+    teacher.transformer.requires_grad_(False)
+    with StopRequest().listening() as stop:
+        for index, (stage, stage_recipe) in enumerate(stages[begin:], start=begin):
+            run = StageRun(model, stage, stage_recipe, recipe.seed + index, state, processes)
+            if state is not None and log is not None:
+                log.rewind(run.step, stage=stage.name)
+                for later, _ in stages[index + 1 :]:
+                    log.rewind(0, stage=later.name)
+            state = None
+            try:
+                _run_stage(run, teacher, recipe, store, state_path, fingerprint, student, log, progress, stop)
+            finally:
+                model.use_plan(plan)
+            run.finish()
+    model.use_plan(model.plan_name)
+
+
+def student_print(model: SparseVARModel) -> str:
+    """Identifies the model that a training begins with: weights and plans."""
+    plans = {name: plan.model_dump(mode="json") for name, plan in model.plans.items()}
+    return state_fingerprint(model.transformer, plans=plans, default=model.plan_name)
+
+
+def _require_rows(stages: Sequence[tuple[Stage, StageRecipe]], store: TokenStore, processes: Processes) -> None:
+    """Raises InputError where a batch has fewer pyramids than there are processes."""
+    problems = [
+        f"{stage.section}.batch: {min(own.batch, len(store))} pyramids per step"
+        for stage, own in stages
+        if own.steps and min(own.batch, len(store)) < processes.count
+    ]
+    if problems:
+        raise InputError(
+            f"{processes.count} processes share every batch, and some would get nothing; raise the batch in the recipe "
+            "(--set), or start fewer processes:",
+            problems,
+        )
+
+
+def require_whole_student(recipe: Recipe, processes: Processes) -> None:
+    """Raises InputError where a student that is split over the processes would have to be whole."""
+    problems = split_problems(recipe)
+    if processes.shard and problems:
+        raise InputError(
+            "a student that is split over the processes draws no pyramids and has no whole matrices; start without "
+            "--shard, or change the recipe (--set):",
+            problems,
+        )
+
+
+def _run_stage(
+    run: StageRun,
+    teacher: VARModel,
+    recipe: Recipe,
+    store: TokenStore,
+    state_path: Path | None,
+    fingerprint: str,
+    student: str,
+    log: MetricsLog | None,
+    progress: Progress,
+    stop: StopRequest,
+) -> None:
+    steps, device, processes = run.recipe.steps, run.model.device, run.processes
+    dtype = autocast_dtype(recipe.dtype)
+
+    def autocast() -> AbstractContextManager[object]:
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=not processes.shard)
+
+    def save() -> None:
+        if state_path is None:
+            return
+        scalars: dict[str, Scalar] = {"stage": run.stage.name, "step": run.step, "student": student}
+        tensors = run.tensors()
+        if processes.main:
+            save_run_state(state_path, RunState(tensors=tensors, scalars=scalars, fingerprint=fingerprint))
+        processes.wait()
+
+    with progress.task(run.stage.task, steps) as task:
+        task.advance(run.step)
+        saved_at = time.monotonic()
+        while run.step < steps:
+            step = run.step
+            tokens, labels = store.batch(step, run.recipe.batch, run.seed)
+            own, chosen = processes.part(len(tokens)), run.choose()
+            tokens, scales = tokens[own].to(device), int(chosen.get("sampled_scales", 0))
+            if scales:
+                with autocast():
+                    seed, paired = noise_seed(run.seed, step), run.model.transformer.rows_per_image > 1
+                    cfg = recipe.data.cfg if paired else None  # folded guidance has its strength already
+                    tokens = run.model.sample_prefix(labels, scales, cfg=cfg, seed=seed, rows=own)
+            labels = drop_labels(
+                labels, teacher.transformer.null_class, recipe.data.null_share, run.seed * 1_000_003 + step
+            )
+            values = run.train_step(teacher, tokens, labels[own].to(device), autocast())
+            if run.step == step:
+                break
+            if log is not None:
+                log.write(stage=run.stage.name, step=run.step, **chosen, **values)
+            task.advance(1)
+            task.note(f"loss {values['loss']:.4f}")
+            due = run.step % run.recipe.checkpoint_every == 0 and time.monotonic() - saved_at > 5
+            stopping, saving = processes.any(stop.asked, due)
+            if stopping or saving or run.step == steps:
+                save()
+                saved_at = time.monotonic()
+            if stopping:
+                kept = "nothing" if state_path is None else "all"
+                raise Interrupted(f"stopped in {run.stage.name} after step {run.step} of {steps}; {kept} of it is kept")

@@ -1,0 +1,191 @@
+"""What distillation needs in memory, by arithmetic on shapes and recipe alone.
+
+Activations are priced by constants that were counted on small models as bytes alive at the peak of a step, per pyramid
+token, and rounded up: the number format decides, not the size of the model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from actvar_convert.conversion.budget import recipe_plans
+from actvar_convert.conversion.conversion_memory import PROGRAM, MemoryEstimate, fullest, sampling_memory
+from actvar_convert.distillation.lora import lora_targets
+from actvar_convert.distillation.optimizers import hidden_matrices
+from actvar_convert.distillation.sparsify import one_expert_plans, stage_recipe
+from actvar_convert.distillation.stages import trainable_parameters
+from actvar_convert.files.skeleton import NoWeights
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.recipe.schema import Recipe, StageRecipe
+from actvar_convert.system.device import DTYPES
+
+FP32 = 4
+
+
+class _Activations(NamedTuple):
+    """Bytes per token: of a block and of what does not grow with depth, per channel; of the head, per code."""
+
+    block: int
+    head: int
+    rest: int
+
+
+_JOINT = {"fp32": _Activations(110, 30, 8), "bf16": _Activations(71, 30, 8), "fp16": _Activations(71, 30, 8)}
+_LOCAL = {"fp32": _Activations(62, 0, 32), "bf16": _Activations(41, 0, 32), "fp16": _Activations(41, 0, 32)}
+_MEASURED = {"fp32": 16, "bf16": 12, "fp16": 12}
+"""Bytes per token, block and hidden neuron of the activations that sparsify measures."""
+
+
+def estimate_distill(
+    config: TransformerConfig,
+    tokenizer: TokenizerConfig,
+    recipe: Recipe,
+    *,
+    processes: int = 1,
+    sharded: bool = False,
+    device: str = "cpu",
+) -> MemoryEstimate:
+    """Peak memory of ``distill`` on one device, teacher and student in fp32.
+
+    With W_t and W_s the numbers of teacher and student, T those that a stage trains, B its batch, L tokens, D blocks, C
+    width, V codes:
+
+    - sampling (where something is trained, on data from the teacher): 4 (W_t + W_s), 2 W_t more where the recipe draws
+      in half precision, and ``sampling_memory``.
+    - a stage: weights 4 (W_t + W_s), in half precision 2 W_s more for the copies that autocast keeps, with low-rank
+      updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps;
+      Muon 4 bytes for every number of its matrices instead, and 12 for every number of the largest while it steps;
+      averaged weights 4 T where the recipe has ``ema``; activations B L (a D C + h V + r C), with a, h, r bytes as in
+      this file: in stage 2 every block keeps about 28 C numbers per token for its backward pass.
+    - sampling from the student in a stage (``on_policy``): the same, ``sampling_memory`` in place of activations. On a
+      CPU, in fp32, the copies that sampling makes of the FFNs' second layers stay: 4 D H C, with H hidden neurons.
+
+    Args:
+        config, tokenizer: shape of the dense model; images are tokenised before anything is trained.
+        recipe: batches, what trains, number format.
+        processes: those that share a batch, each on a device of its own.
+        sharded: the student is split over them while it trains.
+        device: its kind, which decides how many images are under way at once while a model samples.
+
+    Raises:
+        RecipeError: the recipe's budget is out of reach.
+    """
+    plans, default = recipe_plans(config, recipe)
+    with NoWeights():
+        student = SparseVARTransformer(config, plans, default)
+    numbers = sum(tensor.numel() for tensor in student.state_dict().values())
+    weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
+    phases = [MemoryEstimate("distill", "nothing", weights, ())]
+    if recipe.distill.stage1.steps or recipe.distill.stage2.steps:
+        phases.append(_data_phase("distill", config, tokenizer, recipe, weights, numbers, device))
+    for name, stage, table in (("stage1", recipe.distill.stage1, _LOCAL), ("stage2", recipe.distill.stage2, _JOINT)):
+        if stage.steps:
+            own = stage.model_copy(update={"batch": -(-stage.batch // processes)})
+            step = _forward(config, own, table[recipe.dtype])
+            parts = {**weights, **_training(student, stage, recipe.dtype), **step}
+            if sharded:
+                parts |= _split(student, parts, processes)
+            if stage.on_policy and device == "cpu" and recipe.dtype == "fp32":
+                parts["second layers by expert"] = FP32 * config.depth * config.hidden * config.width
+            lower = (f"distill.{name}.batch", f"distill.{name}.trainable (experts or lora)")
+            phases.append(MemoryEstimate("distill", name, parts, lower))
+            if stage.on_policy:
+                drawn = sampling_memory(config, tokenizer, own.batch, FP32, device)
+                parts = {name: size for name, size in parts.items() if name not in step} | drawn
+                phases.append(MemoryEstimate("distill", f"{name}, sampling from the student", parts, lower[:1]))
+    return fullest(*phases)
+
+
+def _data_phase(
+    work: str,
+    config: TransformerConfig,
+    tokenizer: TokenizerConfig,
+    recipe: Recipe,
+    weights: dict[str, int],
+    numbers: int,
+    device: str,
+) -> MemoryEstimate:
+    """Making the pyramids to train on, beside weights of which a model of ``numbers`` draws."""
+    if recipe.data.source == "images":
+        maps = {"feature maps": 6 * FP32 * recipe.data.batch * tokenizer.ch * tokenizer.image_size**2}
+        return MemoryEstimate(work, "tokenising images", {**weights, **maps}, ("data.batch",))
+    batch, itemsize = min(recipe.data.batch, recipe.data.pyramids), DTYPES[recipe.data.dtype].itemsize
+    sampling = {
+        **weights,
+        "weights in half precision": 0 if itemsize == FP32 else itemsize * numbers,
+        **sampling_memory(config, tokenizer, batch, itemsize, device),
+    }
+    return MemoryEstimate(work, "sampling from the teacher", sampling, ("data.batch",))
+
+
+def estimate_sparsify(
+    config: TransformerConfig, tokenizer: TokenizerConfig, recipe: Recipe, *, processes: int = 1, device: str = "cpu"
+) -> MemoryEstimate:
+    """Peak memory of the training for sparse activations; nothing where the recipe has none.
+
+    As in stage 2 of ``estimate_distill`` with all weights, and the hidden activations once more: B L D H numbers in
+    fp32 beside those in the number format of the recipe.
+    """
+    chosen = stage_recipe(recipe.sparsify)
+    if not chosen.steps:
+        return MemoryEstimate("convert", "nothing", {}, ())
+    with NoWeights():
+        student = SparseVARTransformer(config, *one_expert_plans(config))
+    numbers = sum(tensor.numel() for tensor in student.state_dict().values())
+    weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
+    own = chosen.model_copy(update={"batch": -(-chosen.batch // processes)})
+    measured = own.batch * config.pyramid.total * config.depth * config.hidden * _MEASURED[recipe.dtype]
+    parts = {
+        **weights,
+        **_training(student, chosen, recipe.dtype),
+        **_forward(config, own, _JOINT[recipe.dtype]),
+        "measured activations": measured,
+    }
+    phases = [_data_phase("convert", config, tokenizer, recipe, weights, numbers, device)]
+    phases.append(MemoryEstimate("convert", "sparsify", parts, ("sparsify.batch",)))
+    return fullest(*phases)
+
+
+def _split(student: SparseVARTransformer, parts: dict[str, int], processes: int) -> dict[str, int]:
+    """The parts that get smaller when a student is split.
+
+    Beside its share a process holds all weights of two blocks with their gradients, and all outside of the blocks.
+    """
+    numbers = sum(tensor.numel() for tensor in student.state_dict().values())
+    block = max(sum(tensor.numel() for tensor in each.state_dict().values()) for each in student.layers)
+    gathered = 4 * block + 2 * (numbers - block * len(student.layers))
+    split = {name: parts[name] // processes for name in ("gradients", "optimiser", "averaged weights")}
+    return {
+        **split,
+        "weights of teacher and student": FP32 * (numbers + numbers // processes),
+        "gathered weights and gradients": FP32 * gathered,
+        "weights in half precision": min(parts["weights in half precision"], 2 * block),
+    }
+
+
+def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> dict[str, int]:
+    numbers = sum(parameter.numel() for parameter in student.parameters())
+    parameters = trainable_parameters(student, stage)
+    trained = sum(parameter.numel() for parameter in parameters.values())
+    matrices = [each.numel() for each in hidden_matrices(parameters).values()] if stage.optimizer == "muon" else []
+    updated = 0
+    if stage.trainable == "lora":
+        shapes = [layer.weight.shape for layer in lora_targets(student)]
+        trained += sum(stage.lora_rank * sum(shape) for shape in shapes)
+        updated = sum(shape.numel() for shape in shapes)
+    return {
+        "gradients": FP32 * trained,
+        "optimiser": FP32 * (3 * trained - 2 * sum(matrices) + 3 * max(matrices, default=0)),
+        "averaged weights": FP32 * trained if stage.ema else 0,
+        "weights in half precision": 0 if dtype == "fp32" else 2 * numbers,
+        "weights with low-rank updates": FP32 * updated,
+    }
+
+
+def _forward(config: TransformerConfig, stage: StageRecipe, per_token: _Activations) -> dict[str, int]:
+    tokens = stage.batch * config.pyramid.total
+    return {
+        "activations": tokens * config.width * (per_token.block * config.depth + per_token.rest),
+        "logits": tokens * config.vocab * per_token.head,
+    }

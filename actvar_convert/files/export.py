@@ -1,0 +1,121 @@
+"""The way back: a model's dense skeleton under the official names, for programs that know VAR and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from actvar_convert.errors import InputError
+from actvar_convert.files.describe import counted
+from actvar_convert.files.keymap import reference_tokenizer, sparse_addition
+from actvar_convert.files.replacing import replacing, require_space
+from actvar_convert.files.shards import METADATA, size_of
+from actvar_convert.models.model import VARModel
+
+ENDINGS = (".safetensors", ".pth", ".pt")
+
+
+class Exported(NamedTuple):
+    """What an export wrote.
+
+    Attributes:
+        files: the transformer's file, and the tokenizer's where it was asked for.
+        left_out: what the reference has no place for, with the number of blocks that had it: "routers of 8 blocks".
+    """
+
+    files: tuple[Path, ...]
+    left_out: tuple[str, ...]
+
+
+def dense_skeleton(model: VARModel) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of the transformer under their official names, and what was left out.
+
+    The neurons of a sparse FFN go back to the places that ``ffn.permutation`` records, so an undistilled conversion
+    gives its source bit by bit; routers, gates, reconstructions and constants of inactive experts are dropped.
+    """
+    state = model.transformer.state_dict()
+    out: dict[str, Tensor] = {}
+    dropped: dict[str, set[str]] = {}
+    for name, tensor in state.items():
+        what = sparse_addition(name)
+        if what is None:
+            out[name] = _in_order(name, tensor, state)
+        else:
+            dropped.setdefault(what, set()).add(name.split(".")[1])
+    blocks = Counter({what: len(indices) for what, indices in dropped.items()})
+    blocks.pop("order of neurons", None)
+    return out, tuple(f"{what} of {counted(count, 'block')}" for what, count in blocks.items())
+
+
+def _in_order(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of an FFN with its neurons in the dense model's order; any other as it is."""
+    block, _, leaf = name.partition(".ffn.")
+    order = state.get(f"{block}.ffn.permutation")
+    if order is None or leaf not in ("fc1.weight", "fc1.bias", "fc2.weight"):
+        return tensor
+    return tensor.index_select(1 if leaf == "fc2.weight" else 0, torch.argsort(order))
+
+
+def export_reference(model: VARModel, out: Path, vae_out: Path | None = None) -> Exported:
+    """Writes the dense skeleton, and if asked for the tokenizer, as files of the official layout.
+
+    Args:
+        model: sparse, or dense to change its format.
+        out: file of the transformer, ending in .safetensors, .pth or .pt; nothing is replaced.
+        vae_out: file of the tokenizer.
+
+    Raises:
+        InputError: an ending that says no format, a file that exists, or one that cannot be written. Nothing is left
+            behind then.
+    """
+    _check_targets([path for path in (out, vae_out) if path is not None])
+    transformer, left_out = dense_skeleton(model)
+    parts = {out: transformer}
+    if vae_out is not None:
+        parts[vae_out] = reference_tokenizer(model.tokenizer.state_dict())
+    written: list[Path] = []
+    try:
+        for path, tensors in parts.items():
+            require_space(path.parent, size_of(tensors))
+            with replacing(path) as temporary:
+                _write(temporary, path.suffix, tensors)
+            written.append(path)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return Exported(tuple(written), left_out)
+
+
+def _check_targets(paths: list[Path]) -> None:
+    problems = [f"{path}: end it in {', '.join(ENDINGS)}" for path in paths if path.suffix not in ENDINGS]
+    problems += [f"{path}: exists already; choose another name, or remove it" for path in paths if path.exists()]
+    problems += [f"there is no folder {path.parent}; make it first" for path in paths if not path.parent.is_dir()]
+    if len({path.absolute() for path in paths}) < len(paths):
+        problems.append(f"{paths[0]}: given for the transformer and for the tokenizer; give two files")
+    if problems:
+        raise InputError("cannot export:", problems)
+
+
+def _write(path: Path, ending: str, tensors: Mapping[str, Tensor]) -> None:
+    ready = {name: _alone(tensor) for name, tensor in tensors.items()}
+    if ending == ".safetensors":
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(ready, path, metadata=METADATA)
+        path.chmod(mode)  # safetensors writes through a temporary file that only its owner may read
+    else:
+        with path.open("wb") as file:  # so that a full disk is an OSError
+            torch.save(ready, file)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU with a memory of its own: PyTorch's format stores all that a tensor is a view of."""
+    ready = tensor.detach().cpu().contiguous()
+    return ready if ready.untyped_storage().nbytes() == ready.numel() * ready.element_size() else ready.clone()

@@ -1,0 +1,363 @@
+"""The configuration of a model, read from the names and shapes of its tensors.
+
+Every number is taken from several tensors and decided by majority, so that one mis-shaped tensor is reported as such
+and does not change the reading of all others.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from actvar_convert.errors import CheckpointError
+from actvar_convert.files.official import SIDES_256, SIDES_512, official_depth
+from actvar_convert.models.config import MAX_BLOCKS, MAX_TOKENS, TokenizerConfig, TokenPyramid, TransformerConfig
+
+DEFAULT_RESIDUAL_RATIO = 0.5
+_HEAD_DIM = 64
+
+GIVE_HEADS = (
+    'give them with --heads (heads=, or heads in a recipe), or in a config.json beside the file: {"num_heads": ...}'
+)
+GIVE_SIDES = (
+    "give the side of every scale with --sides 1,2,3,... (sides=, or sides in a recipe), or in a config.json beside "
+    'the file: {"patch_nums": [1, 2, 3, ...]}'
+)
+
+
+class Overrides(NamedTuple):
+    """What the caller knows better than the file; None: read it from the file.
+
+    Attributes:
+        heads: attention heads (needed where attention is not L2-normalised and head dimension is not 64).
+        residual_ratio: share of the phi convolution in its output (no tensor tells it; 0.5 unless given).
+        sides: token pyramid (needed where ``lvl_1L`` is absent and the pyramid is not a published one).
+    """
+
+    heads: int | None = None
+    residual_ratio: float | None = None
+    sides: Sequence[int] | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """Names of what was given."""
+        return [name for name, value in self._asdict().items() if value is not None]
+
+    def as_origin(self) -> dict[str, str]:
+        """What was given, as ``VARModel.origin`` keeps it; the sides as 1,2,3."""
+        texts = {name: str(value) for name, value in self._asdict().items() if value is not None}
+        return texts if self.sides is None else {**texts, "sides": _list(self.sides)}
+
+    @classmethod
+    def from_origin(cls, origin: Mapping[str, str]) -> Overrides:
+        """The way back from ``as_origin``; other entries are passed over."""
+        heads, ratio, sides = (origin.get(name) for name in cls._fields)
+        return cls(
+            None if heads is None else int(heads),
+            None if ratio is None else float(ratio),
+            None if sides is None else tuple(int(side) for side in sides.split(",")),
+        )
+
+
+class TokenizerShape(NamedTuple):
+    """What the tensors of a VQVAE tell; the pyramid is known to its transformer alone.
+
+    Attributes:
+        scales: number of scales; None where the file does not say.
+    """
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    res_blocks: int
+    vocab: int
+    z_channels: int
+    phis: int
+    scales: int | None
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per side of a token of the finest scale."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+    def config(self, sides: Sequence[int], residual_ratio: float | None) -> TokenizerConfig:
+        """The configuration with the pyramid of a transformer.
+
+        Raises:
+            CheckpointError: the values do not make a tokenizer.
+        """
+        ratio = DEFAULT_RESIDUAL_RATIO if residual_ratio is None else residual_ratio
+        try:
+            return TokenizerConfig(
+                ch=self.ch,
+                ch_mult=self.ch_mult,
+                res_blocks=self.res_blocks,
+                vocab=self.vocab,
+                z_channels=self.z_channels,
+                sides=tuple(sides),
+                residual_ratio=ratio,
+                phis=self.phis,
+            )
+        except ValidationError as error:
+            raise CheckpointError("the tokenizer's shapes contradict each other:", messages(error)) from error
+
+
+def messages(error: ValidationError) -> list[str]:
+    """The problems that pydantic found, one sentence each."""
+    return [
+        ": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, "))))
+        for item in error.errors()
+    ]
+
+
+def infer_transformer(
+    tensors: Mapping[str, Tensor], overrides: Overrides, hints: Mapping[str, Any] | None = None
+) -> TransformerConfig:
+    """Configuration of a VAR transformer from its tensors (values are read of ``lvl_1L`` alone).
+
+    Args:
+        tensors: by their names in the reference; meta tensors will do.
+        overrides: see Overrides.
+        hints: the config.json beside the file, as the reference's hub mixin writes it, for what tensors do not tell.
+
+    Raises:
+        CheckpointError: something cannot be read from the file or contradicts an override.
+    """
+    hints = hints or {}
+    depth = _count(tensors, r"blocks\.(\d+)\.", "blocks", MAX_BLOCKS)
+    block = [f"blocks.{index}" for index in range(depth)]
+    vote = _Votes(tensors)
+    width = vote(
+        "width", ("class_emb.weight", 1), ("lvl_embed.weight", 1), ("pos_start", 2), ("pos_1LC", 2), ("head.weight", 1),
+        *((f"{name}.attn.proj.weight", 0) for name in block),
+    )  # fmt: skip
+    hidden = vote("FFN hidden neurons", *((f"{b}.ffn.fc1.{leaf}", 0) for b in block for leaf in ("weight", "bias")))
+    vocab = vote("codebook size", ("head.bias", 0), ("head.weight", 0))
+    z_channels = _other_side(vote, "word_embed.weight", width)
+    classes = vote("classes", ("class_emb.weight", 0)) - 1
+    scales = vote("scales", ("lvl_embed.weight", 0))
+    total = vote("tokens", ("pos_1LC", 1), ("lvl_1L", 1))
+    normalised = vote.any(f"{name}.attn.scale_mul_1H11" for name in block)
+    vote.finish()
+    read_heads = vote("heads", *((f"{name}.attn.scale_mul_1H11", 1) for name in block)) if normalised else None
+    vote.finish()
+    try:
+        return TransformerConfig(
+            depth=depth,
+            width=width,
+            heads=_heads(width, read_heads, overrides, hints),
+            hidden=hidden,
+            sides=_sides(total, scales, tensors.get("lvl_1L"), overrides, hints),
+            vocab=vocab,
+            z_channels=z_channels,
+            classes=classes,
+            shared_adaln="shared_ada_lin.1.weight" in tensors or vote.any(f"{name}.ada_gss" for name in block),
+            l2_attention=normalised,
+            norm_eps=hints.get("norm_eps", 1e-6),
+        )
+    except ValidationError as error:
+        raise CheckpointError("the transformer's shapes contradict each other:", messages(error)) from error
+
+
+class Depth(NamedTuple):
+    """How many blocks a model should have, and what says so.
+
+    Attributes:
+        told_by: a clause without its end: "its config.json says 16".
+    """
+
+    blocks: int
+    told_by: str
+
+
+def missing_blocks(config: TransformerConfig, hints: Mapping[str, Any]) -> Depth | None:
+    """The depth that a model should have where its file ends before the last block; None where nothing tells that.
+
+    The tensors cannot tell: a file whose last blocks are missing looks like one of fewer blocks. The config.json beside
+    it does, and comes before the published model of the same width, classes, codebook and pyramid.
+    """
+    said = hints.get("depth")
+    if type(said) is int and said <= MAX_BLOCKS:
+        return Depth(said, f"its config.json says {said}") if said > config.depth else None
+    published = official_depth(config)
+    if published is None or published <= config.depth:
+        return None
+    return Depth(published, f"VAR-d{published}, which is of this width and equal in all else, has {published}")
+
+
+def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:
+    """Shape of a VAR VQVAE from its tensors; meta tensors will do.
+
+    Raises:
+        CheckpointError: something cannot be read from the file.
+    """
+    vote = _Votes(tensors)
+    levels = _count(tensors, r"encoder\.down\.(\d+)\.", "resolutions of the encoder", 16)
+    blocks = _count(tensors, r"encoder\.down\.\d+\.block\.(\d+)\.", "residual blocks of the encoder", 64)
+    phis = _count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "phi convolutions", 64)
+    ch = vote(
+        "base channels", ("encoder.conv_in.bias", 0), ("encoder.conv_in.weight", 0), ("decoder.conv_out.weight", 1)
+    )
+    widths = [
+        vote(
+            f"channels at resolution {level}",
+            *(
+                (f"{side}.{level}.block.{index}.{leaf}", 0)
+                for side in ("encoder.down", "decoder.up")
+                for index in range(blocks)
+                for leaf in ("norm2.weight", "conv2.bias")
+            ),
+        )
+        for level in range(levels)
+    ]
+    vocab = vote("codebook size", ("quantize.embedding.weight", 0), ("quantize.ema_vocab_hit_SV", 1))
+    z_channels = vote(
+        "code channels", ("quantize.embedding.weight", 1), ("quant_conv.bias", 0), ("encoder.conv_out.bias", 0),
+        ("post_quant_conv.bias", 0), ("decoder.conv_in.weight", 1),
+    )  # fmt: skip
+    vote.finish()
+    hits = tensors.get("quantize.ema_vocab_hit_SV")
+    if any(width % ch for width in widths):
+        raise CheckpointError(f"the tokenizer's channels {widths} are not multiples of its base channels {ch}.")
+    multipliers = tuple(width // ch for width in widths)
+    return TokenizerShape(ch, multipliers, blocks, vocab, z_channels, phis, None if hits is None else hits.shape[0])
+
+
+def chosen_ratio(overrides: Overrides, hints: Mapping[str, Any]) -> float | None:
+    """Share of the phi convolution: as given, or as a hub folder's config says, or None."""
+    if overrides.residual_ratio is not None:
+        return overrides.residual_ratio
+    arguments = hints.get("vae_kwargs")
+    ratio = arguments.get("quant_resi") if isinstance(arguments, Mapping) else None
+    return abs(float(ratio)) if isinstance(ratio, int | float) else None
+
+
+def agreement_problems(config: TransformerConfig, shape: TokenizerShape) -> list[str]:
+    """Where transformer and tokenizer contradict each other, with both values."""
+    pairs = (
+        ("codebook size", config.vocab, shape.vocab),
+        ("code channels", config.z_channels, shape.z_channels),
+        ("scales", len(config.sides), len(config.sides) if shape.scales is None else shape.scales),
+    )
+    return [f"{what}: transformer {ours}, tokenizer {theirs}" for what, ours, theirs in pairs if ours != theirs]
+
+
+class _Votes:
+    """Sizes of tensors by majority; collects what nothing tells, to be raised by ``finish`` all at once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.problems: list[str] = []
+
+    def __call__(self, what: str, *places: tuple[str, int]) -> int:
+        """The commonest size at the given (name, dimension) places; -1 when there is none."""
+        sizes = [self.shapes[n][d] for n, d in places if n in self.shapes and d < len(self.shapes[n])]
+        if not sizes:
+            names = list(dict.fromkeys(name for name, _ in places))
+            self.problems.append(f"{what}: {' and '.join(names[:3])} would tell, and are missing")
+            return -1
+        return Counter(sizes).most_common(1)[0][0]
+
+    def any(self, names: Iterable[str]) -> bool:
+        return any(name in self.shapes for name in names)
+
+    def finish(self) -> None:
+        if self.problems:
+            raise CheckpointError("the shape of the model cannot be read from its tensors:", self.problems)
+
+
+def _other_side(vote: _Votes, name: str, known: int) -> int:
+    """Input size of a linear layer whose output size is known, even if its weight is stored transposed."""
+    shape = vote.shapes.get(name, ())
+    if len(shape) == 2 and shape[0] != known and shape[1] == known:
+        return shape[0]
+    return vote(f"columns of {name}", (name, 1))
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str, what: str, limit: int) -> int:
+    """One more than the largest index that occurs in names of this pattern."""
+    found = {int(match[1][:9]) for match in map(re.compile(pattern).match, tensors) if match}
+    if not found:
+        raise CheckpointError(f"the file has no {what}: it is incomplete. Get it from its source again.")
+    count = max(found) + 1
+    if count > limit or len(found) < count / 2:
+        raise CheckpointError(
+            f"the file has {len(found)} {what}, the last of index {count - 1}: most are missing. Get it again."
+        )
+    return count
+
+
+def _heads(width: int, read: int | None, overrides: Overrides, hints: Mapping[str, Any]) -> int:
+    if read is not None:
+        if overrides.heads not in (None, read):
+            raise CheckpointError(f"heads was given as {overrides.heads}, the file has {read}. Leave it out.")
+        return read
+    heads = hints.get("num_heads") if overrides.heads is None else overrides.heads
+    if heads is not None:
+        if type(heads) is not int:
+            raise CheckpointError(f"config.json gives {heads!r} as num_heads; a whole number was expected. Correct it.")
+        return heads
+    if width % _HEAD_DIM:
+        raise CheckpointError(
+            f"the number of attention heads cannot be read from the file (attention is not L2-normalised, and width "
+            f"{width} is not a multiple of {_HEAD_DIM}); {GIVE_HEADS}."
+        )
+    return width // _HEAD_DIM
+
+
+def _sides(
+    total: int, scales: int, level: Tensor | None, overrides: Overrides, hints: Mapping[str, Any]
+) -> tuple[int, ...]:
+    if total > MAX_TOKENS:
+        raise CheckpointError(f"the file claims pyramids of {total:,} tokens; at most {MAX_TOKENS:,} are supported.")
+    read = _read_levels(level, total, scales)
+    given = overrides.sides or (None if read else hints.get("patch_nums"))
+    if given is not None:
+        if not isinstance(given, Sequence) or not all(type(side) is int for side in given):
+            raise CheckpointError(
+                f"config.json gives {given!r} as patch_nums; a list of whole numbers was expected. Correct it."
+            )
+        sides = tuple(given)
+        if len(sides) != scales or sum(side * side for side in sides) != total or (read and sides != read):
+            raise CheckpointError(
+                f"the pyramid was given as {_list(sides)} ({len(sides)} scales, {sum(s * s for s in sides)} tokens); "
+                f"the file has {scales} scales and {total} tokens{f', {_list(read)}' if read else ''}."
+            )
+        return sides
+    if read:
+        return read
+    for standard in (SIDES_256, SIDES_512):
+        if (TokenPyramid(sides=standard).total, len(standard)) == (total, scales):
+            return standard
+    raise CheckpointError(
+        f"the token pyramid cannot be read from the file: lvl_1L is absent, and {scales} scales with {total} tokens "
+        f"are none of the published pyramids; {GIVE_SIDES}."
+    )
+
+
+def _read_levels(level: Tensor | None, total: int, scales: int) -> tuple[int, ...]:
+    """Sides of the scales from the level of every token; empty when there are no values to read."""
+    if level is None or level.is_meta or level.numel() != total:
+        return ()
+    counts = torch.bincount(level.flatten().long().clamp(0, MAX_TOKENS), minlength=scales).tolist()
+    sides = tuple(math.isqrt(count) for count in counts)
+    sorted_levels = bool((level.flatten().diff() >= 0).all())
+    if (
+        len(counts) != scales
+        or any(side * side != n for side, n in zip(sides, counts, strict=True))
+        or not sorted_levels
+    ):
+        raise CheckpointError(
+            f"lvl_1L does not describe square token maps: {_list(counts[:32])} tokens per scale. The file is damaged."
+        )
+    return sides
+
+
+def _list(values: Iterable[int]) -> str:
+    return ",".join(map(str, values))

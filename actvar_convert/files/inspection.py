@@ -1,0 +1,265 @@
+"""What is in a file or folder: a value that the loader's rules make and that a command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from actvar_convert.files.describe import count_text, counted, describe, describe_tokenizer, dtype_name
+from actvar_convert.files.infer import (
+    GIVE_HEADS,
+    Overrides,
+    TokenizerShape,
+    agreement_problems,
+    chosen_ratio,
+    infer_tokenizer,
+    infer_transformer,
+    missing_blocks,
+)
+from actvar_convert.files.keymap import OPTIONAL_SUFFIXES
+from actvar_convert.files.locate import is_sparse_folder
+from actvar_convert.files.official import official_depth
+from actvar_convert.files.parts import DenseFiles, problems_of, read_dense, what_instead
+from actvar_convert.files.reading import require_exists
+from actvar_convert.files.skeleton import FLOATS, NoWeights, common_dtype, compare, count_nonfinite
+from actvar_convert.files.sniff import sniff
+from actvar_convert.files.sparse_config import SparseConfig
+from actvar_convert.files.sparse_folder import checked_config
+from actvar_convert.files.sparse_weights import read_sparse_weights, sparse_skeleton
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.plan import SparsityPlan
+
+Kind = Literal["var", "vqvae", "sparse", "other"]
+
+_USUAL_CLASSES = 1000
+"""Of the published models; taken for a file that lacks the only tensor that tells, to look at the rest of it."""
+
+
+class Inspection(BaseModel):
+    """What a file or folder holds.
+
+    Names of tensors in ``missing``, ``unexpected`` and ``mis_shaped`` are those of the reference; the tokenizer's start
+    with ``tokenizer.`` when both parts are there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    schema_: str = Field("actvar.inspect/1", alias="schema", description="name and version of this report")
+    path: str
+    kind: Kind = Field(description="var: a transformer, with or without tokenizer; vqvae: a tokenizer alone")
+    line: str = Field(description="everything important in one line")
+    config: TransformerConfig | None = Field(None, description="shape of the transformer")
+    tokenizer: TokenizerConfig | None = Field(None, description="shape of the tokenizer, where its pyramid is known")
+    parameters: int = Field(0, description="values of all weights of the transformer (of the VQVAE where it is alone)")
+    dtype: str | None = Field(None, description="number format of most weights")
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mis_shaped: tuple[str, ...] = Field((), description="name: shape in the file, shape needed")
+    disagreements: tuple[str, ...] = Field((), description="where transformer and tokenizer contradict each other")
+    nonfinite: int | None = Field(None, description="NaN and infinite values; None: not counted")
+    guess: str | None = Field(None, description="what the file is when it is not a VAR")
+    notes: tuple[str, ...] = Field((), description="what was assumed or is odd, one sentence each")
+    plans: dict[str, float] = Field({}, description="sparse: share of the FFN work that every plan computes")
+    default_plan: str | None = Field(None, description="sparse: the plan in force")
+    provenance: dict[str, Any] = Field({}, description="sparse: tool version, source and recipe with their hashes")
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing keeps the model from being loaded, as far as was looked."""
+        broken = self.missing or self.unexpected or self.mis_shaped or self.disagreements or self.nonfinite
+        return self.kind != "other" and not broken
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return self.model_dump_json(indent=2, by_alias=True)
+
+
+def inspect_file(
+    path: str | Path,
+    vae: str | Path | None = None,
+    *,
+    values: bool = False,
+    heads: int | None = None,
+    residual_ratio: float | None = None,
+    sides: Sequence[int] | None = None,
+) -> Inspection:
+    """Tells what is in a weight file, a dense folder or a sparse folder from names and shapes.
+
+    Args:
+        path: file or folder. vae, heads, residual_ratio and sides are for dense ones, see ``refuse_unneeded``.
+        vae: tokenizer file, to check that it fits.
+        values: also read every value and count those that are NaN or infinite.
+        heads, residual_ratio, sides: see Overrides.
+
+    Raises:
+        InputError: no such path, or no permission.
+        CheckpointError: the file is damaged or would need code execution; a sparse folder is not complete.
+    """
+    path = Path(path)
+    require_exists(path)
+    overrides = Overrides(heads, residual_ratio, sides)
+    if is_sparse_folder(path):
+        return _inspect_sparse(path, values)
+    if path.is_file() and not path.name.endswith(".json"):
+        sniffed = sniff(path)
+        if sniffed.format == "other":
+            return Inspection(
+                path=str(path), kind="other", line=f"Not weights: {sniffed.what}. {sniffed.remedy}", guess=sniffed.what
+            )
+    files = read_dense(path, None if vae is None else Path(vae))
+    with problems_of(path):
+        if files.transformer is not None:
+            return _inspect_transformer(path, files, overrides, values)
+        if files.tokenizer is not None:
+            return _inspect_tokenizer(path, files, values)
+    what = what_instead(files.rest)
+    return Inspection(path=str(path), kind="other", line=f"Not a VAR: {what}.", guess=what, notes=tuple(files.notes))
+
+
+class _Findings:
+    """Collects the comparisons of one or two parts."""
+
+    def __init__(self, values: bool) -> None:
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.mis_shaped: list[str] = []
+        self.nonfinite: int | None = 0 if values else None
+
+    def add(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        found = compare(module, tensors)
+        self.missing += [prefix + name for name in found.missing]
+        self.unexpected += [prefix + name for name in found.unexpected]
+        self.mis_shaped += [prefix + line for line in found.mis_shaped]
+        if self.nonfinite is not None:
+            weights = {name: tensor for name, tensor in tensors.items() if tensor.dtype in FLOATS}
+            self.nonfinite += sum(count_nonfinite(weights).values())
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "missing": tuple(self.missing),
+            "unexpected": tuple(self.unexpected),
+            "mis_shaped": tuple(self.mis_shaped),
+            "nonfinite": self.nonfinite,
+        }
+
+
+def _parameters(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() for name, t in tensors.items() if not name.endswith(OPTIONAL_SUFFIXES))
+
+
+def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, values: bool) -> Inspection:
+    assert files.transformer is not None
+    told, notes = dict(files.transformer), list(files.notes)
+    if "class_emb.weight" not in told:
+        told["class_emb.weight"] = torch.empty(_USUAL_CLASSES + 1, device="meta")
+        notes.append(f"class_emb.weight is missing, and nothing else tells the classes; {_USUAL_CLASSES} is a guess")
+    config = infer_transformer(told, overrides, files.hints)
+    findings = _Findings(values)
+    with NoWeights():
+        whole = missing_blocks(config, files.hints)
+        needed = config if whole is None else config.model_copy(update={"depth": whole.blocks})
+        findings.add(VARTransformer(needed), files.transformer)
+    if "lvl_1L" not in files.transformer and overrides.sides is None:
+        notes.append(f"the pyramid {','.join(map(str, config.sides))} was inferred from its size (lvl_1L is absent)")
+    if not config.l2_attention and overrides.heads is None:
+        notes.append(f"{config.heads} heads follow the rule width / 64; if they are others, {GIVE_HEADS}")
+    published = official_depth(config)
+    if whole is not None:
+        notes.append(f"the file ends after {counted(config.depth, 'block')}; {whole.told_by}: the rest is missing")
+    elif published is not None and published != config.depth:
+        notes.append(f"width {config.width} is that of VAR-d{published}; this one has {config.depth} blocks")
+    tokenizer, disagreements = None, []
+    if files.tokenizer is not None:
+        shape = infer_tokenizer(files.tokenizer)
+        tokenizer = shape.config(config.sides, chosen_ratio(overrides, files.hints))
+        with NoWeights():
+            findings.add(VQVAE(tokenizer), files.tokenizer, "tokenizer.")
+        disagreements = agreement_problems(config, shape)
+        notes.append(describe_tokenizer(shape, _parameters(files.tokenizer), common_dtype(files.tokenizer.values())))
+    parameters, dtype = _parameters(files.transformer), common_dtype(files.transformer.values())
+    return Inspection(
+        path=str(path),
+        kind="var",
+        line=describe(config, parameters, dtype),
+        config=config,
+        tokenizer=tokenizer,
+        parameters=parameters,
+        dtype=dtype_name(dtype),
+        disagreements=tuple(disagreements),
+        notes=tuple(notes),
+        **findings.fields(),
+    )
+
+
+def _inspect_tokenizer(path: Path, files: DenseFiles, values: bool) -> Inspection:
+    assert files.tokenizer is not None
+    shape = infer_tokenizer(files.tokenizer)
+    parameters, dtype = _parameters(files.tokenizer), common_dtype(files.tokenizer.values())
+    findings = _Findings(values)
+    with NoWeights():
+        findings.add(VQVAE(_any_pyramid(shape)), files.tokenizer)
+    return Inspection(
+        path=str(path),
+        kind="vqvae",
+        line=describe_tokenizer(shape, parameters, dtype),
+        parameters=parameters,
+        dtype=dtype_name(dtype),
+        notes=("the pyramid is not in this file; it comes with the transformer", *files.notes),
+        **findings.fields(),
+    )
+
+
+def _any_pyramid(shape: TokenizerShape) -> TokenizerConfig:
+    """A configuration whose tensors have the right shapes, whatever the sides are."""
+    return shape.config(range(1, (shape.scales or 1) + 1), None)
+
+
+def _inspect_sparse(folder: Path, values: bool) -> Inspection:
+    config = checked_config(folder)
+    weights = read_sparse_weights(folder)
+    findings = _Findings(values)
+    transformer, tokenizer = sparse_skeleton(config)
+    findings.add(transformer, weights.transformer)
+    findings.add(tokenizer, weights.tokenizer, "tokenizer.")
+    parameters, dtype = _parameters(weights.transformer), common_dtype(weights.transformer.values())
+    plans = {name: _active_share(config.transformer, plan) for name, plan in config.plans.items()}
+    return Inspection(
+        path=str(folder),
+        kind="sparse",
+        line=f"Sparse {describe(config.transformer, parameters, dtype)}; {_plans_text(config, plans)}",
+        config=config.transformer,
+        tokenizer=config.tokenizer,
+        parameters=parameters,
+        dtype=dtype_name(dtype),
+        plans=plans,
+        default_plan=config.default_plan,
+        provenance=config.provenance.model_dump(exclude_none=True),
+        notes=(f"tokenizer: {count_text(_parameters(weights.tokenizer))} parameters",),
+        **findings.fields(),
+    )
+
+
+def _active_share(config: TransformerConfig, plan: SparsityPlan) -> float:
+    """Share of all (token, expert) pairs of an image that the plan computes."""
+    lengths = config.pyramid.lengths
+    computed = sum(
+        plan.active(block, scale) * plan.blocks[block].kept(scale, length)
+        for block in range(config.depth)
+        for scale, length in enumerate(lengths)
+    )
+    return computed / (plan.experts * config.depth * config.pyramid.total)
+
+
+def _plans_text(config: SparseConfig, plans: Mapping[str, float]) -> str:
+    default = config.default_plan
+    text = f"plan {default}: {plans[default]:.0%} of the expert work ({config.plans[default].experts} experts per FFN)"
+    if config.plans[default].guidance == "folded":
+        text += ", guidance folded in"
+    return text if len(plans) == 1 else f"{text} ({len(plans)} plans)"

@@ -1,0 +1,117 @@
+"""The state of an unfinished training run: one file that is replaced whole, and checked before it is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from actvar_convert.errors import CheckpointError
+from actvar_convert.files.reading import read_metadata, read_tensors
+from actvar_convert.files.replacing import replacing, require_space, sha256_of
+from actvar_convert.files.shards import size_of
+from actvar_convert.files.sniff import sniff
+
+__all__ = ["RunState", "Scalar", "check_run_state", "fingerprint_of", "load_run_state", "save_run_state", "sha256_of"]
+
+Scalar = bool | int | float | str | None | list["Scalar"] | dict[str, "Scalar"]
+
+_FORMAT = "actvar-run-state/1"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the rest of a training run depends on.
+
+    Attributes:
+        tensors: weights, averages, optimiser state, states of random generators, by any unique names.
+        scalars: steps, stage and the like; what JSON can hold.
+        fingerprint: identifies recipe and teacher; a run with another one must not be continued.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+def fingerprint_of(*parts: str | bytes) -> str:
+    """One short string for all that a run depends on (the recipe's text, the teacher's hash, ...)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def save_run_state(path: str | Path, state: RunState) -> None:
+    """Writes the state to a file; an earlier state stays until the new one is complete on the disk.
+
+    Raises:
+        InputError: the file cannot be written; the earlier state is still there then.
+    """
+    path = Path(path)
+    tensors = _separate(state.tensors)
+    require_space(path.parent, size_of(tensors))
+    metadata = {
+        "format": "pt",
+        "content": _FORMAT,
+        "fingerprint": state.fingerprint,
+        "scalars": json.dumps(dict(state.scalars)),
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_run_state(path: str | Path, fingerprint: str) -> RunState:
+    """The state in a file, its tensors on the CPU.
+
+    Args:
+        path: as given to ``save_run_state``.
+        fingerprint: of the run that wants to continue.
+
+    Raises:
+        InputError: no such file, or no permission.
+        CheckpointError: the file is damaged, or the state belongs to another recipe or teacher.
+    """
+    scalars = check_run_state(path, fingerprint)
+    return RunState({name: t.clone() for name, t in read_tensors(Path(path)).items()}, scalars, fingerprint)
+
+
+def check_run_state(path: str | Path, fingerprint: str) -> dict[str, Scalar]:
+    """The scalars of a state that a run may continue from; arguments and errors as for ``load_run_state``."""
+    path = Path(path)
+    over = f"To start over, delete {path}."
+    if sniff(path).format != "safetensors":
+        raise CheckpointError(f"{path} is not the state of a run, or was cut short. {over}")
+    try:
+        metadata = read_metadata(path)
+        scalars: dict[str, Scalar] = json.loads(metadata.get("scalars", ""))
+    except (CheckpointError, ValueError) as error:
+        raise CheckpointError(f"{path}, the state of an unfinished run, is damaged. {over}") from error
+    if metadata.get("content") != _FORMAT:
+        raise CheckpointError(f"{path} is not the state of a run that this version can continue. {over}")
+    if metadata.get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"{path} is the state of a run with another recipe or teacher; continuing it would mix the two. "
+            f"Run the command with the recipe and teacher it was started with. {over}"
+        )
+    return scalars
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as the file format needs them."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        ready = tensor.detach().cpu().contiguous()
+        address = ready.untyped_storage().data_ptr()
+        if address in seen or ready.untyped_storage().nbytes() != ready.numel() * ready.element_size():
+            ready = ready.clone()
+        seen.add(address)
+        out[name] = ready
+    return out

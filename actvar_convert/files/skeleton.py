@@ -1,0 +1,135 @@
+"""Models without memory for their weights, to know what a file should hold and to take its tensors as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from actvar_convert.files.keymap import DERIVED_SUFFIXES, OPTIONAL_SUFFIXES
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.vqvae import VQVAE
+
+FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+"""Number formats that weights may have, with the names that people read."""
+
+_SHOWN = 12
+
+
+_STARTING_VALUES = frozenset({"uniform_", "normal_", "kaiming_uniform_", "fill_", "zero_", "zeros_", "ones_"})
+"""Functions that give weights their starting values. On tensors without memory they would do nothing, but only after
+PyTorch has imported its symbolic arithmetic for them: a second, and 80 MB that stay."""
+
+
+class NoWeights(TorchFunctionMode):
+    """Inside, uninitialised tensors (weights of layers) have a shape but no memory; buffers have values as usual."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        elif getattr(func, "__name__", "") in _STARTING_VALUES:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
+
+
+def empty_dense(config: TransformerConfig, tokenizer: TokenizerConfig) -> tuple[VARTransformer, VQVAE]:
+    """Transformer and tokenizer whose weights have shapes but no memory."""
+    with NoWeights():
+        return VARTransformer(config), VQVAE(tokenizer)
+
+
+class Comparison(NamedTuple):
+    """How the tensors of a file differ from those that its model needs.
+
+    Attributes:
+        missing: needed and absent (optional buffers are not needed).
+        unexpected: present and unknown.
+        mis_shaped: "name: shape in the file, shape needed"; number formats that are no weights too.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mis_shaped: list[str]
+
+    def problems(self) -> list[str]:
+        """One line per problem; long lists are cut."""
+        lines = [
+            *_cut([f"{name} is missing" for name in self.missing]),
+            *_cut([f"{line}" for line in self.mis_shaped]),
+            *_cut([f"{name} is unknown" for name in self.unexpected]),
+        ]
+        return lines
+
+
+def _cut(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more like the last"]
+
+
+def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> Comparison:
+    """Names and shapes of ``tensors`` against the state of ``module``."""
+    needed = module.state_dict()
+    missing = [name for name in needed if name not in tensors and not name.endswith(OPTIONAL_SUFFIXES)]
+    mis_shaped = []
+    for name, own in needed.items():
+        given = tensors.get(name)
+        if given is None:
+            continue
+        if given.shape != own.shape:
+            mis_shaped.append(f"{name}: {list(given.shape)} in the file, {list(own.shape)} needed")
+        elif own.is_floating_point() and given.dtype not in FLOATS and not name.endswith(DERIVED_SUFFIXES):
+            mis_shaped.append(f"{name}: {given.dtype} in the file, fp16, bf16, fp32 or fp64 needed")
+    return Comparison(missing, [name for name in tensors if name not in needed], mis_shaped)
+
+
+def count_nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Names of tensors with NaN or infinite values, and how many; reads every value once, without a copy."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel() or name.endswith(DERIVED_SUFFIXES):
+            continue
+        if not all(bool(torch.isfinite(value)) for value in torch.aminmax(tensor)):
+            found[name] = int((~torch.isfinite(tensor)).sum())
+    return found
+
+
+def nonfinite_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """One line per tensor with NaN or infinite values."""
+    return _cut([f"{name} has {count:,} NaN or infinite values" for name, count in count_nonfinite(tensors).items()])
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Makes ``tensors`` the weights of ``module`` without copying those that have the dtype already.
+
+    The tensors must have been compared before; optional buffers that are absent keep the values of the module.
+    """
+    own = module.state_dict()
+    taken = {
+        name: _converted(tensor, dtype)
+        for name, tensor in tensors.items()
+        if name in own and not name.endswith(DERIVED_SUFFIXES)
+    }
+    module.load_state_dict(taken, strict=False, assign=True)
+    module.to(dtype)
+    module.eval()
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The floating-point dtype that most values have."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

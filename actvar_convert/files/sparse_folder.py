@@ -1,0 +1,267 @@
+"""Sparse folders: written whole or not at all, read with everything checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actvar_convert.errors import CheckpointError, InputError
+from actvar_convert.files.keymap import DERIVED_SUFFIXES
+from actvar_convert.files.locate import is_sparse_folder
+from actvar_convert.files.replacing import (
+    COMMIT,
+    explain_os_errors,
+    is_plain_name,
+    replacing_files,
+    require_space,
+    require_writable,
+)
+from actvar_convert.files.shards import size_of, write_weights
+from actvar_convert.files.skeleton import assign, compare, nonfinite_problems
+from actvar_convert.files.sparse_config import (
+    Provenance,
+    SamplingConfig,
+    SparseConfig,
+    provenance_of,
+    read_sparse_config,
+    recipe_digest,
+)
+from actvar_convert.files.sparse_weights import permutation_problems, read_sparse_weights, sparse_skeleton
+from actvar_convert.models.model import Sampling
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.recipe.yaml_text import read_yaml
+from actvar_convert.system.atomic import write_whole
+
+__all__ = [
+    "Provenance",
+    "checked_config",
+    "load_sparse",
+    "provenance_of",
+    "read_provenance",
+    "refuse_foreign",
+    "save_sparse",
+    "update_file",
+]
+
+SHARD_BYTES = 5e9
+OWNED = (
+    "config.json",
+    "recipe.yaml",
+    *(f"{stem}{ending}" for stem in ("model", "vae") for ending in (".safetensors", "-*-of-*.safetensors")),
+    *(f"{stem}.safetensors.index.json" for stem in ("model", "vae")),
+)
+"""Files that belong together; everything else in a sparse folder may be edited and deleted freely."""
+
+REPORTS = (
+    *("flops.json", "eval.json", "benchmark.json", "metrics.jsonl"),
+    *("samples.png", "report.html", "README.md"),
+)
+"""What is written about a model, beside it; these go when another model takes its place."""
+
+
+def save_sparse(
+    model: SparseVARModel,
+    folder: str | Path,
+    *,
+    provenance: Provenance | Mapping[str, Any] | None,
+    recipe_text: str,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Writes a sparse folder, or replaces the model in an existing one and its reports, and leaves other files alone.
+
+    Args:
+        model: what to write; a plan in force becomes the default one.
+        folder: its parents are created.
+        provenance: where the model came from (see ``provenance_of``); version and recipe hash are filled in. None: by
+            ``model.origin``.
+        recipe_text: the resolved recipe in YAML.
+        extra_files: reports and cards to appear together with the model, by name.
+
+    Returns:
+        the folder.
+
+    Raises:
+        InputError: the folder cannot be written or holds something else, or weights are not finite. Nothing is left
+            behind or changed then.
+    """
+    folder = Path(folder)
+    refuse_foreign(folder)
+    recipe = recipe_text.encode()
+    config = _config(model, provenance, recipe)
+    problems = [*config.problems(), *(f"extra file {name!r}" for name in extra_files or {} if not _free_name(name))]
+    if problems:
+        raise InputError(f"cannot write {folder}:", problems)
+    transformer, tokenizer = _stored(model.transformer), _stored(model.tokenizer)
+    spoilt = nonfinite_problems({**transformer, **{f"tokenizer: {name}": own for name, own in tokenizer.items()}})
+    if spoilt:
+        raise InputError(f"cannot write {folder}: a model with such weights could not be read again.", spoilt)
+    require_space(folder, size_of(transformer) + size_of(tokenizer) + sum(map(len, (extra_files or {}).values())))
+    with replacing_files(folder, (*OWNED, *REPORTS)) as staging:
+        write_weights(staging, "model", transformer, SHARD_BYTES)
+        write_weights(staging, "vae", tokenizer, SHARD_BYTES)
+        (staging / "recipe.yaml").write_bytes(recipe)
+        (staging / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for name, data in (extra_files or {}).items():
+            (staging / name).write_bytes(data)
+    return folder
+
+
+def refuse_foreign(folder: str | Path) -> None:
+    """Checks that a sparse folder may be written at a place: there is nothing yet, an empty folder, or a sparse one.
+
+    Hidden files do not count.
+
+    Raises:
+        InputError: a file is in the way, the folder holds something else, or nothing can be written there.
+    """
+    folder = Path(folder)
+    with explain_os_errors("look into", folder):
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise InputError(
+                f"cannot write the folder {folder}: {existing} is a file and in the way. Choose another name."
+            )
+        ours = existing != folder or is_sparse_folder(folder) or (folder / COMMIT).is_dir()
+        if not ours and (folder / "config.json").exists():
+            raise InputError(f"{folder} holds another model (its config.json is not ours). Choose another folder.")
+        if not ours and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise InputError(
+                f"{folder} exists and is not the folder of a sparse model. Move it away, or choose another with --out."
+            )
+    require_writable(folder)
+
+
+def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dtype | None = None) -> SparseVARModel:
+    """A sparse model from its folder, with every tensor's name, shape and finiteness checked.
+
+    Args:
+        folder: as written by ``save_sparse``; reports and cards in it may be missing or edited.
+        plan: name of the plan to put in force; None: the default.
+        dtype: of the transformer's weights; None: float32.
+
+    Raises:
+        InputError: no such folder, or no such plan.
+        CheckpointError: config, weights, tokenizer or recipe are missing, damaged or do not fit; all problems at once.
+    """
+    folder = Path(folder)
+    config = checked_config(folder)
+    if plan is not None and plan not in config.plans:
+        raise InputError(f"{folder} has no plan {plan!r}; it has {', '.join(config.plans)}.")
+    transformer, tokenizer = sparse_skeleton(config)
+    weights = read_sparse_weights(folder)
+    problems = [
+        *_problems("model", transformer, weights.transformer),
+        *_problems("vae", tokenizer, weights.tokenizer),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights in {folder} are damaged or of another model. Restore them from a copy, or convert again:",
+            problems,
+        )
+    assign(transformer, weights.transformer, dtype or torch.float32)
+    assign(tokenizer, weights.tokenizer, torch.float32)
+    sampling = Sampling(config.sampling.cfg, config.sampling.top_k, config.sampling.top_p)
+    model = SparseVARModel(transformer, tokenizer, sampling)
+    model.eval()
+    model.origin = {"path": str(folder.absolute())}
+    if plan is not None:
+        model.use_plan(plan)
+    return model
+
+
+def read_provenance(folder: str | Path) -> Provenance:
+    """Where the model of a sparse folder came from.
+
+    Raises:
+        InputError, CheckpointError: see load_sparse.
+    """
+    return read_sparse_config(Path(folder)).provenance
+
+
+def update_file(folder: str | Path, name: str, data: bytes) -> Path:
+    """Writes a report, picture or card into a sparse folder, whole or not at all; returns its path.
+
+    Raises:
+        InputError: the name is that of a file of the model, or the file cannot be written.
+    """
+    if not _free_name(name):
+        raise InputError(f"{name!r} cannot be the name of a report in a sparse folder. Use a plain, other file name.")
+    path = Path(folder) / name
+    with explain_os_errors("write", path):
+        write_whole(path, data)
+    return path
+
+
+def checked_config(folder: Path) -> SparseConfig:
+    """The configuration of a sparse folder of which nothing is missing or cut short; no weight is read.
+
+    Raises:
+        InputError: no such folder.
+        CheckpointError: what is wrong with config, recipe, weights and tokenizer, all problems at once.
+    """
+    problems: list[str] = []
+    config: SparseConfig | None = None
+    try:
+        config = read_sparse_config(folder)
+    except CheckpointError as error:
+        problems += [error.message, *error.problems]
+    problems += _recipe_problems(folder / "recipe.yaml", config.provenance.recipe_sha256 if config else None)
+    try:
+        read_sparse_weights(folder)
+    except CheckpointError as error:
+        problems += error.problems
+    if problems or config is None:
+        raise CheckpointError(f"{folder} cannot be used. Restore it from a copy, or convert again:", problems)
+    return config
+
+
+def _recipe_problems(path: Path, digest: str | None) -> list[str]:
+    if not path.is_file():
+        return ["recipe.yaml, the recipe that made the model, is missing"]
+    with explain_os_errors("read", path):
+        data = path.read_bytes()
+    try:
+        content = read_yaml(data.decode())
+    except ValueError as error:
+        return [f"recipe.yaml is not valid YAML: {error}"]
+    if not isinstance(content, dict):
+        return ["recipe.yaml is empty" if content is None else "recipe.yaml does not hold a mapping of settings"]
+    if digest is not None and recipe_digest(data) != digest:
+        return ["recipe.yaml was changed or cut short since the model was made (its SHA-256 differs)"]
+    return []
+
+
+def _problems(stem: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    found = compare(module, tensors).problems() or [*nonfinite_problems(tensors), *permutation_problems(tensors)]
+    return [f"{stem}: {problem}" for problem in found]
+
+
+def _config(model: SparseVARModel, provenance: Provenance | Mapping[str, Any] | None, recipe: bytes) -> SparseConfig:
+    if provenance is None:
+        given = provenance_of(model.origin)
+    else:
+        given = provenance if isinstance(provenance, Provenance) else Provenance(**provenance)
+    sampling = model.sampling
+    return SparseConfig(
+        transformer=model.transformer.config,
+        tokenizer=model.tokenizer.config,
+        sampling=SamplingConfig(cfg=sampling.cfg, top_k=sampling.top_k, top_p=sampling.top_p),
+        plans=model.plans,
+        default_plan=model.plan_name,
+        provenance=given.model_copy(
+            update={"tool_version": Provenance().tool_version, "recipe_sha256": recipe_digest(recipe)}
+        ),
+    )
+
+
+def _stored(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a module that a folder keeps: all but those that follow from the configuration."""
+    return {name: t for name, t in module.state_dict().items() if not name.endswith(DERIVED_SUFFIXES)}
+
+
+def _free_name(name: str) -> bool:
+    return is_plain_name(name) and not any(Path(name).match(pattern) for pattern in OWNED)

@@ -1,0 +1,99 @@
+"""How closely a student predicts what its teacher predicts: KL and top-1 agreement under teacher forcing.
+
+Shapes: B pyramids in hand, N pyramids in all, L tokens, S scales, V codebook size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actvar_convert.models.model import Sampling, VARModel, guided_as_sampled, guided_logits
+from actvar_convert.system.progress import Task
+
+HELD_OUT_SEED = 1_000_000_007
+"""Seed of the held-out pyramids: far from what people give as the seed of calibration and training samples."""
+
+LOGITS_AT_ONCE = 1 << 25
+"""Values of one logits tensor that are held at once (256 MiB in fp64); a few tensors of this size are needed."""
+
+
+@dataclass(frozen=True)
+class LogitsAgreement:
+    """Per pyramid and scale, averaged over the tokens of the scale.
+
+    Attributes:
+        kl_NS: KL(teacher || student) in nats per token, float64.
+        top1_NS: share of the tokens whose likeliest code is the teacher's, float64.
+        lengths: tokens of each scale.
+        guided_kl_NS: KL between guided predictions, float64; None where it was not asked for.
+    """
+
+    kl_NS: Tensor
+    top1_NS: Tensor
+    lengths: tuple[int, ...]
+    guided_kl_NS: Tensor | None = None
+
+    def per_token(self, value_NS: Tensor) -> Tensor:
+        """Mean over all tokens of each pyramid, [N]."""
+        weight = torch.tensor(self.lengths, dtype=torch.float64)
+        return value_NS @ (weight / weight.sum())
+
+
+@torch.inference_mode()
+def compare_logits(
+    student: VARModel,
+    teacher: VARModel,
+    tokens_NL: Tensor,
+    labels_N: Tensor,
+    task: Task,
+    *,
+    guided: Sampling | None = None,
+) -> LogitsAgreement:
+    """Student against teacher on pyramids [N, L] with their labels [N]: both see the true coarser scales.
+
+    A student whose guidance is folded is compared with the teacher's guided predictions.
+
+    Args:
+        task: told of every pyramid that is done.
+        guided: sampling under whose guidance predictions are compared as well, which takes both models twice as long;
+            not for a folded student.
+    """
+    config = teacher.transformer.config
+    lengths = config.pyramid.lengths
+    rows = max(1, min(64, LOGITS_AT_ONCE // (config.pyramid.total * config.vocab)))
+    folded = student.transformer.rows_per_image == 1
+    kl, top1, of_guided = [], [], []
+    for tokens_BL, labels_B in zip(torch.split(tokens_NL, rows), torch.split(labels_N, rows), strict=True):
+        labels_B = labels_B.to(teacher.device)
+        inputs = teacher.teacher_forcing_input(tokens_BL.to(teacher.device))
+        expected = guided_logits(teacher, labels_B, inputs) if folded else teacher.transformer(labels_B, inputs)
+        found = _logits(student, labels_B, inputs)
+        divergence, same = _compared(expected, found)
+        kl.append(_scale_means(divergence, lengths))
+        top1.append(_scale_means(same, lengths))
+        if guided is not None:
+            nothing = torch.full_like(labels_B, teacher.transformer.null_class)
+            halves = ((expected, teacher.transformer(nothing, inputs)), (found, _logits(student, nothing, inputs)))
+            pair = (guided_as_sampled(teacher, torch.cat(both), guided) for both in halves)
+            of_guided.append(_scale_means(_compared(*pair)[0], lengths))
+        task.advance(len(tokens_BL))
+    return LogitsAgreement(torch.cat(kl), torch.cat(top1), lengths, torch.cat(of_guided) if of_guided else None)
+
+
+def _logits(student: VARModel, labels_B: Tensor, inputs_BLz: Tensor) -> Tensor:
+    """A student's predictions on the device of its teacher, which labels and inputs are on."""
+    logits: Tensor = student.transformer(labels_B.to(student.device), inputs_BLz.to(student.device))
+    return logits.to(inputs_BLz.device)
+
+
+def _compared(expected_BLV: Tensor, found_BLV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL in nats [B, L], float64, and whether the likeliest codes are the same [B, L]."""
+    expected, found = (logits.double().log_softmax(-1) for logits in (expected_BLV, found_BLV))
+    return (expected.exp() * (expected - found)).sum(-1), expected.argmax(-1) == found.argmax(-1)
+
+
+def _scale_means(value_BL: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return torch.stack([part.double().mean(1) for part in torch.split(value_BL, list(lengths), dim=1)], dim=1).cpu()

@@ -1,0 +1,124 @@
+"""Features of generated images, made chunk by chunk, kept on disk so that a stopped evaluation goes on.
+
+Images themselves are dropped as soon as their features are there. Shapes: N images, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from actvar_convert._version import __version__
+from actvar_convert.measure.features import FeatureExtractor
+from actvar_convert.models.fingerprint import state_fingerprint
+from actvar_convert.models.model import Sampling, VARModel, chunk_seed
+from actvar_convert.models.sampling import balanced_labels
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.progress import Task
+
+GROUP = 256
+"""Images, rounded down to whole chunks, between two writes to disk: what an interruption can cost."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features [N, F] and class logits [N, K] of images, fp32, on the CPU."""
+
+    features_NF: Tensor
+    logits_NK: Tensor
+
+
+def model_fingerprint(model: VARModel) -> str:
+    """Identifies the weights, the shapes and the plan in use, and the arithmetic that equal images depend on."""
+    plan = model.plan.model_dump(mode="json") if isinstance(model, SparseVARModel) else None
+    config = [part.config.model_dump(mode="json") for part in (model.transformer, model.tokenizer)]
+    machine = (model.device.type, str(model.dtype), torch.__version__, __version__)
+    return state_fingerprint(model, config=config, plan=plan, machine=machine)
+
+
+def chunks(labels_N: Tensor, seed: int, chunk: int) -> Iterator[tuple[Tensor, int]]:
+    """Labels and seed of each chunk: calls of ``generate`` with these give the images of one call over all labels."""
+    for index, part in enumerate(torch.split(labels_N, chunk)):
+        yield part, chunk_seed(seed, index)
+
+
+def generated_features(
+    model: VARModel,
+    extractor: FeatureExtractor,
+    *,
+    images: int,
+    seed: int,
+    chunk: int,
+    sampling: Sampling,
+    task: Task,
+    cache: Path | None = None,
+    fingerprint: str | None = None,
+) -> Features:
+    """Features of the images that ``generate`` gives for balanced labels, this seed and this chunk.
+
+    Args:
+        task: advanced by the number of images, those read from the cache included.
+        cache: folder of stored features; parts that match model, sampling, seed, chunk and extractor are reused.
+        fingerprint: ``model_fingerprint(model)``, where it is known already.
+    """
+    parts = list(chunks(balanced_labels(images, model.transformer.config.classes), seed, chunk))
+    group = max(1, GROUP // chunk)
+    key = {
+        "model": fingerprint or (model_fingerprint(model) if cache else ""),
+        "extractor": extractor.fingerprint,
+        "sampling": sampling._asdict(),
+        "seed": seed,
+        "chunk": chunk,
+        **({"noise": "cuda"} if model.device.type == "cuda" else {}),
+    }
+    features, logits = [], []
+    for first in range(0, len(parts), group):
+        members = parts[first : first + group]
+        count = sum(len(labels) for labels, _ in members)
+
+        def make(members: list[tuple[Tensor, int]] = members) -> dict[str, Tensor]:
+            features, logits = [], []
+            for labels, own_seed in members:
+                image = model.generate(labels, **sampling._asdict(), seed=own_seed, chunk=chunk)
+                feature_BF, logit_BK = extractor(image)
+                features.append(feature_BF.float().cpu())
+                logits.append(logit_BK.float().cpu())
+                task.advance(len(labels))
+            return {"features": torch.cat(features), "logits": torch.cat(logits)}
+
+        stored = remembered(cache, {**key, "first": first * chunk, "count": count}, make, count, task)
+        features.append(stored["features"])
+        logits.append(stored["logits"])
+    return Features(torch.cat(features), torch.cat(logits))
+
+
+def remembered(
+    cache: Path | None, key: dict[str, object], make: Callable[[], dict[str, Tensor]], count: int, task: Task
+) -> dict[str, Tensor]:
+    """Tensors stored under ``key`` in the cache, else what ``make`` returns, stored whole or not at all.
+
+    ``task`` advances by ``count`` where the tensors come from the cache; ``make`` advances it itself.
+    """
+    if cache is None:
+        return make()
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40]
+    path = cache / f"{name}.safetensors"
+    try:
+        stored = safetensors.torch.load(path.read_bytes())
+    except (FileNotFoundError, SafetensorError):
+        stored = {}
+    if stored and all(len(value) == count for value in stored.values()):
+        task.advance(count)
+        return stored
+    stored = {name: value.contiguous() for name, value in make().items()}
+    write_whole(path, safetensors.torch.save(stored))
+    return stored

@@ -1,0 +1,263 @@
+"""Latency of generation, dense against sparse, on this machine: the clock beside the FLOPs.
+
+The two sides alternate (A B A B), so that a machine that warms up or is busy elsewhere hits both alike; medians are
+reported with their spread. The JSON contract is ``actvar.benchmark/1``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from actvar_convert.cost.flops import count_flops
+from actvar_convert.errors import InputError
+from actvar_convert.measure.components import ComponentTimes, split_components
+from actvar_convert.models.casting import cast
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.system.device import DTYPES, peak_memory_bytes, reset_peak_memory, synchronize
+from actvar_convert.system.progress import Progress, SilentProgress, Task
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BenchmarkRow(_Value):
+    """One batch size, precision and extent; the ratios need both sides."""
+
+    device: str
+    dtype: str
+    batch: int = Field(description="images generated at once")
+    with_decoder: bool = Field(description="images; otherwise tokens alone")
+    decoder_dtype: str = Field(default="fp32", description="of the tokenizer's decoder")
+    graphs: bool = Field(default=False, description="replayed as CUDA graphs; otherwise started kernel by kernel")
+    dense_ms: float | None = Field(default=None, description="median milliseconds of a batch")
+    sparse_ms: float | None = None
+    speedup: float | None = Field(default=None, description="dense_ms / sparse_ms")
+    promised: float | None = Field(default=None, description="dense FLOPs / sparse FLOPs, of the same extent")
+    realised_over_promised: float | None = None
+    dense_images_per_second: float | None = None
+    sparse_images_per_second: float | None = None
+    spread: float = Field(description="interquartile range over median of the repeats; the larger of the two sides")
+    peak_memory_bytes: int = Field(description="of the measured model's runs: device memory, on a CPU of the process")
+
+
+class BenchmarkReport(_Value):
+    """Latency of one model, alone or against another."""
+
+    format: Literal["actvar.benchmark/1"] = Field(default="actvar.benchmark/1", alias="schema")
+    plan: str | None = Field(description="of the sparse side")
+    hardware: str
+    threads: int = Field(description="CPU threads of one operation")
+    torch: str
+    repeats: int = Field(description="timed runs of each side, after one to warm up")
+    rows: tuple[BenchmarkRow, ...]
+    components: tuple[ComponentTimes, ...] | None = Field(default=None, description="time by component, with decoder")
+
+    def to_json(self) -> str:
+        """The report as one JSON object, schema ``actvar.benchmark/1``; a figure that was not measured is null."""
+        return self.model_dump_json(by_alias=True, indent=2)
+
+
+class _Timing(NamedTuple):
+    seconds: list[float]
+    peak_memory: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+def benchmark_models(
+    model: VARModel,
+    against: VARModel | None = None,
+    *,
+    batches: Sequence[int] = (1, 4, 16),
+    dtypes: Sequence[str] = ("fp32",),
+    decoder_dtype: str | None = None,
+    repeats: int = 5,
+    with_decoder: Sequence[bool] = (False, True),
+    split: bool = False,
+    compile: bool | None = None,
+    progress: Progress | None = None,
+) -> BenchmarkReport:
+    """Times generation with guidance.
+
+    Args:
+        model: the model in question, on the device to measure. Another precision than its own is measured on a copy.
+        against: the dense model it is compared with; None measures ``model`` alone.
+        batches: images at once.
+        dtypes: fp32, bf16 or fp16, of the transformer.
+        decoder_dtype: of both sides' decoders; by default what the model has, which after ``load`` is fp32.
+        repeats: timed runs per side and row.
+        with_decoder: False for tokens, True for images; one row each.
+        split: also the time by component, per batch size, precision and side.
+        compile: replay CUDA graphs on both sides, see ``VARModel.generate``; None: where both can.
+        progress: told about every run.
+
+    Raises:
+        InputError: settings or models that cannot be measured, all problems at once.
+    """
+    _check(model, against, batches, dtypes, decoder_dtype, repeats)
+    decoder = model.tokenizer.decoder_dtype if decoder_dtype is None else DTYPES[decoder_dtype]
+    runs = len(batches) * len(dtypes) * len(with_decoder) * (repeats + 1) * (1 if against is None else 2)
+    rows: list[BenchmarkRow] = []
+    components: list[ComponentTimes] = []
+    with (progress or SilentProgress()).task("benchmark", runs) as task:
+        for dtype in dtypes:
+            sides = [cast(side, DTYPES[dtype], decoder=decoder) for side in (model, against) if side is not None]
+            graphs = _all_record(sides) if compile is None else compile
+            for batch in batches:
+                rows += [_row(sides, batch, dtype, repeats, extent, graphs, task) for extent in with_decoder]
+                if split:
+                    components += [split_components(side, batch) for side in sides]
+    return BenchmarkReport(
+        plan=model.plan_name if isinstance(model, SparseVARModel) else None,
+        hardware=hardware_name(model.device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        repeats=repeats,
+        rows=tuple(rows),
+        components=tuple(components) or None,
+    )
+
+
+def hardware_name(device: torch.device) -> str:
+    """The processor in words, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else device.type
+
+
+def _all_record(sides: Sequence[VARModel]) -> bool:
+    """Whether generation of all sides can be recorded as CUDA graphs; tried with one image."""
+    try:
+        for side in sides:
+            side.generate_tokens([0], compile=True)
+    except InputError:
+        return False
+    return True
+
+
+def _row(
+    sides: Sequence[VARModel], batch: int, dtype: str, repeats: int, with_decoder: bool, graphs: bool, task: Task
+) -> BenchmarkRow:
+    for side in sides:
+        side.recordings.clear()  # of other batches, whose memory is not this row's
+    timings = _alternate(sides, batch, repeats, with_decoder, graphs, task)
+    own = sides[0]
+    sparse: _Timing | None = None
+    dense: _Timing | None = None
+    speedup: float | None = None
+    promised: float | None = None
+    if len(sides) == 2:
+        sparse, dense = timings
+        speedup = dense.median / sparse.median
+        promised = _macs(sides[1], with_decoder) / _macs(own, with_decoder)
+    elif own.is_sparse:
+        sparse = timings[0]
+    else:
+        dense = timings[0]
+    return BenchmarkRow(
+        device=str(own.device),
+        dtype=dtype,
+        batch=batch,
+        with_decoder=with_decoder,
+        decoder_dtype=next(name for name, known in DTYPES.items() if known == own.tokenizer.decoder_dtype),
+        graphs=graphs,
+        dense_ms=1000 * dense.median if dense else None,
+        sparse_ms=1000 * sparse.median if sparse else None,
+        speedup=speedup,
+        promised=promised,
+        realised_over_promised=speedup / promised if speedup and promised else None,
+        dense_images_per_second=batch / dense.median if dense else None,
+        sparse_images_per_second=batch / sparse.median if sparse else None,
+        spread=max(timing.spread for timing in timings),
+        peak_memory_bytes=timings[0].peak_memory,
+    )
+
+
+def _alternate(
+    sides: Sequence[VARModel], batch: int, repeats: int, with_decoder: bool, graphs: bool, task: Task
+) -> list[_Timing]:
+    """Times every side ``repeats`` times in turn, after one run each to warm up; that one records the graphs."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    peaks = [0] * len(sides)
+    for repeat in range(repeats + 1):
+        for index, side in enumerate(sides):
+            reset_peak_memory(side.device)
+            elapsed = _generate(side, batch, with_decoder, graphs)
+            peaks[index] = max(peaks[index], peak_memory_bytes(side.device))
+            if repeat:
+                seconds[index].append(elapsed)
+            task.advance()
+    return [_Timing(own, peak) for own, peak in zip(seconds, peaks, strict=True)]
+
+
+def _generate(model: VARModel, batch: int, with_decoder: bool, graphs: bool) -> float:
+    labels = [index % model.transformer.config.classes for index in range(batch)]
+    run = model.generate if with_decoder else model.generate_tokens
+    synchronize(model.device)
+    began = time.perf_counter()
+    run(labels, seed=0, chunk=batch, compile=graphs)
+    synchronize(model.device)
+    return time.perf_counter() - began
+
+
+def _macs(model: VARModel, with_decoder: bool) -> int:
+    """MACs per image of what the model executes: its plan, or the dense model."""
+    config, tokenizer = model.transformer.config, model.tokenizer.config
+    if isinstance(model, SparseVARModel):
+        cost = count_flops(config, tokenizer, {model.plan_name: model.plan}).sparse
+    else:
+        cost = count_flops(config, tokenizer).dense
+    assert cost is not None and cost.end_to_end is not None
+    return cost.end_to_end.macs if with_decoder else cost.transformer.macs
+
+
+def _check(
+    model: VARModel,
+    against: VARModel | None,
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    decoder_dtype: str | None,
+    repeats: int,
+) -> None:
+    problems = []
+    if not batches or min(batches) < 1:
+        problems.append(f"batches: {list(batches)} given, one or more numbers of at least 1 needed")
+    unknown = [name for name in dtypes if name not in DTYPES]
+    if unknown or not dtypes:
+        problems.append(f"dtypes: {unknown or 'none'} given, known are {', '.join(DTYPES)}")
+    if decoder_dtype is not None and decoder_dtype not in DTYPES:
+        problems.append(f"decoder_dtype: {decoder_dtype} given, known are {', '.join(DTYPES)}")
+    if repeats < 1:
+        problems.append(f"repeats: {repeats} given, at least 1 needed")
+    if against is not None:
+        if against.is_sparse:
+            problems.append("against: a sparse model given; compare with the dense model it was made from")
+        if against.device != model.device:
+            problems.append(f"against: on {against.device}, the model on {model.device}; put both on one device")
+        ours, theirs = model.transformer.config, against.transformer.config
+        if ours != theirs:
+            differ = [name for name in type(ours).model_fields if getattr(ours, name) != getattr(theirs, name)]
+            problems.append(f"against: another shape than the model's ({', '.join(differ)} differ)")
+    if problems:
+        raise InputError("this benchmark cannot run", problems)

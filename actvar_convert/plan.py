@@ -1,0 +1,185 @@
+"""SparsityPlan: every sparsity setting of a model, as one frozen value.
+
+The model executes a plan, the FLOPs report prices it, the budget search proposes it, a checkpoint stores it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ReconstructionKind = Literal["identity", "previous", "low_rank", "mixture"]
+GuidanceKind = Literal["paired", "folded"]
+
+
+class BackboneShape(Protocol):
+    """What a plan has to fit: blocks, scales, hidden neurons of an FFN, channels."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def num_scales(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def finest_side(self) -> int: ...
+
+
+def kept_tokens(keep: float, length: int) -> int:
+    """Tokens computed out of ``length``: the keep ratio rounded up."""
+    return min(length, math.ceil(keep * length - 1e-9))
+
+
+class BlockPlan(BaseModel):
+    """Sparsity of one block; every tuple has one entry per scale, coarse to fine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefix: tuple[int, ...] = Field(description="experts n that every token runs: the first n of the block")
+    routed: tuple[int, ...] = Field(description="experts K that the router picks per token beyond the prefix")
+    keep: tuple[float, ...] = Field(description="share of the tokens that the block computes, 0 to 1")
+    threshold: tuple[float | None, ...] | None = Field(
+        None,
+        description="tau: instead of a fixed K, run the experts whose score is at least (1 - tau) of the largest",
+    )
+    mean_routed: tuple[float, ...] | None = Field(
+        None, description="mean K that the thresholds lead to on calibration tokens; what pricing uses with thresholds"
+    )
+
+    def tau(self, scale: int) -> float | None:
+        """The threshold at one scale; None where K is fixed."""
+        return None if self.threshold is None else self.threshold[scale]
+
+    def routed_cost(self, scale: int) -> float:
+        """Routed experts per token that a FLOPs count charges at one scale."""
+        if self.mean_routed is not None and self.tau(scale) is not None:
+            return self.mean_routed[scale]
+        return float(self.routed[scale])
+
+    def kept(self, scale: int, length: int) -> int:
+        """Tokens computed out of ``length`` at one scale."""
+        return kept_tokens(self.keep[scale], length)
+
+
+class SparsityPlan(BaseModel):
+    """All sparsity settings of a model.
+
+    A token at scale s of block l runs the first ``prefix[s]`` experts and ``routed[s]`` more, chosen by the router
+    among the rest; the block computes ``ceil(keep[s] * L_s)`` tokens and reconstructs the others.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experts: int = Field(ge=1, description="experts E per FFN; divides the hidden neurons H")
+    blocks: tuple[BlockPlan, ...]
+    neighbourhood: int = Field(1, ge=1, description="side of the square of tokens that share one choice of experts")
+    router_width: int = Field(0, ge=0, description="hidden units of the router beside its linear part; 0: linear only")
+    reconstruction: ReconstructionKind = Field("mixture", description="how skipped tokens are filled in")
+    reconstruction_rank: int = Field(16, ge=0, description="rank of the low-rank map of the reconstruction")
+    skipped_kv: Literal["computed", "dropped"] = Field(
+        "computed", description="keys and values of skipped tokens: computed from their input, or left out"
+    )
+    guidance: GuidanceKind = Field(
+        "paired",
+        description="paired: every image runs with its class and without, and sampling combines the two predictions; "
+        "folded: it runs once, and its predictions are meant to be the combined ones, which distillation teaches",
+    )
+
+    @classmethod
+    def dense(cls, config: BackboneShape, experts: int = 1) -> SparsityPlan:
+        """The plan that runs everything: all experts in the prefix, all tokens kept."""
+        scales = config.num_scales
+        block = BlockPlan(prefix=(experts,) * scales, routed=(0,) * scales, keep=(1.0,) * scales)
+        return cls(experts=experts, blocks=(block,) * config.depth)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the transformer that generation runs per image."""
+        return 1 if self.guidance == "folded" else 2
+
+    @property
+    def gated(self) -> bool:
+        """Whether any block skips tokens."""
+        return any(keep < 1 for block in self.blocks for keep in block.keep)
+
+    @property
+    def routing(self) -> bool:
+        """Whether any block has experts to choose."""
+        return any(self.router_experts(block) for block in range(len(self.blocks)))
+
+    def block_gated(self, block: int) -> bool:
+        """Whether one block skips tokens at any scale."""
+        return any(keep < 1 for keep in self.blocks[block].keep)
+
+    def router_experts(self, block: int) -> int:
+        """Experts that a block's router scores: those after the smallest prefix of a scale that routes; 0: none."""
+        plan = self.blocks[block]
+        prefixes = [n for scale, n in enumerate(plan.prefix) if self.routes(block, scale)]
+        return self.experts - min(prefixes) if prefixes else 0
+
+    def routes(self, block: int, scale: int) -> bool:
+        """Whether the router of a block has anything to choose at a scale."""
+        plan = self.blocks[block]
+        free = self.experts - plan.prefix[scale]
+        if plan.tau(scale) is not None:
+            return free > 0
+        return 0 < plan.routed[scale] < free
+
+    def runs_all(self, block: int, scale: int) -> bool:
+        """Whether every token runs every expert of a block at a scale."""
+        plan = self.blocks[block]
+        fixed = plan.tau(scale) is None
+        return plan.prefix[scale] == self.experts or (fixed and plan.prefix[scale] + plan.routed[scale] == self.experts)
+
+    def active(self, block: int, scale: int) -> float:
+        """Experts per token that run at a scale: prefix and (mean) routed."""
+        plan = self.blocks[block]
+        return plan.prefix[scale] + plan.routed_cost(scale)
+
+    def problems(self, config: BackboneShape) -> list[str]:
+        """Everything that keeps a model of this shape from executing the plan; empty when it fits."""
+        found = []
+        scales = config.num_scales
+        if config.hidden % self.experts:
+            found.append(f"plan.experts: {self.experts} does not divide the {config.hidden} hidden neurons of an FFN")
+        if len(self.blocks) != config.depth:
+            found.append(f"plan.blocks: {len(self.blocks)} blocks given, the model has {config.depth}")
+        for index, block in enumerate(self.blocks):
+            where = f"plan.blocks[{index}]"
+            columns = {"prefix": block.prefix, "routed": block.routed, "keep": block.keep}
+            if block.threshold is not None:
+                columns["threshold"] = block.threshold  # type: ignore[assignment]
+                if block.mean_routed is None:
+                    found.append(f"{where}.mean_routed: needed beside threshold, it is what the plan is priced by")
+            if block.mean_routed is not None:
+                columns["mean_routed"] = block.mean_routed
+            wrong = {name: len(values) for name, values in columns.items() if len(values) != scales}
+            if wrong:
+                found += [f"{where}.{name}: {n} given, the model has {scales} scales" for name, n in wrong.items()]
+                continue
+            for s in range(scales):
+                n, k = block.prefix[s], block.routed[s]
+                if n < 0 or k < 0 or n + k > self.experts:
+                    found.append(
+                        f"{where}: prefix {n} + routed {k} at scale {s} is not within 0 to {self.experts} experts"
+                    )
+                if not 0 <= block.keep[s] <= 1:
+                    found.append(f"{where}.keep[{s}]: {block.keep[s]} is not within 0 to 1")
+                mean = None if block.mean_routed is None else block.mean_routed[s]
+                if mean is not None and not 0 <= mean <= self.experts - n:
+                    found.append(f"{where}.mean_routed[{s}]: {mean} is not within 0 to {self.experts - n} experts")
+                tau = block.tau(s)
+                if tau is not None and not 0 <= tau <= 1:
+                    found.append(f"{where}.threshold[{s}]: {tau} is not within 0 to 1")
+        low_rank = self.gated and self.reconstruction in ("low_rank", "mixture")
+        if low_rank and self.reconstruction_rank > config.width:
+            found.append(
+                f"plan.reconstruction_rank: {self.reconstruction_rank} exceeds the width of the model, {config.width}"
+            )
+        if self.neighbourhood > config.finest_side:
+            found.append(f"plan.neighbourhood: {self.neighbourhood} exceeds the finest map, {config.finest_side}")
+        return found

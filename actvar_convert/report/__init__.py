@@ -1,1 +1,0 @@
-"""FLOPs, quality and latency of models, and how they are shown."""

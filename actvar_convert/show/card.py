@@ -1,0 +1,145 @@
+"""The model card of a sparse folder: README.md with the front matter of the Hugging Face hub.
+
+Every figure comes from the reports given; what was not measured is not mentioned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from actvar_convert.cost.flops import FlopsReport
+from actvar_convert.files.describe import counted
+from actvar_convert.measure.latency import BenchmarkReport
+from actvar_convert.measure.quality_report import QualityReport
+from actvar_convert.plan import SparsityPlan
+from actvar_convert.show.wording import (
+    SummaryRow,
+    flops_note,
+    listed,
+    quality_notes,
+    quality_rows,
+    share,
+    summary_rows,
+)
+
+TAGS = ("image-generation", "visual-autoregressive", "sparse", "mixture-of-experts", "token-gating", "actvar-convert")
+
+
+def model_card(
+    name: str,
+    flops: FlopsReport,
+    quality: QualityReport | None = None,
+    benchmark: BenchmarkReport | None = None,
+    *,
+    plan: SparsityPlan | None = None,
+    base_model: str | None = None,
+    repository: str | None = None,
+    provenance: Mapping[str, str] | None = None,
+    license_name: str = "mit",
+) -> str:
+    """README.md of a sparse folder.
+
+    Args:
+        name: of the model.
+        flops, quality, benchmark: the reports whose figures the card shows.
+        plan: the default plan, described in words.
+        base_model: what the dense model is called, in the text.
+        repository: where it lies on the hub (``owner/model``), for the front matter.
+        provenance: what the model was made from and with, such as the sha256 of source and recipe; listed as given.
+        license_name: identifier of the licence of the weights.
+    """
+    parts = [_front_matter(repository, license_name), f"# {name}", _opening(flops, base_model)]
+    parts += ["## Measured", *_measured(flops, quality, benchmark)]
+    if plan is not None:
+        parts += ["## What is sparse", "\n".join(f"- {line}" for line in plan_in_words(plan))]
+    parts += ["## Use", _use()]
+    if provenance:
+        parts += ["## Provenance", "\n".join(f"- {key}: `{value}`" for key, value in provenance.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def plan_in_words(plan: SparsityPlan) -> list[str]:
+    """What a plan does, one sentence per idea."""
+    scales = range(len(plan.blocks[0].prefix))
+    cells = [(block, scale) for block in range(len(plan.blocks)) for scale in scales]
+    running = [plan.active(*cell) for cell in cells]
+    sparse = [cell for cell, active in zip(cells, running, strict=True) if active < plan.experts]
+    lines = []
+    if sparse:
+        first = min(scale for _, scale in sparse)
+        routed = sum(plan.routes(*cell) for cell in sparse)
+        fewest = min(plan.active(*cell) for cell in sparse)
+        blocks = counted(len({block for block, _ in sparse}), "block")
+        lines.append(
+            f"Experts: each FFN is split into {plan.experts}; from scale {first} on, {blocks} run part of them, "
+            f"{fewest:g} at the least; a router picks per token in {routed} of {len(sparse)} such places."
+        )
+        if plan.neighbourhood > 1:
+            lines.append(f"Routing: squares of {plan.neighbourhood}x{plan.neighbourhood} tokens share a choice.")
+    gated = [(b, s) for b, s in cells if plan.blocks[b].keep[s] < 1]
+    if gated:
+        keep = min(plan.blocks[b].keep[s] for b, s in gated)
+        blocks = counted(len({block for block, _ in gated}), "block")
+        rank = f" of rank {plan.reconstruction_rank}" if plan.reconstruction in ("low_rank", "mixture") else ""
+        lines.append(
+            f"Token gate: {blocks} compute part of the tokens at scales {listed(sorted({s for _, s in gated}))}, "
+            f"{share(keep)} at the least; the others are filled in ({plan.reconstruction}{rank}), "
+            f"their keys and values {plan.skipped_kv}."
+        )
+    if plan.guidance == "folded":
+        lines.append(
+            "Guidance: folded into the predictions at the strength that the model samples with; an image takes one row "
+            "of the transformer where the dense model takes two."
+        )
+    return lines or ["Nothing: the plan runs every expert for every token."]
+
+
+def _front_matter(repository: str | None, license_name: str) -> str:
+    values: dict[str, object] = {"library_name": "actvar-convert", "license": license_name, "tags": list(TAGS)}
+    if repository is not None:
+        values["base_model"] = repository
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _opening(flops: FlopsReport, base_model: str | None) -> str:
+    source = f"`{base_model}`" if base_model else "a dense VAR"
+    text = f"A sparse VAR (visual autoregressive) image generator, made from {source} by actvar-convert."
+    if flops.reduction is None:
+        return text
+    saved = f"{share(flops.reduction.transformer)} of the transformer's FLOPs"
+    if flops.reduction.end_to_end is not None:
+        saved += f", {share(flops.reduction.end_to_end)} with the image decoder"
+    guidance = "with guidance" if flops.convention.guidance else "without guidance"
+    return f"{text} Per image, {guidance}, it saves {saved}."
+
+
+def _measured(flops: FlopsReport, quality: QualityReport | None, benchmark: BenchmarkReport | None) -> list[str]:
+    rows = summary_rows(flops, quality, benchmark)
+    notes = [flops_note(flops)]
+    if quality is not None:
+        rows += [row for row in quality_rows(quality) if row.measure != "FID"]
+        notes += [*quality_notes(quality), *quality.notes]
+    if benchmark is not None:
+        notes.append(f"Times on {benchmark.hardware}, {benchmark.threads} threads, torch {benchmark.torch}.")
+    return [_table(rows), "\n".join(f"- {note}" for note in notes)]
+
+
+def _table(rows: Sequence[SummaryRow]) -> str:
+    lines = ["| | dense | sparse | change |", "|---|---:|---:|---:|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)])
+
+
+def _use() -> str:
+    return """```python
+import actvar_convert as av
+
+model = av.load("path/to/this/folder")
+images = model.generate([0, 1, 2], seed=0)  # [3, 3, H, W] in [0, 1]
+```
+
+```sh
+actvar sample path/to/this/folder
+actvar report-flops path/to/this/folder
+```"""

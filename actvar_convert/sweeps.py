@@ -1,0 +1,329 @@
+"""``sweep``: quality against cost of a dense model at a series of cuts, without training.
+
+Every cut is converted on the same calibration pyramids and measured on the same held-out ones. Points stay in
+``OUT/sweep.json`` as they come: the same call goes on from there, and one with other cuts adds to the curve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from actvar_convert import verbs
+from actvar_convert.conversion.budget import uniform_plan
+from actvar_convert.conversion.conversion_memory import require_memory
+from actvar_convert.conversion.converter import conversion_steps, convert_model
+from actvar_convert.conversion.search import Planned, plan_model, priced_by, search_steps, searches
+from actvar_convert.cost.flops import count_flops
+from actvar_convert.distillation.data import TokenStore
+from actvar_convert.errors import InputError, RecipeError
+from actvar_convert.measure.agreement import compare_logits
+from actvar_convert.measure.features import FeatureExtractor
+from actvar_convert.measure.fid import frechet_inception_distance, paired_jackknife_error, relative_difference
+from actvar_convert.measure.generation import Features, generated_features, model_fingerprint
+from actvar_convert.measure.quality import agreement_quality, held_out_pyramids
+from actvar_convert.measure.sweep_report import SweepFid, SweepPoint, SweepReport, largest_within
+from actvar_convert.models.casting import cast
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.origins import require_dense, work_folder
+from actvar_convert.recipe.check import check_recipe
+from actvar_convert.recipe.load import load_recipe
+from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe, SparsifyRecipe
+from actvar_convert.show.curves import sweep_picture
+from actvar_convert.stores import calibration_store
+from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.device import DTYPES, release_pages
+from actvar_convert.system.progress import Progress, SilentProgress
+
+REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+"""Cuts that a sweep makes unless it is told others, as shares of the transformer's FLOPs."""
+
+REPORT, TABLE, PICTURE = "sweep.json", "sweep.csv", "sweep.png"
+
+_UNUSED: dict[str, Any] = {
+    **dict.fromkeys(("name", "description", "model", "vae", "device", "dtype"), True),
+    **dict.fromkeys(("heads", "sides", "residual_ratio"), True),
+    **dict.fromkeys(("plans", "default_plan", "sparsify", "distill", "benchmark", "samples", "checks"), True),
+    "budget": {"reduction", "plans", "guidance"},
+    "data": {"source", "images", "pyramids", "null_share", "batch"},
+    "evaluate": {"images", "held_out", "neighbours"},
+}
+"""Settings of a recipe that the points of a sweep do not depend on."""
+
+
+def sweep(
+    model: VARModel,
+    *,
+    recipe: verbs.RecipeLike,
+    reductions: Sequence[float] = REDUCTIONS,
+    held_out: int | None = None,
+    images: int = 0,
+    max_kl: float | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Quality against cost of a dense model: one conversion per cut, none of them trained.
+
+    Args:
+        model: the dense model, left as it is.
+        recipe: name, file or Recipe: the method, and the budget of which ``reduction`` is swept. Plans that it names
+            are not used.
+        reductions: shares of the transformer's FLOPs to save, within 0 to 1; one out of reach becomes a point that says
+            so.
+        held_out: teacher pyramids for KL and agreement; the recipe's number by default.
+        images: generated per model for FID; 0 leaves FID out.
+        max_kl: a limit in nats per token; the report names the largest cut that stays within it.
+        out: folder for ``sweep.json``, ``sweep.csv`` and ``sweep.png``; points of the same sweep that are there already
+            are taken up. Calibration pyramids and features wait in ``OUT.work`` beside it until the end.
+        progress: told about every long step.
+
+    Raises:
+        RecipeError: the recipe does not fit the model, all problems at once, before any work.
+        InputError: values that make no sense, another sweep or something else in ``out``, or too little memory.
+    """
+    require_dense(model)
+    progress = progress or SilentProgress()
+    chosen = _recipe(recipe, model)
+    held_out = chosen.evaluate.held_out if held_out is None else held_out
+    _check(reductions, held_out, images, max_kl)
+    extractor = verbs.extractor_for(model, chosen.evaluate.reference) if images else None
+    dense_print = model_fingerprint(model)
+    method = chosen.model_dump_json(exclude=_UNUSED)
+    drawn = (tuple(model.sampling), *priced_by(chosen, model.device.type))
+    fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{drawn}".encode()).hexdigest()
+    folder = None if out is None else Path(out)
+    points = {} if folder is None else _stored(folder, fingerprint)
+
+    def report() -> SweepReport:
+        best = largest_within(points.values(), max_kl)
+        return SweepReport(
+            model=model.origin.get("name") or model.origin.get("path") or chosen.model,
+            recipe=chosen.name,
+            fingerprint=fingerprint,
+            calibration_pyramids=chosen.calibration.pyramids,
+            held_out=held_out,
+            dense_flops=count_flops(model.transformer.config).dense.transformer.flops,
+            points=tuple(points[target] for target in sorted(points)),
+            max_kl=max_kl,
+            chosen=None if best is None else best.target,
+        )
+
+    targets = []
+    for target in sorted(set(reductions)):
+        if target not in points or not _complete(points[target], images):
+            try:
+                uniform_plan(model.transformer.config, chosen, target)
+                targets.append(target)
+            except RecipeError as error:
+                points[target] = SweepPoint(target=target, problem=str(error))
+    if targets:
+        require_memory(verbs.conversion_memory(model, _asking(chosen, targets)), model.device)
+        work = None if folder is None else work_folder(folder)
+        if work is not None:
+            work.mkdir(parents=True, exist_ok=True)
+        path = None if work is None else work / f"calibration-{fingerprint[:12]}.bin"
+        store = calibration_store(model, chosen, path=path, progress=progress)
+        measurement = _Measurement(
+            model, chosen, held_out, images, extractor, work=work, fingerprint=dense_print, progress=progress
+        )
+        planned = _planned(model, chosen, targets, store, progress)
+        for target in targets:
+            sparse = _converted(model, chosen, target, planned, store, progress)
+            points[target] = measurement.point(target, sparse, planned.damage.get(str(target)))
+            release_pages(model.transformer.state_dict().values())
+            if folder is not None:
+                write_whole(folder / REPORT, report().to_json())
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+    made = report()
+    if folder is not None:
+        write_whole(folder / PICTURE, sweep_picture(made))
+        write_whole(folder / TABLE, made.to_csv())
+        write_whole(folder / REPORT, made.to_json())
+    return made
+
+
+def _recipe(source: verbs.RecipeLike, model: VARModel) -> Recipe:
+    """The recipe without stated plans and without what belongs to training, checked against the model."""
+    given = load_recipe(source, config=model.transformer.config)
+    chosen = given.model_copy(
+        update={
+            **{"plans": None, "default_plan": None, "distill": DistillRecipe(), "checks": None},
+            "sparsify": SparsifyRecipe(),
+            "budget": given.budget.model_copy(update={"plans": {}, "guidance": "paired"}),
+        }
+    )
+    check_recipe(chosen, model.transformer.config)
+    return chosen
+
+
+def _check(reductions: Sequence[float], held_out: int, images: int, max_kl: float | None) -> None:
+    problems = []
+    outside = [value for value in reductions if not 0 < value < 1]
+    if not reductions or outside:
+        problems.append(f"reductions: {outside or 'none'} given, shares between 0 and 1 needed, such as 0.2")
+    if held_out < 2:
+        problems.append(f"held_out: {held_out} given, at least 2 needed")
+    if images and images < FEWEST_IMAGES:
+        problems.append(f"images: {images} given, 0 (no FID) or at least {FEWEST_IMAGES} needed")
+    if max_kl is not None and not max_kl > 0:
+        problems.append(f"max_kl: {max_kl} given, more than 0 needed")
+    if problems:
+        raise InputError("this sweep cannot run", problems)
+
+
+def _stored(folder: Path, fingerprint: str) -> dict[float, SweepPoint]:
+    """Points of this very sweep that a folder holds already; a folder that is not there yet, or empty, holds none.
+
+    Raises:
+        InputError: the folder holds another sweep, or something else.
+    """
+    path = folder / REPORT
+    if path.is_file():
+        try:
+            found = SweepReport.model_validate_json(path.read_bytes())
+        except ValidationError:
+            found = None
+        if found is None or found.fingerprint != fingerprint:
+            raise InputError(
+                f"{path} is a sweep of another model, with other settings, or by another version. Move it away, or "
+                "choose another folder with --out."
+            )
+        return {point.target: point for point in found.points}
+    if folder.exists() and not (folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())):
+        raise InputError(f"{folder} exists and holds no sweep. Move it away, or choose another folder with --out.")
+    return {}
+
+
+def _complete(point: SweepPoint, images: int) -> bool:
+    """Whether a stored point has all that is asked for."""
+    return point.problem is not None or not images or (point.fid is not None and point.fid.images == images)
+
+
+def _asking(recipe: Recipe, targets: Sequence[float]) -> Recipe:
+    """The recipe, asking for a plan of every target."""
+    wanted = {"reduction": targets[0], "plans": {str(target): target for target in targets}}
+    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update=wanted)})
+
+
+def _planned(
+    model: VARModel, recipe: Recipe, targets: Sequence[float], store: TokenStore, progress: Progress
+) -> Planned:
+    """The plans of all targets, each under its target's name; a search looks at the model once."""
+    asking = _asking(recipe, targets)
+    tokens = store.tokens.long()
+    if not searches(asking):
+        return plan_model(model, asking, tokens, store.labels)
+    with progress.task("searching plans", search_steps(model.transformer.config, asking)) as task:
+        return plan_model(model, asking, tokens, store.labels, on_step=task.advance)
+
+
+def _converted(
+    model: VARModel, recipe: Recipe, target: float, planned: Planned, store: TokenStore, progress: Progress
+) -> SparseVARModel:
+    steps = conversion_steps(model.transformer.config, recipe)
+    with progress.task(f"converting, {100 * target:g} % fewer FLOPs", steps) as task:
+        return convert_model(
+            model,
+            {"default": planned.plans[str(target)]},
+            "default",
+            recipe,
+            store.tokens.long(),
+            store.labels,
+            partitions=planned.partitions,
+            on_block=task.advance,
+        )
+
+
+class _Measurement:
+    """Makes the points of converted models; what they share is made once, at the start.
+
+    Args:
+        model: the dense model.
+        recipe: how quality is measured.
+        held_out, images: pyramids for KL and agreement; images for FID.
+        extractor: what judges images; None: there are none.
+        work: folder in which held-out pyramids and features are kept; None: nowhere.
+        fingerprint: of the dense model.
+    """
+
+    def __init__(
+        self,
+        model: VARModel,
+        recipe: Recipe,
+        held_out: int,
+        images: int,
+        extractor: FeatureExtractor | None,
+        *,
+        work: Path | None,
+        fingerprint: str,
+        progress: Progress,
+    ) -> None:
+        self.model, self.settings, self.images, self.extractor = model, recipe.evaluate, images, extractor
+        self.work, self.progress = work, progress
+        self.tokens, self.labels = held_out_pyramids(
+            model,
+            held_out,
+            self.settings.batch,
+            sampling=model.sampling,
+            progress=progress,
+            cache=work,
+            fingerprint=fingerprint,
+        )
+        self.dense = None if extractor is None else self._features(model, extractor, "dense model")
+        self.dense_fid = 0.0
+        if extractor is not None and self.dense is not None:
+            self.dense_fid = frechet_inception_distance(self.dense.features_NF, extractor.reference())
+
+    def point(self, target: float, sparse: SparseVARModel, expected: float | None) -> SweepPoint:
+        """Cost and quality of one cut, beside the KL that the search expected."""
+        config = self.model.transformer.config
+        counted = count_flops(config, self.model.tokenizer.config, {"plan": sparse.plan}, "plan")
+        assert counted.sparse is not None and counted.reduction is not None
+        with self.progress.task("agreement of the sparse model", len(self.tokens)) as task:
+            found = compare_logits(sparse, self.model, self.tokens, self.labels, task)
+        kl, agreement = agreement_quality(found)
+        return SweepPoint(
+            target=target,
+            reduction=counted.reduction.transformer,
+            reduction_end_to_end=counted.reduction.end_to_end,
+            flops=counted.sparse.transformer.flops,
+            macs=counted.sparse.transformer.macs,
+            kl=kl,
+            expected_kl=expected,
+            agreement=agreement,
+            fid=self._fid(sparse),
+        )
+
+    def _fid(self, sparse: SparseVARModel) -> SweepFid | None:
+        if self.extractor is None or self.dense is None:
+            return None
+        reference = self.extractor.reference()
+        found = self._features(sparse, self.extractor, "sparse model")
+        distance = frechet_inception_distance(found.features_NF, reference)
+        return SweepFid(
+            images=self.images,
+            dense=self.dense_fid,
+            sparse=distance,
+            increase=relative_difference(self.dense_fid, distance),
+            jackknife_error=paired_jackknife_error(self.dense.features_NF, found.features_NF, reference),
+        )
+
+    def _features(self, of: VARModel, extractor: FeatureExtractor, what: str) -> Features:
+        with self.progress.task(f"images of the {what}", self.images) as task:
+            return generated_features(
+                cast(of, DTYPES[self.settings.dtype]),
+                extractor,
+                images=self.images,
+                seed=self.settings.seeds[0],
+                chunk=self.settings.batch,
+                sampling=self.model.sampling,
+                task=task,
+                cache=self.work,
+            )

@@ -1,0 +1,648 @@
+"""The public verbs: load, convert, distill, evaluate, benchmark, report_flops, inspect, sample, export.
+
+They return values and write files; nothing here prints. ``run``, which strings them together, is in ``runs.py``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from actvar_convert.conversion.budget import recipe_plans
+from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, fullest, require_memory
+from actvar_convert.conversion.converter import conversion_steps, convert_model, made_by_main
+from actvar_convert.conversion.search import measure_metrics, plan_model, search_steps, searches
+from actvar_convert.conversion.thresholds import retuned_plans
+from actvar_convert.cost.flops import FlopsReport, count_flops
+from actvar_convert.distillation.data import TokenStore
+from actvar_convert.distillation.loop import distill_model, require_whole_student, student_print
+from actvar_convert.distillation.sparsify import mean_used_share, sparsify_model
+from actvar_convert.distillation.training_memory import estimate_distill, estimate_sparsify
+from actvar_convert.errors import CheckpointError, InputError
+from actvar_convert.files.bundled import bundled_folder, bundled_names
+from actvar_convert.files.export import Exported, export_reference
+from actvar_convert.files.infer import Overrides
+from actvar_convert.files.inspection import Inspection, inspect_file
+from actvar_convert.files.official import official_names
+from actvar_convert.files.run_state import check_run_state
+from actvar_convert.files.shape import model_shape, published_inspection
+from actvar_convert.files.shards import size_of
+from actvar_convert.files.source import load_any, refuse_unneeded
+from actvar_convert.files.sparse_config import Provenance
+from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
+from actvar_convert.measure.features import FeatureExtractor, bundled_extractor
+from actvar_convert.measure.latency import BenchmarkReport, benchmark_models
+from actvar_convert.measure.quality import evaluate_models
+from actvar_convert.measure.quality_report import QualityReport
+from actvar_convert.models.casting import cast
+from actvar_convert.models.config import differences
+from actvar_convert.models.model import NoiseSource, VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.origins import (
+    STATE,
+    class_names,
+    finished_model,
+    provenance,
+    recorded_teacher,
+    refuse_distilled,
+    refuse_other_state,
+    require_dense,
+    run_fingerprint,
+    work_folder,
+)
+from actvar_convert.plan import SparsityPlan
+from actvar_convert.recipe.check import check_recipe
+from actvar_convert.recipe.load import dump_recipe, load_recipe
+from actvar_convert.recipe.schema import Recipe
+from actvar_convert.show.pictures import picture
+from actvar_convert.stores import calibration_store, distillation_store, require_images
+from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.device import limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
+from actvar_convert.system.processes import ALONE, Processes, join
+from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
+
+RecipeLike = str | Path | Recipe
+
+
+def load(
+    source: str | Path,
+    *,
+    vae: str | Path | None = None,
+    heads: int | None = None,
+    sides: Sequence[int] | None = None,
+    residual_ratio: float | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    decoder_dtype: str | None = None,
+    plan: str | None = None,
+    recipe: RecipeLike | None = None,
+) -> VARModel:
+    """A model, dense or sparse.
+
+    Args:
+        source: a bundled name (``fashion``), an official name (``var-d16``), or a file or folder,
+            dense or sparse.
+        vae: tokenizer file, where the source does not bring its own.
+        heads, sides, residual_ratio: of dense files that do not tell: attention heads, the side of every scale, and the
+            share of the phi convolutions in the tokenizer. Kept in ``origin``, and in what is made from the model.
+        device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
+        dtype: fp32, bf16 or fp16, of the transformer; fp32 by default. The tokenizer is in fp32.
+        decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
+            so. For generating: what is converted or saved from such a model keeps the rounded decoder.
+        plan: of a sparse model, instead of its default plan.
+        recipe: that the model is to be converted by, for which there has to be memory before a weight is read.
+
+    Raises:
+        InputError, CheckpointError: what cannot be read, with all problems at once.
+    """
+    target = pick_device(device)
+    limit_threads()
+    shape = Overrides(heads, residual_ratio, sides)
+    if recipe is not None:
+        _require_memory_by_shape(source, vae, shape, recipe, target)
+    decoder = pick_dtype(decoder_dtype, target)
+    model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target), **shape._asdict())
+    if decoder != torch.float32:
+        model = cast(model, model.dtype, decoder=decoder)
+    return model.to(device=target).eval()
+
+
+def _require_memory_by_shape(
+    source: str | Path, vae: str | Path | None, overrides: Overrides, recipe: RecipeLike, device: torch.device
+) -> None:
+    """Raises InputError where a model that is not loaded yet could not be converted for want of memory.
+
+    What else is wrong with source or recipe is left to those that read them, and say all of it.
+    """
+    try:
+        shape = model_shape(source, vae, **overrides._asdict())
+        chosen = load_recipe(recipe, config=shape.transformer)
+        if shape.tokenizer is None or shape.plans:
+            return
+        held = shape.held_bytes(device.type)
+        estimate = estimate_convert(shape.transformer, shape.tokenizer, chosen, held=held, device=device.type)
+        training = estimate_sparsify(shape.transformer, shape.tokenizer, chosen, device=device.type)
+    except InputError:
+        return
+    require_memory(fullest(estimate, training), device)
+
+
+def convert(
+    model: VARModel,
+    *,
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    work: str | Path | None = None,
+    progress: Progress | None = None,
+    replace: bool = True,
+) -> SparseVARModel:
+    """A sparse model from a dense one: calibrated, usable at once without training.
+
+    Args:
+        model: the dense model, left as it is.
+        recipe: name, file or Recipe.
+        out: folder to write the result to, whole or not at all.
+        work: folder in which pyramids and sums are kept as they are made, so an interrupted call goes on; the caller
+            removes it.
+        progress: told about every long step.
+        replace: a distilled model that ``out`` holds; else it is refused.
+
+    Raises:
+        RecipeError: the recipe does not fit the model, all problems at once, before any work.
+        InputError: less memory is free than the conversion needs, or ``out`` holds something else.
+    """
+    processes = join(model.device)
+    progress = progress if progress is not None and processes.main else SilentProgress()
+    require_dense(model)
+    chosen = load_recipe(recipe, config=model.transformer.config)
+    if out is not None:
+        refuse_foreign(out)
+        if not replace:
+            refuse_distilled(Path(out))
+    config = model.transformer.config
+    recipe_plans(config, chosen)
+    require_images(chosen, config.classes, data=bool(chosen.sparsify.steps))
+    require_memory(conversion_memory(model, chosen, processes), model.device)
+    origin = provenance(model, chosen) if out is not None else None
+    release_pages(model.tokenizer.state_dict().values())
+    kept = {}
+    if work is not None:
+        name = run_fingerprint(model, chosen)[:12]
+        kept = {what: Path(work) / f"{what}-{name}" for what in ("calibration", "search", "sparsify")}
+        kept["tokens"] = _data_path(Path(work), name)
+    store = calibration_store(model, chosen, path=kept.get("calibration"), progress=progress, processes=processes)
+
+    tokens, labels = store.tokens.long(), store.labels
+    dense, model = model, _sparsified(model, chosen, store, kept, progress, processes)
+    planned = None
+    reporter = progress if searches(chosen) else SilentProgress()
+    with reporter.task("searching for a plan", search_steps(config, chosen)) as task:
+        metrics = None
+        if searches(chosen):
+            metrics = measure_metrics(
+                model,
+                chosen,
+                tokens,
+                labels,
+                state=kept.get("search") if processes.count == 1 else None,
+                on_step=task.advance,
+                rank=processes.rank,
+                processes=processes.count,
+                total=processes.total,
+            )
+        if processes.main:
+            planned = plan_model(model, chosen, tokens, labels, metrics=metrics, on_step=task.advance)
+        del metrics
+
+    def make() -> SparseVARModel:
+        assert planned is not None
+        with progress.task("converting blocks", conversion_steps(config, chosen)) as task:
+            return convert_model(
+                model,
+                planned.plans,
+                planned.default,
+                chosen,
+                tokens,
+                labels,
+                partitions=planned.partitions,
+                on_block=task.advance,
+            )
+
+    sparse = made_by_main(make, model, processes)
+    sparse.origin = {}
+    release_pages(dense.transformer.state_dict().values())
+    if out is not None and processes.main:
+        save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
+    return sparse
+
+
+def _data_path(work: Path, name: str) -> Path:
+    """Where an unfinished run keeps the pyramids that it trains on; ``name`` is its fingerprint's beginning."""
+    return work / f"tokens-{name}.bin"
+
+
+def _sparsified(
+    model: VARModel,
+    recipe: Recipe,
+    calibration: TokenStore,
+    kept: Mapping[str, Path],
+    progress: Progress,
+    processes: Processes,
+) -> VARModel:
+    """The dense model to convert: the given one, trained for sparser activations where the recipe says so."""
+    if not recipe.sparsify.steps:
+        return model
+    store = distillation_store(model, recipe, path=kept.get("tokens"), progress=progress, processes=processes)
+    if "sparsify" in kept:
+        kept["sparsify"].parent.mkdir(parents=True, exist_ok=True)
+    result = sparsify_model(
+        model,
+        recipe,
+        store,
+        state_path=kept.get("sparsify"),
+        fingerprint=run_fingerprint(model, recipe),
+        progress=progress,
+        processes=processes,
+    )
+    few = slice(recipe.calibration.batch)
+    tokens, labels = calibration.tokens[few].long(), calibration.labels[few]
+    shares = [mean_used_share(each, tokens, labels) for each in (model, result)]
+    progress.say(f"neurons that a token uses: {100 * shares[0]:.1f} % before, {100 * shares[1]:.1f} % after")
+    return result
+
+
+def conversion_memory(model: VARModel, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
+    """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
+    transformer, weights = model.transformer, list(model.transformer.state_dict().values())
+    config, tokenizer, device = transformer.config, model.tokenizer.config, model.device.type
+    size = size_of(model.transformer.state_dict())
+    held = 2 * size if recipe.sparsify.steps else size - mapped_bytes(weights)
+    converting = estimate_convert(config, tokenizer, recipe, held=held, itemsize=model.dtype.itemsize, device=device)
+    return fullest(converting, estimate_sparsify(config, tokenizer, recipe, processes=processes.count, device=device))
+
+
+def distill(
+    model: VARModel,
+    *,
+    teacher: VARModel | None = None,
+    recipe: RecipeLike,
+    out: str | Path,
+    progress: Progress | None = None,
+    origin: Provenance | None = None,
+    shard: bool = False,
+    replace: bool = True,
+) -> SparseVARModel:
+    """Two-stage distillation of a converted model, in place; goes on where an interrupted call stopped.
+
+    Where ``out`` holds the result of the same call already, the model takes its weights from there.
+
+    Processes that a launcher started together share every batch, and end with the same model.
+
+    Args:
+        model: the converted model.
+        teacher: the dense model it came from; the recorded one by default.
+        recipe: name, file or Recipe.
+        out: folder to write the result to. Samples and state wait in ``OUT.work`` beside it until it is whole.
+        progress: told about every long step.
+        origin: provenance to record instead of what ``provenance`` finds.
+        shard: split the student over the processes while it trains, instead of a copy in each.
+        replace: a distilled model of another call that ``out`` holds; else it is refused.
+
+    Raises:
+        Interrupted: after Ctrl-C; the same call goes on.
+        Diverged: a gradient is not finite; ``out`` is as it was.
+        CheckpointError: the state beside ``out`` belongs to another recipe, teacher or converted model.
+        InputError: the teacher has another shape, the student cannot be split, less memory is free than the
+            distillation needs, images are not there, weights are not in fp32, or ``out`` holds something else.
+    """
+    processes = join(model.device, shard=shard)
+    progress = progress if progress is not None and processes.main else SilentProgress()
+    if not isinstance(model, SparseVARModel):
+        raise InputError("this model is dense; convert it first (actvar convert MODEL --out DIR)")
+    chosen = load_recipe(recipe)
+    check_recipe(chosen, model.transformer.config)
+    require_whole_student(chosen, processes)
+    teacher = recorded_teacher(model) if teacher is None else teacher
+    require_dense(teacher)
+    unlike = differences(model.transformer.config, teacher.transformer.config)
+    if unlike:
+        raise InputError("the model was not made from this teacher; give the dense model that it came from:", unlike)
+    if (model.dtype, teacher.dtype) != (torch.float32, torch.float32):
+        raise InputError(
+            f"the weights are {model.dtype} (teacher: {teacher.dtype}), and a training moves them in fp32; load both "
+            "without a dtype. The recipe's dtype is that of the computing."
+        )
+    folder = Path(out)
+    refuse_foreign(folder)
+    work = work_folder(folder)
+    fingerprint = run_fingerprint(teacher, chosen)
+    student = processes.from_main(student_print(model) if processes.main else "")
+    if _take_finished(model, folder, fingerprint, student):
+        progress.say(f"{folder} holds the result of this distillation already")
+        if processes.main and (work / STATE).exists():
+            with suppress(CheckpointError):
+                check_run_state(work / STATE, fingerprint)
+                shutil.rmtree(work, ignore_errors=True)
+        return model
+    if not replace:
+        refuse_distilled(folder)
+    require_images(chosen, teacher.transformer.config.classes, calibration=False)
+    require_memory(distillation_memory(teacher, chosen, processes), model.device)
+    refuse_other_state(folder, fingerprint)
+    work.mkdir(parents=True, exist_ok=True)
+    if chosen.distill.stage1.steps or chosen.distill.stage2.steps:
+        path = _data_path(work, fingerprint[:12])
+        store = distillation_store(teacher, chosen, path=path, progress=progress, processes=processes)
+    else:
+        store = TokenStore(torch.empty(0, teacher.transformer.config.pyramid.total), torch.empty(0))
+    log = MetricsLog(work / "metrics.jsonl") if processes.main else None
+    with log or nullcontext():
+        distill_model(
+            model,
+            teacher,
+            chosen,
+            store,
+            state_path=work / STATE,
+            fingerprint=fingerprint,
+            log=log,
+            progress=progress,
+            processes=processes,
+            student=student,
+        )
+    if chosen.experts.selection == "threshold" and len(store):
+        plans = {}
+        if processes.main:
+            batch = chosen.calibration.batch
+            plans = retuned_plans(model, store.tokens, store.labels, chosen.plans or {}, batch=batch)
+        model.transformer.replace_plans(processes.from_main(plans))
+    if processes.main:
+        save_sparse(
+            model,
+            folder,
+            provenance=(origin or provenance(teacher, chosen)).model_copy(
+                update={"distilled": True, "run": fingerprint, "student": student}
+            ),
+            recipe_text=dump_recipe(chosen),
+            extra_files={"metrics.jsonl": (work / "metrics.jsonl").read_bytes()},
+        )
+    processes.wait()
+    if processes.main:
+        shutil.rmtree(work, ignore_errors=True)
+    return model
+
+
+def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str, student: str) -> bool:
+    """Gives a model weights and thresholds of the finished run in ``folder``, if that began with it or is it."""
+    found = finished_model(folder, fingerprint)
+    if found is None or (student != read_provenance(folder).student and student != student_print(found)):
+        return False
+    model.transformer.replace_plans(found.plans)
+    model.transformer.load_state_dict(found.transformer.state_dict())
+    return True
+
+
+def distillation_memory(teacher: VARModel, recipe: Recipe, processes: Processes) -> MemoryEstimate:
+    """What each of the processes that share a distillation will need."""
+    return estimate_distill(
+        teacher.transformer.config,
+        teacher.tokenizer.config,
+        recipe,
+        processes=processes.count,
+        sharded=processes.shard,
+        device=teacher.device.type,
+    )
+
+
+def evaluate(
+    model: VARModel,
+    *,
+    teacher: VARModel | None = None,
+    images: int = 5000,
+    seeds: Sequence[int] = (0,),
+    batch: int = 64,
+    held_out: int = 512,
+    neighbours: int = 3,
+    plans: Sequence[str] | None = None,
+    reference: str | Path | None = None,
+    extractor: FeatureExtractor | None = None,
+    dtype: str | None = None,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> QualityReport:
+    """Quality of a model against its teacher, both generating with the same seeds in this run.
+
+    Args:
+        model: sparse, or any other of the teacher's shape.
+        teacher: the dense model; the recorded one by default.
+        images: generated per seed set and model; 0: none, KL and agreement alone.
+        seeds: seed sets.
+        batch: images generated at once.
+        held_out: teacher pyramids for KL and agreement.
+        neighbours: k of precision and recall.
+        plans: further plans of the model to measure.
+        reference: real images, a folder or an .npz with mu and sigma: measures in Inception features (needs the
+            ``inception`` extra). By default the bundled classifier measures, for models of its kind of images.
+        extractor: what ``extractor_for`` made of ``reference``, where it is at hand already.
+        dtype: fp32, bf16 or fp16, in which both models generate; their own by default.
+        cache: folder in which features are kept while they are made.
+        progress: told about every long step.
+
+    Raises:
+        InputError: settings that contradict each other or cannot be measured, or a teacher that is not at hand.
+    """
+    if not images and reference is not None:
+        raise InputError("reference: no image is compared with it where images is 0; leave one of the two out")
+    teacher = recorded_teacher(model) if teacher is None else teacher
+    if teacher.is_sparse:
+        raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")
+    if extractor is None and images:
+        extractor = extractor_for(teacher, reference)
+    report = evaluate_models(
+        model,
+        teacher,
+        extractor=extractor,
+        dtype=None if dtype is None else pick_dtype(dtype, model.device),
+        images=images,
+        seeds=seeds,
+        batch=batch,
+        held_out=held_out,
+        neighbours=neighbours,
+        plans=plans,
+        progress=progress,
+        cache_dir=None if cache is None else Path(cache),
+    )
+    if not images or extractor is None or reference is not None or teacher.origin.get("name") in bundled_names():
+        return report
+    doubt = (
+        f"the {extractor.name} compares with the images it was trained on; for a model of other images that means "
+        "nothing: name real ones with --reference"
+    )
+    return report.model_copy(update={"notes": (*report.notes, doubt)})
+
+
+def extractor_for(model: VARModel, reference: str | Path | None = None) -> FeatureExtractor:
+    """What judges a model's images: Inception where real images are named, else a bundled classifier that knows them.
+
+    Raises:
+        InputError: Inception is not installed, or no bundled classifier knows such images.
+    """
+    if reference is not None:
+        from actvar_convert.measure.inception import InceptionExtractor
+
+        size = model.tokenizer.config.image_size
+        return InceptionExtractor(Path(reference), image_size=size, device=str(model.device))
+    problems = []
+    for name in bundled_names():
+        extractor = bundled_extractor(name)
+        found = extractor.problems(model)
+        if not found:
+            return extractor
+        problems += found
+    raise InputError(
+        "no bundled classifier can judge this model's images; name real images with --reference (evaluate) or "
+        "evaluate.reference (recipe), a folder or an .npz with mu and sigma",
+        problems,
+    )
+
+
+def benchmark(
+    model: VARModel,
+    *,
+    against: VARModel | None = None,
+    batches: Sequence[int] = (1, 4, 16),
+    dtypes: Sequence[str] = ("fp32",),
+    decoder_dtype: str | None = None,
+    repeats: int = 5,
+    with_decoder: Sequence[bool] = (False, True),
+    split: bool = False,
+    compile: bool | None = None,
+    progress: Progress | None = None,
+) -> BenchmarkReport:
+    """Seconds per batch of a model, alternating with ``against``; by component too with ``split``.
+
+    The arguments are those of ``benchmark_models``. A sparse model loaded from a folder is compared with its recorded
+    source unless told otherwise.
+    """
+    if against is None and model.is_sparse and "path" in model.origin:
+        against = recorded_teacher(model)
+    return benchmark_models(
+        model,
+        against,
+        batches=batches,
+        dtypes=dtypes,
+        decoder_dtype=decoder_dtype,
+        repeats=repeats,
+        with_decoder=with_decoder,
+        split=split,
+        compile=compile,
+        progress=progress,
+    )
+
+
+def report_flops(
+    model: VARModel | str | Path,
+    *,
+    vae: str | Path | None = None,
+    heads: int | None = None,
+    sides: Sequence[int] | None = None,
+    residual_ratio: float | None = None,
+    guidance: bool = True,
+) -> FlopsReport:
+    """FLOPs per image, dense and sparse. Of what is not loaded yet no weights are read.
+
+    Args:
+        model: a model, or what ``load`` takes; an official name needs neither weights nor network. Without a tokenizer
+            the decoder is left out.
+        vae, heads, sides, residual_ratio: see ``load``.
+        guidance: with classifier-free guidance.
+    """
+    if not isinstance(model, VARModel):
+        shape = model_shape(model, vae, heads=heads, sides=sides, residual_ratio=residual_ratio)
+        return count_flops(shape.transformer, shape.tokenizer, shape.plans, shape.default_plan, guidance=guidance)
+    plans: Mapping[str, SparsityPlan] | None = None
+    default = None
+    if isinstance(model, SparseVARModel):
+        plans, default = model.plans, model.plan_name
+    return count_flops(model.transformer.config, model.tokenizer.config, plans, default, guidance=guidance)
+
+
+def inspect(
+    path: str | Path,
+    *,
+    vae: str | Path | None = None,
+    heads: int | None = None,
+    sides: Sequence[int] | None = None,
+    residual_ratio: float | None = None,
+    values: bool = False,
+) -> Inspection:
+    """What is in a file or folder, without loading it; see ``Inspection``.
+
+    Args:
+        path: file or folder, a bundled name, or an official one: of that the published shape, no file is read.
+        vae: tokenizer file, to check that it fits.
+        heads, sides, residual_ratio: see ``load``.
+        values: also read every value and count those that are NaN or infinite.
+    """
+    name = path if isinstance(path, str) else ""
+    refuse_unneeded(path, vae, Overrides(heads, residual_ratio, sides))
+    if name in official_names():
+        if values or vae is not None:
+            raise InputError(f"{name} is a name, and no file of it is read here; give the file that is to be looked at")
+        return published_inspection(name)
+    source = bundled_folder(name) if name in bundled_names() else path
+    return inspect_file(source, vae, values=values, heads=heads, sides=sides, residual_ratio=residual_ratio)
+
+
+def sample(
+    model: VARModel,
+    *,
+    out: str | Path | None = None,
+    labels: Sequence[int] | None = None,
+    per_class: int = 1,
+    seed: int = 0,
+    cfg: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    chunk: int = 64,
+    compile: bool = False,
+    noise: NoiseSource = "device",
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Images [B, 3, H, W] in [0, 1] on the CPU: ``per_class`` of every label, going through the labels in turn.
+
+    Args:
+        model: dense or sparse.
+        out: PNG to write, a column per label.
+        labels: classes; the first ten by default.
+        per_class, seed, cfg, top_k, top_p, chunk, compile, noise: see ``VARModel.generate``.
+        progress: told about the images.
+    """
+    classes = model.transformer.config.classes
+    columns = list(range(min(classes, 10))) if labels is None else list(labels)
+    with (progress or SilentProgress()).task("generating", len(columns) * per_class) as task:
+        images = model.generate(
+            columns * per_class,
+            seed=seed,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            chunk=chunk,
+            compile=compile,
+            noise=noise,
+            on_images=task.advance,
+        ).cpu()
+    if out is not None:
+        names = class_names(model)
+        write_whole(Path(out), picture({"": images}, [names[label] for label in columns]))
+    return images
+
+
+def export(
+    model: VARModel | str | Path,
+    *,
+    out: str | Path,
+    vae_out: str | Path | None = None,
+    format: Literal["reference"] = "reference",
+) -> Exported:
+    """Writes a model's dense skeleton under the official names, for programs that know VAR alone.
+
+    The export of a conversion that was not distilled equals its source bit by bit.
+
+    Args:
+        model: a model, or what ``load`` takes.
+        out: file of the transformer, ending in .safetensors or .pth; nothing is replaced.
+        vae_out: file of the tokenizer, if it is wanted.
+        format: the reference's layout is the only one.
+
+    Returns:
+        the files, and what a dense model has no place for.
+    """
+    if format != "reference":
+        raise InputError(f"format {format!r} is unknown; give reference")
+    loaded = model if isinstance(model, VARModel) else load(model, device="cpu")
+    return export_reference(loaded, Path(out), None if vae_out is None else Path(vae_out))

@@ -1,0 +1,154 @@
+"""The whole conversion of a tiny model, and the budget that makes its plan."""
+
+import pytest
+import torch
+
+from actvar_convert.conversion.budget import first_sparse_scale, reduction, uniform_plan
+from actvar_convert.conversion.converter import convert_model
+from actvar_convert.errors import RecipeError
+from actvar_convert.models.model import VARModel
+from actvar_convert.plan import SparsityPlan
+from actvar_convert.recipe.load import load_recipe
+from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
+
+
+def recipe(**changes: object) -> Recipe:
+    settings: dict[str, object] = {
+        "name": "tiny",
+        "model": "tiny",
+        "experts": ExpertsRecipe(count=8),
+        "calibration": CalibrationRecipe(pyramids=24, batch=8),
+        "budget": BudgetRecipe(reduction=0.25, search="uniform", gate_keep=0.6, gate_blocks=(1,)),
+        "gate": GateRecipe(rank=4),
+    }
+    return Recipe(**(settings | changes))
+
+
+@pytest.fixture
+def calibration(tiny_model: VARModel) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(24) % 5
+    return tiny_model.generate_tokens(labels, seed=1), labels
+
+
+def test_conversion_with_everything_on_is_the_dense_model(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    config = tiny_model.transformer.config
+    chosen = recipe()
+    plans = {"plan": uniform_plan(config, chosen), "all": SparsityPlan.dense(config, 8)}
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+    tokens, labels = calibration
+    pieces = tokens.split(list(config.pyramid.lengths), 1)
+    inputs = tiny_model.tokenizer.quantize.teacher_forcing_input(pieces)
+    with torch.no_grad():
+        expected = tiny_model.transformer(labels, inputs)
+        lossy = sparse.transformer(labels, inputs)
+        sparse.use_plan("all")
+        exact = sparse.transformer(labels, inputs)
+    assert float((exact - expected).norm() / expected.norm()) <= 1e-5
+    assert 1e-4 < float((lossy - expected).norm() / expected.norm()) < 1
+    images = sparse.generate([0, 1, 2], seed=4)
+    torch.testing.assert_close(images, tiny_model.generate([0, 1, 2], seed=4), atol=1e-3, rtol=0)
+
+
+def test_conversion_is_repeatable(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
+    chosen = recipe()
+    plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+    first = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
+    second = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_the_result_has_memory_of_its_own(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
+    chosen = recipe()
+    plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+    sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in tiny_model.transformer.state_dict().values()}
+    for name, tensor in sparse.transformer.state_dict().items():
+        assert not tensor.is_meta and tensor.untyped_storage().data_ptr() not in theirs, name
+    assert sparse.tokenizer is tiny_model.tokenizer and not sparse.training
+    assert not any(parameter.requires_grad for parameter in sparse.transformer.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mixture", "previous", "low_rank"])
+def test_the_size_of_calibration_batches_changes_nothing(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], kind: str
+) -> None:
+    states = []
+    for batch in (24, 7):
+        chosen = recipe(
+            calibration=CalibrationRecipe(pyramids=24, batch=batch),
+            budget=BudgetRecipe(reduction=0.25, search="uniform", gate_keep=0.6, gate_scales=2, gate_blocks=(0, 1)),
+            gate=GateRecipe(rank=4, reconstruction=kind),
+        )
+        plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+        states.append(convert_model(tiny_model, plans, "plan", chosen, *calibration).transformer)
+    whole, parts = (model.state_dict() for model in states)
+    for name, tensor in whole.items():
+        if ".reconstruction.up." in name or ".reconstruction.down." in name:
+            continue  # determined up to the signs of their pairs; their product is compared below
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    if kind != "previous":
+        for one, other in zip(*(model.sparse_layers for model in states), strict=True):
+            products = [block.reconstruction.up.weight @ block.reconstruction.down.weight for block in (one, other)]
+            torch.testing.assert_close(products[1], products[0], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", [0.05, 0.2, 0.35])
+def test_budget_is_met_and_not_overspent(tiny_model: VARModel, target: float) -> None:
+    config = tiny_model.transformer.config
+    chosen = recipe(budget=BudgetRecipe(reduction=target, first_scale=1))
+    plan = uniform_plan(config, chosen)
+    assert not plan.problems(config)
+    assert target <= reduction(config, plan) < target + 0.05
+
+
+def test_gated_blocks_keep_the_share_of_tokens(tiny_model: VARModel) -> None:
+    plan = uniform_plan(tiny_model.transformer.config, recipe())
+    assert plan.blocks[0].keep == (1, 1, 1, 1)
+    assert plan.blocks[1].keep == (1, 1, 1, 0.6)
+
+
+def test_a_target_out_of_reach_says_what_is_in_reach(tiny_model: VARModel) -> None:
+    with pytest.raises(RecipeError, match=r"out of reach.*lower the target"):
+        uniform_plan(tiny_model.transformer.config, recipe(budget=BudgetRecipe(reduction=0.9)))
+
+
+def test_first_sparse_scale_by_share_of_tokens(tiny_model: VARModel) -> None:
+    config = tiny_model.transformer.config
+    uniform = BudgetRecipe(search="uniform")
+    assert first_sparse_scale(config, recipe(budget=uniform)) == 2  # sides 1 to 4: 16 + 9 of 30 tokens exceed 3/4
+    assert first_sparse_scale(config, recipe(budget=BudgetRecipe())) == 0
+    assert first_sparse_scale(config, recipe(budget=BudgetRecipe(first_scale=1))) == 1
+
+
+def test_shipped_fashion_recipe_meets_the_published_cut() -> None:
+    from actvar_convert.models.config import TransformerConfig
+
+    config = TransformerConfig(
+        depth=8, width=256, heads=4, hidden=1024, sides=(1, 2, 3, 4, 6, 8), vocab=512, z_channels=16, classes=10
+    )
+    chosen = load_recipe("fashion")
+    assert reduction(config, uniform_plan(config, chosen)) >= 0.212
+
+
+def test_refitted_output_weights_come_closer_to_the_dense_model(
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    config, errors, models = tiny_model.transformer.config, [], []
+    labels = torch.arange(20) % 5
+    inputs = tiny_model.teacher_forcing_input(tiny_model.generate_tokens(labels, seed=9))
+    with torch.no_grad():
+        expected = tiny_model.transformer(labels, inputs)
+        for compensation in ("none", "least_squares"):
+            experts = ExpertsRecipe(count=8, compensation=compensation, inactive="skipped_mean")
+            chosen = recipe(experts=experts)
+            model = convert_model(tiny_model, {"plan": uniform_plan(config, chosen)}, "plan", chosen, *calibration)
+            models.append(model)
+            errors.append(float((model.transformer(labels, inputs) - expected).norm()))
+    assert errors[1] < errors[0]
+    first, second = (model.state_dict() for model in models)
+    moved = {name for name, value in first.items() if not torch.equal(value, second[name])}
+    assert moved == {f"transformer.blocks.{b}.ffn.{name}" for b in (0, 1) for name in ("fc2.weight", "inactive")}

@@ -1,0 +1,181 @@
+"""Partition, router start and constants of one FFN."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from actvar_convert.conversion.clustering import METHODS
+from actvar_convert.conversion.experts import (
+    calibrate_inactive,
+    expert_sizes,
+    install_experts,
+    neuron_importance,
+    output_norms,
+    partition_neurons,
+    start_router,
+)
+from actvar_convert.conversion.least_squares import reduced_rank, ridge
+from actvar_convert.models.experts import ExpertFFN
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.var import FFN, Span
+from actvar_convert.plan import BlockPlan, SparsityPlan
+from actvar_convert.recipe.schema import ExpertsRecipe
+
+EXPERTS = 8
+
+
+def make(tiny_model: VARModel, recipe: ExpertsRecipe, shared: int = 2) -> tuple[FFN, ExpertFFN, torch.Tensor]:
+    config = tiny_model.transformer.config
+    block = BlockPlan(prefix=(8, 8, 2, 2), routed=(0, 0, 3, 3), keep=(1, 1, 1, 1))
+    plan = SparsityPlan(experts=EXPERTS, blocks=(block,) * config.depth)
+    dense = tiny_model.transformer.blocks[0].ffn
+    sparse = ExpertFFN(config, {"plan": plan}, "plan", 0)
+    x = torch.randn(600, config.width, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+        config.width, config.width, generator=torch.Generator().manual_seed(1)
+    ).div(config.width**0.5)
+    with torch.no_grad():
+        partition = partition_neurons(dense, x, recipe, shared, seed=0)
+        install_experts(sparse, dense, partition)
+    return dense, sparse, x
+
+
+@pytest.mark.parametrize("shared", ["neurons", "experts"])
+@pytest.mark.parametrize("clustering", ["kmeans", "gradient", "weights", "random"])
+@torch.no_grad()
+def test_partition_is_a_permutation_that_keeps_the_function(tiny_model: VARModel, shared: str, clustering: str) -> None:
+    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS, shared=shared, clustering=clustering))
+    assert sorted(sparse.permutation.tolist()) == list(range(dense.fc1.out_features))
+    everything = sparse.fc2(F.gelu(sparse.fc1(x), approximate="tanh"))
+    expected = dense(x.unsqueeze(0), Span(3, (len(x),)))[0]
+    torch.testing.assert_close(everything, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_clustering_by_gradient_weighs_activations_with_what_they_move(tiny_model: VARModel) -> None:
+    dense, _, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    hidden = F.gelu(dense.fc1(x), approximate="tanh")
+    recipe = ExpertsRecipe(count=EXPERTS, clustering="gradient", projection=8)
+    width = dense.fc2.out_features
+    root = torch.randn(width, width, generator=torch.Generator().manual_seed(2))
+    norms = output_norms(dense, root)
+    torch.testing.assert_close(norms, torch.stack([(root.T @ w).norm() for w in dense.fc2.weight.T]))
+    found = partition_neurons(dense, x, recipe, 0, seed=1, root_CC=root)
+    label = METHODS["gradient"]((hidden * norms).numpy(), dense.fc1.weight.numpy(), EXPERTS, 8, 1)
+    groups = {frozenset(np.flatnonzero(label == expert).tolist()) for expert in range(EXPERTS)}
+    size = dense.fc1.out_features // EXPERTS
+    assert {frozenset(part.tolist()) for part in found.permutation.split(size)} == groups
+
+
+@torch.no_grad()
+def test_shared_prefix_holds_the_most_important_neurons(tiny_model: VARModel) -> None:
+    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS, shared="neurons"), shared=2)
+    importance = neuron_importance(dense, F.gelu(dense.fc1(x), approximate="tanh"))
+    size = dense.fc1.out_features // EXPERTS
+    head, tail = sparse.permutation[: 2 * size], sparse.permutation[2 * size :]
+    assert importance[head].min() >= importance[tail].max()
+
+
+@torch.no_grad()
+def test_expert_sizes_are_the_norms_of_expert_outputs(tiny_model: VARModel) -> None:
+    _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    hidden = F.gelu(sparse.fc1(x), approximate="tanh")
+    constant = torch.randn(EXPERTS, x.shape[1], generator=torch.Generator().manual_seed(2))
+    size = hidden.shape[1] // EXPERTS
+    for given in (None, constant):
+        sizes = expert_sizes(sparse, hidden, given)
+        for e in range(EXPERTS):
+            own = slice(e * size, (e + 1) * size)
+            output = hidden[:, own] @ sparse.fc2.weight[:, own].T
+            expected = (output if given is None else output - given[e]).norm(dim=1)
+            torch.testing.assert_close(sizes[:, e], expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_expert_sizes_make_no_tensor_of_all_outputs(tiny_model: VARModel, memory_watch: Any) -> None:
+    _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    hidden = F.gelu(sparse.fc1(x), approximate="tanh")
+    with memory_watch, torch.backends.opt_einsum.flags(enabled=False):
+        expert_sizes(sparse, hidden, torch.ones(EXPERTS, x.shape[1]))
+    assert memory_watch.peak < 4 * len(x) * EXPERTS * x.shape[1]
+
+
+@torch.no_grad()
+def test_started_router_beats_a_fixed_choice(tiny_model: VARModel) -> None:
+    _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    start_router(sparse, x)
+    sizes = expert_sizes(sparse, F.gelu(sparse.fc1(x), approximate="tanh"))[:, 2:]
+    routed = sparse.route(x.unsqueeze(0), 3)[0]
+    fixed = torch.zeros_like(routed)
+    fixed[:, sizes.mean(0).topk(3).indices] = True
+    caught, caught_fixed = (sizes * routed).sum(), (sizes * fixed).sum()
+    best = sizes.topk(3, dim=1).values.sum()
+    assert caught_fixed < caught <= best
+
+
+@torch.no_grad()
+def test_skipped_mean_is_the_mean_over_tokens_that_skip(tiny_model: VARModel) -> None:
+    _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    start_router(sparse, x)
+    calibrate_inactive(sparse, [x[:1], x[:4], x[:300], x[300:]], "skipped_mean")
+    assert sparse.inactive[:2].abs().sum() == 0
+    assert sparse.inactive[2:, :2].abs().sum() == 0
+    skips = ~sparse.route(x[300:].unsqueeze(0), 3)[0]
+    size = sparse.fc1.out_features // EXPERTS
+    hidden = F.gelu(sparse.fc1(x[300:]), approximate="tanh")
+    for e in range(2, EXPERTS):
+        own = slice(e * size, (e + 1) * size)
+        rows = hidden[skips[:, e - 2], own]
+        expected = rows.mean(0) @ sparse.fc2.weight[:, own].T if len(rows) else torch.zeros(x.shape[1])
+        torch.testing.assert_close(sparse.inactive[3, e], expected, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_experts_that_rest_under_another_plan_get_constants_too(tiny_model: VARModel) -> None:
+    _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    start_router(sparse, x)
+    calibrate_inactive(sparse, [x] * 4, "skipped_mean")
+    alone = sparse.inactive.clone()
+    block = BlockPlan(prefix=(EXPERTS, 1, EXPERTS, 1), routed=(0, 0, 0, 0), keep=(1.0,) * 4)
+    static = SparsityPlan(experts=EXPERTS, blocks=(block,) * tiny_model.transformer.config.depth)
+    sparse.plans["static"] = static
+    chosen = sparse.plan
+    calibrate_inactive(sparse, [x] * 4, "skipped_mean")
+    assert sparse.plan is chosen
+    rests = alone.abs().sum(2) > 0
+    assert torch.equal(sparse.inactive[rests], alone[rests])
+    added = (sparse.inactive.abs().sum(2) > 0) & ~rests
+    assert added.any() and set(added.nonzero()[:, 0].tolist()) <= {1, 3} and not added[:, 0].any()
+
+
+@torch.no_grad()
+def test_skipped_mean_lowers_the_error_of_the_output(tiny_model: VARModel) -> None:
+    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
+    start_router(sparse, x)
+    expected = dense(x.unsqueeze(0), Span(3, (len(x),)))
+    errors = {}
+    for kind in ("none", "mean", "skipped_mean"):
+        calibrate_inactive(sparse, [x] * 4, kind)
+        errors[kind] = float((sparse(x.unsqueeze(0), Span(3, (len(x),))) - expected).square().mean())
+    assert errors["skipped_mean"] < errors["none"]
+    assert errors["skipped_mean"] <= errors["mean"]
+
+
+def test_ridge_recovers_a_linear_map() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 6, generator=generator)
+    weight, bias = torch.randn(3, 6, generator=generator), torch.randn(3, generator=generator)
+    got_weight, got_bias = ridge(x, x @ weight.T + bias, strength=1e-8)
+    torch.testing.assert_close(got_weight, weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got_bias, bias, rtol=1e-3, atol=1e-4)
+
+
+def test_reduced_rank_recovers_a_low_rank_map() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 8, generator=generator)
+    truth = torch.randn(8, 2, generator=generator) @ torch.randn(2, 8, generator=generator)
+    down, up = reduced_rank(x, x @ truth.T, 2)
+    assert down.shape == (2, 8) and up.shape == (8, 2)
+    torch.testing.assert_close(up @ down, truth, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,263 @@
+"""The training loop: it learns, resumes to the bit, and refuses a state that is not its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from actvar_convert.conversion.budget import uniform_plan
+from actvar_convert.conversion.converter import convert_model
+from actvar_convert.distillation import loop
+from actvar_convert.distillation.data import TokenStore
+from actvar_convert.distillation.loop import distill_model
+from actvar_convert.distillation.stages import STAGES
+from actvar_convert.errors import CheckpointError, Diverged, Interrupted
+from actvar_convert.files.run_state import load_run_state
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.recipe.schema import (
+    BudgetRecipe,
+    CalibrationRecipe,
+    DistillRecipe,
+    ExpertsRecipe,
+    GateRecipe,
+    JointStage,
+    Recipe,
+    RouterStage,
+)
+from actvar_convert.system.progress import MetricsLog, SilentProgress
+
+
+def recipe(stage1: dict[str, object] | None = None, stage2: dict[str, object] | None = None) -> Recipe:
+    short: dict[str, object] = {"steps": 6, "batch": 8, "warmup": 2, "learning_rate": 2e-3}
+    return Recipe(
+        name="tiny",
+        model="tiny",
+        experts=ExpertsRecipe(count=8),
+        calibration=CalibrationRecipe(pyramids=24, batch=8),
+        budget=BudgetRecipe(search="uniform", reduction=0.25, gate_keep=0.6, gate_blocks=(1,)),
+        gate=GateRecipe(rank=4),
+        distill=DistillRecipe(
+            stage1=RouterStage(**(short | (stage1 or {}))),
+            stage2=JointStage(**(short | (stage2 or {}))),
+        ),
+    )
+
+
+@pytest.fixture
+def store(tiny_model: VARModel) -> TokenStore:
+    labels = torch.arange(24) % 5
+    return TokenStore(tiny_model.generate_tokens(labels, seed=1), labels)
+
+
+def converted(teacher: VARModel, chosen: Recipe, store: TokenStore) -> SparseVARModel:
+    """The student; where plans are trained by turns it has a second one, that spares less, later, and gates nothing."""
+    plans = {"plan": uniform_plan(teacher.transformer.config, chosen)}
+    if chosen.distill.stage2.plans == "random":
+        gentle = chosen.model_copy(update={"budget": BudgetRecipe(reduction=0.1, first_scale=3)})
+        plans["gentle"] = uniform_plan(teacher.transformer.config, gentle)
+    return convert_model(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
+
+
+def train(
+    teacher: VARModel, chosen: Recipe, store: TokenStore, folder: Path, fingerprint: str = "run"
+) -> tuple[SparseVARModel, list[dict[str, object]]]:
+    model = converted(teacher, chosen, store)
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        distill_model(
+            model,
+            teacher,
+            chosen,
+            store,
+            state_path=folder / "state.safetensors",
+            fingerprint=fingerprint,
+            log=log,
+            progress=SilentProgress(),
+        )
+        return model, log.read()
+
+
+def kl_to(teacher: VARModel, model: VARModel, store: TokenStore) -> float:
+    from actvar_convert.distillation.losses import kl_per_token
+
+    pieces = store.tokens.long().split(list(teacher.transformer.config.pyramid.lengths), 1)
+    inputs = teacher.tokenizer.quantize.teacher_forcing_input(pieces)
+    with torch.no_grad():
+        return float(
+            kl_per_token(teacher.transformer(store.labels, inputs), model.transformer(store.labels, inputs)).mean()
+        )
+
+
+def test_both_stages_lower_their_losses(tiny_model: VARModel, store: TokenStore, tmp_path: Path) -> None:
+    chosen = recipe({"steps": 30}, {"steps": 40})
+    # with no constants to begin with the routers start at the solution, and follow constants that move
+    with_constants = chosen.experts.model_copy(update={"inactive": "skipped_mean"})
+    chosen = chosen.model_copy(update={"experts": with_constants})
+    before = kl_to(tiny_model, converted(tiny_model, chosen, store), store)
+    teacher = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    model, lines = train(tiny_model, chosen, store, tmp_path)
+    first = [line for line in lines if line["stage"] == "stage1"]
+    second = [line for line in lines if line["stage"] == "stage2"]
+    assert len(first) == 30 and len(second) == 40
+    assert {"output", "router"} <= first[0].keys() and {"kl", "hidden", "gate"} <= second[0].keys()
+    assert not {"plan", "sampled_scales"} & second[0].keys()
+    assert first[-1]["output"] < first[0]["output"] and first[-1]["router"] < first[0]["router"]
+    assert kl_to(tiny_model, model, store) < 0.6 * before
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in tiny_model.state_dict().items())
+
+
+@pytest.mark.parametrize("trainable", ["none", "lora", "experts", "all"])
+def test_only_the_chosen_weights_move(tiny_model: VARModel, store: TokenStore, tmp_path: Path, trainable: str) -> None:
+    chosen = recipe({"steps": 0}, {"trainable": trainable, "steps": 3, "router": "regress", "router_loss": 1.0})
+    before = converted(tiny_model, chosen, store).transformer.state_dict()
+    model, _ = train(tiny_model, chosen, store, tmp_path)
+    after = model.transformer.state_dict()
+    assert after.keys() == before.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    groups = {
+        "router": any("router" in name for name in moved),
+        "gate": any(".gate." in name for name in moved),
+        "ffn": any(".fc1.weight" in name for name in moved),
+        "attention": any("mat_qkv" in name for name in moved),
+        "head": any(name.startswith("head.") for name in moved),
+    }
+    assert groups == {
+        "router": True,
+        "gate": True,
+        "ffn": trainable != "none",
+        "attention": trainable in ("lora", "all"),
+        "head": trainable == "all",
+    }
+
+
+def test_one_checkpoint_is_trained_for_all_of_its_plans(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path
+) -> None:
+    chosen = recipe({"steps": 30, "plans": "random"}, {"steps": 40, "plans": "random"})
+    untrained = converted(tiny_model, chosen, store)
+    model, lines = train(tiny_model, chosen, store, tmp_path)
+    assert model.plan_name == "plan" and {block.plan for block in model.transformer.sparse_layers} == {model.plan}
+    for stage, steps in (("stage1", 30), ("stage2", 40)):
+        ran = [line["plan"] for line in lines if line["stage"] == stage]
+        assert len(ran) == steps and ran.count("plan") == ran.count("gentle") == steps / 2
+    assert all(("gate" in line) == (line["plan"] == "plan") for line in lines if line["stage"] == "stage2")
+    for plan, share in (("plan", 0.7), ("gentle", 0.85)):
+        untrained.use_plan(plan)
+        model.use_plan(plan)
+        assert kl_to(tiny_model, model, store) < share * kl_to(tiny_model, untrained, store), plan
+
+
+def test_training_where_the_student_goes(tiny_model: VARModel, store: TokenStore, tmp_path: Path) -> None:
+    chosen = recipe({"steps": 0}, {"steps": 60, "on_policy": 1.0}).model_copy(update={"dtype": "bf16"})
+    before = converted(tiny_model, chosen, store)
+    model, lines = train(tiny_model, chosen, store, tmp_path)
+    first = STAGES["stage2"].sparse_scales(model.plan)[0]
+    assert {line["sampled_scales"] for line in lines} == set(range(max(1, first), 4))
+    assert all(("gate" in line) == (line["sampled_scales"] == 3) for line in lines)
+    labels = torch.arange(60) % 5
+    met = [TokenStore(each.generate_tokens(labels, seed=8), labels) for each in (before, model)]
+    assert kl_to(tiny_model, model, met[1]) < 0.8 * kl_to(tiny_model, before, met[0])
+
+
+def test_a_token_weighs_the_same_in_every_step(tiny_model: VARModel, store: TokenStore) -> None:
+    chosen = recipe()
+    run = loop.StageRun(converted(tiny_model, chosen, store), STAGES["stage2"], chosen.distill.stage2, 0)
+    shares = [run._covered(store.tokens[:, :drawn]) for drawn in (1, 5, 14, 30)]
+    assert shares == pytest.approx([5 / 30, 14 / 30, 1, 1]), "the scales given, and the one that they lead to"
+
+
+ELASTIC = {"plans": "random", "on_policy": 0.6, "straight_through_end": 0.0}
+
+
+@pytest.mark.parametrize("stage2", [{"ema": 0.9}, {"trainable": "lora"}, {"optimizer": "muon"}, ELASTIC])
+@pytest.mark.parametrize("stop_at", [4, 9])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny_model: VARModel,
+    store: TokenStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage2: dict[str, object],
+    stop_at: int,
+) -> None:
+    chosen = recipe({}, stage2)
+    whole, lines = train(tiny_model, chosen, store, tmp_path / "whole")
+    original, taken = loop.StageRun.train_step, 0
+
+    def stopping(self: loop.StageRun, *args: object) -> dict[str, float]:
+        nonlocal taken
+        taken += 1
+        if taken == stop_at:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop.StageRun, "train_step", stopping)
+    with pytest.raises(Interrupted, match="all of it is kept"):
+        train(tiny_model, chosen, store, tmp_path / "parts")
+    monkeypatch.setattr(loop.StageRun, "train_step", original)
+    resumed, resumed_lines = train(tiny_model, chosen, store, tmp_path / "parts")
+    assert resumed_lines == lines
+    expected = whole.transformer.state_dict()
+    for name, tensor in resumed.transformer.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_lines_of_later_stages_go_when_an_earlier_one_is_resumed(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash in stage 2 before its first save leaves lines of steps that the next run takes again."""
+    whole, lines = train(tiny_model, recipe(), store, tmp_path / "whole")
+    original, taken = loop.StageRun.train_step, 0
+
+    def crashing(self: loop.StageRun, *args: object) -> dict[str, float]:
+        nonlocal taken
+        taken += 1
+        if taken == 9:
+            raise OSError("power")
+        return original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop.StageRun, "train_step", crashing)
+    with pytest.raises(OSError, match="power"):
+        train(tiny_model, recipe(), store, tmp_path / "parts")
+    monkeypatch.setattr(loop.StageRun, "train_step", original)
+    resumed, resumed_lines = train(tiny_model, recipe(), store, tmp_path / "parts")
+    assert resumed_lines == lines
+    expected = whole.transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.transformer.state_dict().items())
+
+
+def test_a_training_that_diverges_stops_and_keeps_what_was_saved(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path
+) -> None:
+    wild = recipe({}, {"learning_rate": 1e30, "warmup": 0, "trainable": "all"})
+    with pytest.raises(Diverged, match=r"stage2 diverged: .* Lower distill.stage2.learning_rate \(given 1e\+30\)"):
+        train(tiny_model, wild, store, tmp_path)
+    state = load_run_state(tmp_path / "state.safetensors", "run")
+    assert (state.scalars["stage"], state.scalars["step"]) == ("stage1", 6)
+    assert not any(bool(torch.isnan(tensor).any()) for tensor in state.tensors.values())
+
+
+def test_folded_guidance_draws_its_own_pyramids_whatever_the_data_were_drawn_with(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path
+) -> None:
+    chosen = recipe({"steps": 0}, {"steps": 4, "on_policy": 1.0, "hidden": 0.0})
+    folded = chosen.budget.model_copy(update={"guidance": "folded"})
+    drawn = chosen.data.model_copy(update={"cfg": 2.0})
+    _, lines = train(tiny_model, chosen.model_copy(update={"budget": folded, "data": drawn}), store, tmp_path)
+    assert len(lines) == 4 and all(line["sampled_scales"] for line in lines)
+
+
+def test_a_state_that_began_with_another_model_is_refused(
+    tiny_model: VARModel, store: TokenStore, tmp_path: Path
+) -> None:
+    train(tiny_model, recipe(), store, tmp_path)
+    other = recipe().model_copy(update={"seed": 1})
+    with pytest.raises(CheckpointError, match="began with another converted model"):
+        train(tiny_model, other, store, tmp_path)
+
+
+def test_a_state_of_another_run_is_refused(tiny_model: VARModel, store: TokenStore, tmp_path: Path) -> None:
+    train(tiny_model, recipe(), store, tmp_path, "one recipe")
+    with pytest.raises(CheckpointError):
+        train(tiny_model, recipe(), store, tmp_path, "another recipe")

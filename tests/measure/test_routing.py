@@ -1,0 +1,63 @@
+"""Loads of routers, as an evaluation reports them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import actvar_convert as av
+from actvar_convert.measure.quality_report import QualityReport
+from actvar_convert.measure.routing import RoutingWatch, off_plan, watched_routing
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.show.html import report_html
+from actvar_convert.show.render import render_quality_table
+
+from .test_render import printed
+
+
+@pytest.fixture
+def report(tiny_sparse: SparseVARModel, tiny_model: VARModel) -> QualityReport:
+    return av.evaluate(tiny_sparse, teacher=tiny_model, images=0, held_out=6, plans=["all"])
+
+
+def test_every_choice_is_counted_once(report: QualityReport, tiny_sparse: SparseVARModel) -> None:
+    assert [(each.block, each.scale) for each in report.routing] == [(0, 2), (0, 3), (1, 2), (1, 3)]
+    for each in report.routing:
+        rows = 2 * 6  # with the class and without
+        assert each.tokens == rows * (9 if each.scale == 2 else 8), "the gate computes half of the last scale"
+        assert len(each.load) == 6 and sum(each.load) == pytest.approx(2)
+        assert each.active == pytest.approx(2) and each.planned == 2
+        assert 0 < each.balance <= 1
+    assert not report.plans["all"].routing and not any("experts per token" in note for note in report.notes)
+    assert all("scores" not in layer.ffn.__dict__ for layer in tiny_sparse.transformer.sparse_layers)
+    assert QualityReport.model_validate_json(report.to_json()) == report
+
+
+def test_balance_is_the_entropy_of_the_load(tiny_sparse: SparseVARModel) -> None:
+    watch = RoutingWatch()
+    watch.add(0, 2, torch.eye(4, dtype=torch.bool))
+    watch.add(1, 2, torch.tensor([[True, False, False, False]] * 3))
+    watch.add(1, 3, torch.tensor([[True, True, False, False]] * 3))
+    even, one, two = watch.loads(tiny_sparse)
+    assert (even.balance, one.balance, two.balance) == pytest.approx((1, 0, 0.5))
+    assert even.load == (0.25,) * 4 and one.load == (1, 0, 0, 0) and two.active == 2
+    assert off_plan([two]) == []
+    (said,) = off_plan([even, one])
+    assert said.startswith("routers run 1.00 experts per token on average where the plan says 2.00") and "over" in said
+
+
+def test_a_dense_model_routes_nothing(tiny_model: VARModel) -> None:
+    with watched_routing(tiny_model) as watch:
+        tiny_model.generate_tokens([0], seed=0)
+    assert watch.loads(tiny_model) == ()
+
+
+def test_loads_are_shown(report: QualityReport, tiny_sparse: SparseVARModel) -> None:
+    table = printed(render_quality_table(report))
+    assert "routed experts" in table and "2, 3" in table and "2.00" in table
+    page = report_html(av.report_flops(tiny_sparse), report)
+    assert "Balance of the routers" in page and "2.0 of 6" in page and "nothing is routed" in page
+    silent = report.model_copy(update={"routing": ()})
+    assert "routed experts" not in printed(render_quality_table(silent))
+    assert "Balance of the routers" not in report_html(av.report_flops(tiny_sparse), silent)
