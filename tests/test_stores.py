@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from actvar_convertNone import stores
 
+from actvar_convert import stores
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel

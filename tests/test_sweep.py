@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from actvar_convertNone import sweep as sweep_verb
 from PIL import Image
 
 import actvar_convert as av
+from actvar_convert import sweep as sweep_verb
 from actvar_convert import verbs
 from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import InputError, RecipeError

@@ -45,7 +45,7 @@ def test_from_python(tiny_model: VARModel, tmp_path: Path) -> None:
 def test_a_conversion_that_cannot_fit_is_refused_before_any_work(
     actvar: Actvar, dense_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actvar_convert.cost import conversion_memory as memory
+    from actvar_convert.conversion import conversion_memory as memory
 
     monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 10**8)
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
@@ -59,7 +59,7 @@ def test_a_file_in_half_precision_is_priced_as_what_it_becomes_before_its_weight
     actvar: Actvar, dense_file: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     from actvar_convert import verbs
-    from actvar_convert.cost import conversion_memory as memory
+    from actvar_convert.conversion import conversion_memory as memory
 
     save_file({name: t.half() for name, t in load_file(dense_file).items()}, dense_file)
     shape = model_shape(dense_file)

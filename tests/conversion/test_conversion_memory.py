@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from actvar_convert.conversion import conversion_memory as memory
 from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, require_memory
 from actvar_convert.conversion.converter import convert_model
 from actvar_convert.conversion.search import plan_model
-from actvar_convert.cost import conversion_memory as memory
 from actvar_convert.errors import InputError
 from actvar_convert.files.official import official_config
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig

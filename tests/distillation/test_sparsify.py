@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from actvar_convert import verbs
-from actvar_convert.cost import conversion_memory as memory
+from actvar_convert.conversion import conversion_memory as memory
 from actvar_convert.distillation import loop
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.loop import StageRun

@@ -13,7 +13,7 @@ from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.show.html import report_html
 from actvar_convert.show.render import render_quality_table
 
-from .test_render import printed
+from ..show.test_render import printed
 
 
 @pytest.fixture
