@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,9 @@ from actvar_convert.files.infer import Overrides, messages
 from actvar_convert.files.locate import SPARSE_FORMAT
 from actvar_convert.files.reading import INDEX_SUFFIX, read_json, require_exists
 from actvar_convert.files.replacing import finish_commit, sha256_of
+from actvar_convert.files.upgrade import FORMAT_VERSION, upgraded
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
-
-FORMAT_VERSION = 1
-
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""For every older format version a named function that makes the next version's config.json of it."""
 
 
 class Provenance(BaseModel):
@@ -60,6 +56,7 @@ class SparseConfig(BaseModel):
 
     format: Literal["actvar-sparse"] = SPARSE_FORMAT
     format_version: int = FORMAT_VERSION
+    family: Literal["var"] = "var"
     transformer: TransformerConfig
     tokenizer: TokenizerConfig
     sampling: SamplingConfig
@@ -93,7 +90,12 @@ def read_sparse_config(folder: Path) -> SparseConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json, without which its weights mean nothing. Restore it.")
-    content = _upgraded(path, read_json(path))
+    content = read_json(path)
+    if content.get("format") != SPARSE_FORMAT:
+        raise CheckpointError(
+            f"{path} is not the configuration of a sparse model: its format is not {SPARSE_FORMAT!r}."
+        )
+    content = upgraded(path, content)
     try:
         config = SparseConfig.model_validate(content)
     except ValidationError as error:
@@ -104,27 +106,6 @@ def read_sparse_config(folder: Path) -> SparseConfig:
     if problems:
         raise CheckpointError(f"{path} contradicts itself. Restore it, or convert again:", problems)
     return config
-
-
-def _upgraded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    if content.get("format") != SPARSE_FORMAT:
-        raise CheckpointError(
-            f"{path} is not the configuration of a sparse model: its format is not {SPARSE_FORMAT!r}."
-        )
-    version = content.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(
-            f"{path} has format_version {version!r}, a whole number from 1 on was expected. Restore it."
-        )
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}; this actvar-convert {__version__} reads up to {FORMAT_VERSION}. "
-            "Upgrade actvar-convert."
-        )
-    while version < FORMAT_VERSION:
-        content = UPGRADES[version](content)
-        version += 1
-    return content
 
 
 def provenance_of(origin: Mapping[str, str], **more: Any) -> Provenance:

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actvar_convert.errors import CheckpointError, InputError
-from actvar_convert.files import sparse_config
 from actvar_convert.files import sparse_folder as sparse_files
 from actvar_convert.files.replacing import COMMIT
+from actvar_convert.files.sparse_config import read_sparse_config
 from actvar_convert.files.sparse_folder import (
     REPORTS,
     Provenance,
@@ -25,6 +25,7 @@ from actvar_convert.files.sparse_folder import (
     save_sparse,
     update_file,
 )
+from actvar_convert.files.upgrade import FORMAT_VERSION
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 
@@ -49,7 +50,7 @@ def test_round_trip(folder: Path, sparse: SparseVARModel, same_model: Callable[[
     assert load_sparse(folder, plan="all").plan == sparse.plans["all"]
     assert {p.dtype for p in load_sparse(folder, dtype=torch.bfloat16).transformer.parameters()} == {torch.bfloat16}
     config = json.loads((folder / "config.json").read_text())
-    assert (config["format"], config["format_version"], config["default_plan"]) == ("actvar-sparse", 1, "default")
+    assert (config["format"], config["format_version"], config["default_plan"]) == ("actvar-sparse", 2, "default")
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == (folder / "config.json").stat().st_mode & 0o777
 
 
@@ -223,17 +224,20 @@ def test_unknown_plan(folder: Path) -> None:
         load_sparse(folder, plan="fast")
 
 
-def test_older_versions_are_upgraded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rename_default(config: dict[str, object]) -> dict[str, object]:
-        config["default_plan"] = config.pop("standard")
-        return config
-
+def test_a_folder_of_version_1_names_no_family(
+    folder: Path, sparse: SparseVARModel, same_model: Callable[[VARModel, VARModel], None]
+) -> None:
     content = json.loads((folder / "config.json").read_text())
-    content["standard"] = content.pop("default_plan")
-    (folder / "config.json").write_text(json.dumps(content))
-    monkeypatch.setattr(sparse_config, "FORMAT_VERSION", 2)
-    monkeypatch.setitem(sparse_config.UPGRADES, 1, rename_default)
-    assert load_sparse(folder).plan_name == "default"
+    assert content.pop("family") == "var"
+    (folder / "config.json").write_text(json.dumps({**content, "format_version": 1}))
+    same_model(load_sparse(folder), sparse)
+    assert read_sparse_config(folder).format_version == FORMAT_VERSION
+
+
+def test_a_family_of_nobody_is_refused(folder: Path) -> None:
+    _edit_config(folder, family="rav")
+    with pytest.raises(CheckpointError, match="family: Input should be 'var'"):
+        load_sparse(folder)
 
 
 def test_weights_that_are_not_finite_are_not_written(folder: Path, tmp_path: Path, sparse: SparseVARModel) -> None:
