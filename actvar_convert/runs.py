@@ -45,6 +45,7 @@ from actvar_convert.recipe.schema import BenchmarkRecipe, Recipe
 from actvar_convert.show.card import model_card
 from actvar_convert.show.html import report_html
 from actvar_convert.show.pictures import samples_picture
+from actvar_convert.show.tables import Reports
 from actvar_convert.stores import require_images
 from actvar_convert.system.device import DTYPES
 from actvar_convert.system.processes import Processes, join
@@ -281,14 +282,13 @@ def _measure(
         checks = run_checks(recipe.checks, flops, quality, baseline)
     with MetricsLog(folder / "metrics.jsonl") as log:
         lines = log.read()
-    page = report_html(flops, quality, benchmark, lines, title=f"{recipe.name}: dense and sparse", samples_png=samples)
+    reports = Reports(flops, quality, benchmark)
+    page = report_html(reports, lines, title=f"{recipe.name}: dense and sparse", samples_png=samples)
     update_file(folder, "report.html", page.encode())
     origin = read_provenance(folder)
     card = model_card(
         recipe.name,
-        flops,
-        quality,
-        benchmark,
+        reports,
         plan=model.plan,
         base_model=recipe.model,
         repository=REPOSITORY if recipe.model in official_names() else None,

@@ -35,7 +35,8 @@ from actvar_convert.origins import require_dense, work_folder
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe, SparsifyRecipe
-from actvar_convert.show.curves import sweep_picture
+from actvar_convert.show.charts import sweep_picture
+from actvar_convert.show.tables import sweep_figures
 from actvar_convert.stores import calibration_store
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.device import DTYPES, release_pages
@@ -144,7 +145,7 @@ def sweep(
     made = report()
     if folder is not None:
         write_whole(folder / PICTURE, sweep_picture(made))
-        write_whole(folder / TABLE, made.to_csv())
+        write_whole(folder / TABLE, sweep_figures(made).to_csv())
         write_whole(folder / REPORT, made.to_json())
     return made
 

@@ -114,7 +114,7 @@ def _say_how_to_resume(ctx: Any) -> None:
 
 def _say_peak_memory(ctx: Any) -> None:
     if ctx.meta.get(MEASURED) and first_process():
-        from actvar_convert.show.wording import peak_memory_line
+        from actvar_convert.system.device import peak_memory_line
 
         typer.echo(peak_memory_line(), err=True)
 

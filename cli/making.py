@@ -224,11 +224,12 @@ def run(
 
     Ends with exit code 3 when one of the recipe's checks does not hold.
     """
-    from actvar_convert.show.render import render_summary
+    from actvar_convert.show.tables import Reports, summary_table
+    from actvar_convert.show.terminal import render
 
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
     result = av.run(recipe, out=out, overrides=settings, progress=reporter(quiet), shard=shard)
-    show(render_summary(result.flops, result.quality, result.benchmark))
+    show(render(summary_table(Reports(result.flops, result.quality, result.benchmark))))
     typer.echo(result.folder)
     if result.checks is not None:
         result.checks.raise_if_failed()

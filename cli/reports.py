@@ -46,17 +46,19 @@ def report_flops(
 
     No weights are read; an official name such as var-d16 needs no file and no network.
     """
-    from actvar_convert.show import html, render
+    from actvar_convert.show.html import flops_html
+    from actvar_convert.show.tables import flops_figures, flops_tables
+    from actvar_convert.show.terminal import render
 
     report = av.report_flops(model, guidance=guidance, **opt.dense_flags(vae, heads, sides, residual_ratio))
     if form is opt.FlopsFormat.table:
-        show(render.render_flops_table(report))
+        show(render(*flops_tables(report)))
     elif form is opt.FlopsFormat.json:
         show_text(report.to_json())
     elif form is opt.FlopsFormat.csv:
-        show_text(render.flops_csv(report))
+        show_text(flops_figures(report).to_csv())
     else:
-        show_text(html.flops_html(report))
+        show_text(flops_html(report))
 
 
 @app.command(
@@ -103,7 +105,8 @@ def evaluate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Measure quality against the dense teacher: FID and companions, KL and agreement per scale."""
-    from actvar_convert.show.render import render_quality_table
+    from actvar_convert.show.tables import quality_tables
+    from actvar_convert.show.terminal import render
 
     chosen = opt.several(seeds, "--seeds", int)
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
@@ -123,7 +126,7 @@ def evaluate(
     if form is opt.Format.json:
         show_text(report.to_json())
     else:
-        show(render_quality_table(report))
+        show(render(*quality_tables(report)))
 
 
 @app.command(epilog=closing("actvar benchmark runs/fashion --batches 1,16", "actvar sample runs/fashion"))
@@ -158,7 +161,8 @@ def benchmark(
     verbose: opt.Verbose = False,
 ) -> None:
     """Time generation, dense against sparse, beside the speed-up that the FLOPs promise."""
-    from actvar_convert.show.render import render_benchmark_table
+    from actvar_convert.show.tables import benchmark_tables
+    from actvar_convert.show.terminal import render
 
     timing = {"--against": against, "--decoder-dtype": decoder_dtype, "--repeats": repeats, "--split": split or None}
     idle = [name for name, value in timing.items() if value is not None]
@@ -190,7 +194,7 @@ def benchmark(
     if form is opt.Format.json:
         show_text(report.to_json())
     else:
-        show(render_benchmark_table(report))
+        show(render(*benchmark_tables(report)))
 
 
 @app.command(epilog=closing("actvar inspect var_d16.pth", "actvar report-flops var_d16.pth"))
@@ -212,12 +216,13 @@ def inspect(
     Ends with exit code 2 where that is neither a VAR nor its tokenizer; problems of those are listed and change no exit
     code.
     """
-    from actvar_convert.show.render import render_inspection
+    from actvar_convert.show.tables import inspection_table
+    from actvar_convert.show.terminal import render
 
     inspection = av.inspect(path, values=values, **opt.dense_flags(vae, heads, sides, residual_ratio))
     if form is opt.Format.json:
         show_text(inspection.to_json())
     else:
-        show(render_inspection(inspection))
+        show(render(inspection_table(inspection)))
     if inspection.kind == "other":
         raise typer.Exit(InputError.exit_code)

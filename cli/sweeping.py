@@ -68,7 +68,8 @@ def sweep(
     All cuts share their calibration and held-out pyramids. The same line again resumes, and other --reductions add to
     the curve. The folder gets sweep.json, sweep.csv and sweep.png.
     """
-    from actvar_convert.show.render import render_sweep_table
+    from actvar_convert.show.tables import sweep_table
+    from actvar_convert.show.terminal import render
 
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags)]
@@ -96,5 +97,5 @@ def sweep(
     if form is opt.Format.json:
         show_text(report.to_json())
     else:
-        show(render_sweep_table(report))
+        show(render(sweep_table(report)))
         typer.echo(folder)

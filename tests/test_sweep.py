@@ -21,12 +21,13 @@ from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.measure.agreement import HELD_OUT_SEED, compare_logits
 from actvar_convert.measure.features import ClassifierExtractor
-from actvar_convert.measure.sweep_report import CSV_COLUMNS, SweepReport
+from actvar_convert.measure.sweep_report import SweepReport
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.show.tables import SWEEP_COLUMNS
 from actvar_convert.system.progress import SilentProgress
 
 MODULE = import_module("actvar_convert.sweeps")
@@ -141,7 +142,7 @@ def test_an_interrupted_sweep_goes_on_and_a_later_one_adds(
 
     assert json.loads((out / "sweep.json").read_text())["schema"] == "actvar.sweep/1"
     rows = list(csv.DictReader(io.StringIO((out / "sweep.csv").read_text())))
-    assert tuple(rows[0]) == CSV_COLUMNS and [float(row["target"]) for row in rows] == [0.1, 0.15, 0.2, 0.3]
+    assert tuple(rows[0]) == SWEEP_COLUMNS and [float(row["target"]) for row in rows] == [0.1, 0.15, 0.2, 0.3]
     kl = added.points[1].kl
     assert kl is not None and float(rows[1]["kl"]) == kl.mean and rows[1]["fid_sparse"] == ""
     with Image.open(out / "sweep.png") as picture:

@@ -1,12 +1,10 @@
-"""The values of a sweep, quality against cost of one model without training, and their forms: JSON and CSV.
+"""The values of a sweep: quality against cost of one model without training.
 
 The JSON contract is ``actvar.sweep/1``.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from typing import Literal
 
@@ -64,14 +62,6 @@ class SweepReport(_Value):
         """The report as JSON, schema ``actvar.sweep/1``."""
         return self.model_dump_json(by_alias=True, indent=2)
 
-    def to_csv(self) -> str:
-        """One line per point, columns ``CSV_COLUMNS``; what was not measured is empty."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(CSV_COLUMNS)
-        writer.writerows(_cells(point) for point in self.points)
-        return out.getvalue()
-
     def at(self, target: float) -> SweepPoint:
         """The point of one target.
 
@@ -84,14 +74,6 @@ class SweepReport(_Value):
         raise KeyError(target)
 
 
-CSV_COLUMNS = (
-    *("target", "reduction", "reduction_end_to_end", "flops", "macs", "kl", "kl_error", "expected_kl"),
-    *("top1", "top1_error"),
-    *("fid_images", "fid_dense", "fid_sparse", "fid_increase", "fid_error", "problem"),
-)
-"""``_error``: standard errors."""
-
-
 def largest_within(points: Iterable[SweepPoint], max_kl: float | None) -> SweepPoint | None:
     """The point that saves most among those whose KL is at most ``max_kl``; None without a limit or such a point."""
     within = [
@@ -100,14 +82,3 @@ def largest_within(points: Iterable[SweepPoint], max_kl: float | None) -> SweepP
         if max_kl is not None and point.reduction is not None and point.kl is not None and point.kl.mean <= max_kl
     ]
     return max(within, key=lambda pair: pair[0])[1] if within else None
-
-
-def _cells(point: SweepPoint) -> list[object]:
-    kl, agreement, fid = point.kl, point.agreement, point.fid
-    return [
-        *(point.target, point.reduction, point.reduction_end_to_end, point.flops, point.macs),
-        *((kl.mean, kl.standard_error, point.expected_kl) if kl else (None,) * 3),
-        *((agreement.top1, agreement.standard_error) if agreement else (None, None)),
-        *((fid.images, fid.dense, fid.sparse, fid.increase, fid.jackknife_error) if fid else (None,) * 5),
-        point.problem,
-    ]

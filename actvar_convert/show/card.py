@@ -5,59 +5,56 @@ Every figure comes from the reports given; what was not measured is not mentione
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from actvar_convert.cost.flops import FlopsReport
 from actvar_convert.files.describe import counted
-from actvar_convert.measure.latency import BenchmarkReport
-from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.plan import SparsityPlan
-from actvar_convert.show.wording import (
-    SummaryRow,
-    flops_note,
-    listed,
-    quality_notes,
-    quality_rows,
-    share,
-    summary_rows,
-)
+from actvar_convert.show.figures import Table, listed, share
+from actvar_convert.show.tables import Reports, card_table
 
 TAGS = ("image-generation", "visual-autoregressive", "sparse", "mixture-of-experts", "token-gating", "actvar-convert")
 
 
 def model_card(
     name: str,
-    flops: FlopsReport,
-    quality: QualityReport | None = None,
-    benchmark: BenchmarkReport | None = None,
+    reports: Reports,
     *,
     plan: SparsityPlan | None = None,
     base_model: str | None = None,
     repository: str | None = None,
     provenance: Mapping[str, str] | None = None,
-    license_name: str = "mit",
 ) -> str:
     """README.md of a sparse folder.
 
     Args:
         name: of the model.
-        flops, quality, benchmark: the reports whose figures the card shows.
+        reports: whose figures the card shows.
         plan: the default plan, described in words.
         base_model: what the dense model is called, in the text.
         repository: where it lies on the hub (``owner/model``), for the front matter.
         provenance: what the model was made from and with, such as the sha256 of source and recipe; listed as given.
-        license_name: identifier of the licence of the weights.
     """
-    parts = [_front_matter(repository, license_name), f"# {name}", _opening(flops, base_model)]
-    parts += ["## Measured", *_measured(flops, quality, benchmark)]
+    matter = ModelCardData(library_name="actvar-convert", license="mit", tags=list(TAGS), base_model=repository)
+    parts = [f"---\n{matter.to_yaml()}\n---", f"# {name}", _opening(reports.flops, base_model)]
+    parts += ["## Measured", markdown(card_table(reports))]
     if plan is not None:
         parts += ["## What is sparse", "\n".join(f"- {line}" for line in plan_in_words(plan))]
-    parts += ["## Use", _use()]
+    parts += ["## Use", USE]
     if provenance:
         parts += ["## Provenance", "\n".join(f"- {key}: `{value}`" for key, value in provenance.items())]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown(table: Table) -> str:
+    """A table and a list of its notes."""
+    lines = [[column.name.replace("\n", " ") for column in table.columns]]
+    lines.append(["---" if column.words else "---:" for column in table.columns])
+    lines += [[cell.text.replace("|", "/") for cell in row.cells] for row in table.rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([text, *(["\n".join(f"- {note}" for note in table.notes)] if table.notes else [])])
 
 
 def plan_in_words(plan: SparsityPlan) -> list[str]:
@@ -96,13 +93,6 @@ def plan_in_words(plan: SparsityPlan) -> list[str]:
     return lines or ["Nothing: the plan runs every expert for every token."]
 
 
-def _front_matter(repository: str | None, license_name: str) -> str:
-    values: dict[str, object] = {"library_name": "actvar-convert", "license": license_name, "tags": list(TAGS)}
-    if repository is not None:
-        values["base_model"] = repository
-    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
-
-
 def _opening(flops: FlopsReport, base_model: str | None) -> str:
     source = f"`{base_model}`" if base_model else "a dense VAR"
     text = f"A sparse VAR (visual autoregressive) image generator, made from {source} by actvar-convert."
@@ -115,24 +105,7 @@ def _opening(flops: FlopsReport, base_model: str | None) -> str:
     return f"{text} Per image, {guidance}, it saves {saved}."
 
 
-def _measured(flops: FlopsReport, quality: QualityReport | None, benchmark: BenchmarkReport | None) -> list[str]:
-    rows = summary_rows(flops, quality, benchmark)
-    notes = [flops_note(flops)]
-    if quality is not None:
-        rows += [row for row in quality_rows(quality) if row.measure != "FID"]
-        notes += [*quality_notes(quality), *quality.notes]
-    if benchmark is not None:
-        notes.append(f"Times on {benchmark.hardware}, {benchmark.threads} threads, torch {benchmark.torch}.")
-    return [_table(rows), "\n".join(f"- {note}" for note in notes)]
-
-
-def _table(rows: Sequence[SummaryRow]) -> str:
-    lines = ["| | dense | sparse | change |", "|---|---:|---:|---:|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)])
-
-
-def _use() -> str:
-    return """```python
+USE = """```python
 import actvar_convert as av
 
 model = av.load("path/to/this/folder")

@@ -1,35 +1,14 @@
-"""Pieces of an HTML page: tables with bars in them, heat maps, line charts. Text and numbers stay readable without
-colour: every bar and cell carries its figure.
-"""
+"""Line charts: SVG for a page, and the picture of a sweep."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-
-class Bar(NamedTuple):
-    """One line of a bar table.
-
-    Attributes:
-        name: what the line is about.
-        values: one value per series, the lengths of the bars.
-        texts: what stands beside the bars, one per column.
-    """
-
-    name: str
-    values: Sequence[float]
-    texts: Sequence[str]
-
-
-class HeatCell(NamedTuple):
-    """One cell of a heat map: its depth of colour from 0 to 1, its figure, and what a pointer at it shows."""
-
-    depth: float
-    text: str
-    hint: str
+from actvar_convert.measure.sweep_report import SweepReport
 
 
 class Series(NamedTuple):
@@ -37,62 +16,6 @@ class Series(NamedTuple):
 
     name: str
     points: Sequence[tuple[float, float]]
-
-
-def bar_table(caption: str, columns: Sequence[str], bars: Sequence[Bar], series: Sequence[str]) -> str:
-    """A table of figures with a column of bars, one bar per series on a line."""
-    largest = max((value for bar in bars for value in bar.values), default=0.0) or 1.0
-    legend = "".join(f'<span class="key s{i}">{escape(name)}</span>' for i, name in enumerate(series))
-    head = "".join(f'<th scope="col" class="number">{escape(column)}</th>' for column in columns)
-    lines = []
-    for bar in bars:
-        drawn = "".join(
-            f'<div class="bar s{i}" style="width:{max(100 * value / largest, 0.4 if value else 0):.2f}%"></div>'
-            for i, value in enumerate(bar.values)
-        )
-        cells = "".join(f'<td class="number">{escape(text)}</td>' for text in bar.texts)
-        lines.append(
-            f'<tr><th scope="row">{escape(bar.name)}</th><td class="bars" aria-hidden="true">{drawn}</td>{cells}</tr>'
-        )
-    return (
-        f'<div class="scroll"><table class="figures drawn"><caption>{escape(caption)} {legend}</caption><thead><tr>'
-        f'<td></td><td aria-hidden="true"></td>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
-
-
-def plain_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column names the line and whose others are figures."""
-    head = "".join(
-        f'<th scope="col"{" class=number" if index else ""}>{escape(column)}</th>'
-        for index, column in enumerate(columns)
-    )
-    lines = (
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f'<td class="number">{escape(text)}</td>' for text in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table class="figures"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def heat_map(caption: str, corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[HeatCell]]]) -> str:
-    """A table whose cells are coloured by depth."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    lines = []
-    for name, cells in rows:
-        drawn = "".join(
-            f'<td style="--depth:{100 * min(max(cell.depth, 0.0), 1.0):.1f}%" title="{escape(cell.hint)}">'
-            f"{escape(cell.text)}</td>"
-            for cell in cells
-        )
-        lines.append(f'<tr><th scope="row">{escape(name)}</th>{drawn}</tr>')
-    return (
-        f'<div class="scroll"><table class="heat"><caption>{escape(caption)}</caption><thead><tr>'
-        f'<th scope="col">{escape(corner)}</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
 
 
 def line_chart(title: str, series: Sequence[Series], width: int = 360, height: int = 170) -> str:
@@ -142,3 +65,48 @@ def thinned(points: Sequence[tuple[float, float]], most: int = 240) -> list[tupl
         return list(points)
     groups = [points[start : start + step] for start in range(0, len(points), step)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def sweep_picture(report: SweepReport) -> bytes:
+    """Quality against the FLOPs that are saved, with standard errors, the dense model at 0; a PNG.
+
+    The largest cut within the limit is circled.
+    """
+    from matplotlib.figure import Figure  # takes a second to import, and few commands need it
+
+    measured = sorted((p for p in report.points if p.reduction is not None), key=lambda p: p.reduction or 0)
+    curves: dict[str, list[tuple[float, float, float]]] = {
+        "KL, nats per token": [(0, 0, 0)],
+        "top-1 agreement, %": [(0, 100, 0)],
+        "change of FID, %": [(0, 0, 0)],
+    }
+    kl, top1, fid = curves.values()
+    for point in measured:
+        saved = 100 * (point.reduction or 0)
+        if point.kl is not None:
+            kl.append((saved, point.kl.mean, point.kl.standard_error))
+        if point.agreement is not None:
+            top1.append((saved, 100 * point.agreement.top1, 100 * (point.agreement.standard_error or 0)))
+        if point.fid is not None:
+            fid.append((saved, 100 * point.fid.increase, 100 * point.fid.jackknife_error))
+    if len(fid) == 1:
+        del curves["change of FID, %"]
+    marked = [100 * (point.reduction or 0) for point in measured if point.target == report.chosen]
+
+    figure = Figure(figsize=(6.4, 0.8 + 2.3 * len(curves)), dpi=120, layout="constrained")
+    figure.suptitle(f"{report.model}: quality against cost, without training", fontsize=10)
+    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, points) in zip(panels, curves.items(), strict=True):
+        xs, ys, errors = zip(*points, strict=True)
+        axes.errorbar(xs, ys, yerr=errors, marker="o", markersize=4, capsize=3, linewidth=1.3, color="#1f5fa8")
+        circled = [(x, y) for x, y in zip(xs, ys, strict=True) if x in marked]
+        axes.plot([x for x, _ in circled], [y for _, y in circled], "o", ms=11, fillstyle="none", color="#b03a2e")
+        axes.set_ylabel(name, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(linewidth=0.4)
+    if report.max_kl is not None:
+        panels[0].axhline(report.max_kl, linestyle="--", linewidth=1, color="#b03a2e")
+    panels[-1].set_xlabel("transformer FLOPs saved, %", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": "actvar-convert"})
+    return buffer.getvalue()

@@ -1,28 +1,26 @@
-"""Reports as one self-contained HTML page: no scripts, nothing from the network, light and dark."""
+"""Reports as one self-contained HTML page: no scripts, nothing from the network, light and dark.
+
+Text and numbers stay readable without colour: every bar and every cell of a map carries its figure.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from actvar_convert.cost.flops import Cell, Cost, FlopsReport, ModelCost
-from actvar_convert.measure.latency import BenchmarkReport
-from actvar_convert.measure.quality_report import QualityReport, RoutingLoad
-from actvar_convert.show.charts import Bar, HeatCell, Series, bar_table, heat_map, line_chart, plain_table
-from actvar_convert.show.wording import (
-    MISSING,
-    Unit,
-    change,
-    flops_note,
-    label,
-    quality_notes,
-    quality_rows,
-    share,
-    summary_rows,
+from actvar_convert.cost.flops import FlopsReport
+from actvar_convert.show.charts import Series, line_chart
+from actvar_convert.show.figures import Row, Table, label
+from actvar_convert.show.tables import (
+    Reports,
+    benchmark_tables,
+    flops_maps,
+    flops_tables,
+    quality_tables,
+    routing_maps,
+    summary_table,
 )
-from actvar_convert.system.device import memory_text
-from actvar_convert.system.progress import digits
 
 NOT_CURVES = {"step", "epoch", "seconds", "time", "elapsed", "learning_rate", "lr", "peak_memory_bytes"}
 """Numbers of a metrics log that are no curves of their own."""
@@ -35,7 +33,8 @@ STYLE = """
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 68rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-p.note, li.note { color: var(--faint); }
+p.note, span.bars { color: var(--faint); } span.bars { font-weight: 400; margin-left: 1rem; }
+tr.total > * { font-weight: 600; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; }
 caption { text-align: left; padding-bottom: .4rem; font-weight: 600; }
@@ -65,14 +64,12 @@ img { max-width: 100%; image-rendering: pixelated; }
 
 
 def flops_html(report: FlopsReport, title: str = "FLOPs per image") -> str:
-    """The FLOPs report as a page: components as bars, blocks by scales as heat maps."""
+    """The FLOPs report as a page: components as bars, blocks by scales as maps."""
     return _page(title, _flops_sections(report))
 
 
 def report_html(
-    flops: FlopsReport,
-    quality: QualityReport | None = None,
-    benchmark: BenchmarkReport | None = None,
+    reports: Reports,
     metrics: Iterable[Mapping[str, object]] = (),
     *,
     title: str = "Dense and sparse",
@@ -81,21 +78,74 @@ def report_html(
     """Everything about one sparse model on one page; what was not measured is left out.
 
     Args:
+        reports: what is known about it.
         metrics: lines of a metrics log: ``stage``, ``step`` and the numbers logged.
+        title: of the page.
         samples_png: a picture of samples, put into the page.
     """
-    rows = [list(row) for row in summary_rows(flops, quality, benchmark)]
-    sections = [plain_table("In short", ["", "dense", "sparse", "change"], rows)]
+    sections = [table_html(summary_table(reports))]
     if samples_png is not None:
         encoded = base64.b64encode(samples_png).decode()
         picture = f'<img alt="samples of the dense and of the sparse model" src="data:image/png;base64,{encoded}">'
         sections += ["<h2>Samples</h2>", picture]
-    if quality is not None:
-        sections += _quality_sections(quality)
-    if benchmark is not None:
-        sections += _benchmark_sections(benchmark)
+    if reports.quality is not None:
+        sections += ["<h2>Quality</h2>", *map(table_html, quality_tables(reports.quality))]
+        sections.append(_maps(routing_maps(reports.quality)))
+    if reports.benchmark is not None:
+        sections += ["<h2>Latency</h2>", *map(table_html, benchmark_tables(reports.benchmark))]
     sections += _curve_sections(metrics)
-    return _page(title, [*sections, "<h2>FLOPs</h2>", *_flops_sections(flops)])
+    return _page(title, [*sections, "<h2>FLOPs</h2>", *_flops_sections(reports.flops)])
+
+
+def _flops_sections(report: FlopsReport) -> list[str]:
+    components, *others = map(table_html, flops_tables(report))
+    return [components, _maps(flops_maps(report)), *others]
+
+
+def _maps(tables: Sequence[Table]) -> str:
+    return f'<div class="maps">{"".join(map(table_html, tables))}</div>' if tables else ""
+
+
+def table_html(table: Table) -> str:
+    """A table with its notes; bars stand in a column of their own, a map has coloured cells."""
+    drawn = () if table.map else table.drawn
+    keys = "".join(
+        f'<span class="key s{i}">{escape(table.columns[column].name.split(chr(10))[0])}</span>'
+        for i, column in enumerate(drawn)
+    )
+    meaning = f' <span class="bars">{escape(table.bars)}</span>' if drawn and table.bars else ""
+    heads = []
+    for index, column in enumerate(table.columns):
+        kind = "" if column.words else ' class="number"'
+        heads.append(f'<th scope="col"{kind}>{escape(column.name)}</th>')
+        if index == 0 and drawn:
+            heads.append('<td aria-hidden="true"></td>')
+    lines = "".join(_line(table, row, drawn) for row in table.rows)
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    kind = "heat" if table.map else "figures drawn" if drawn else "figures"
+    return (
+        f'<div class="scroll"><table class="{kind}"><caption>{escape(table.title)}{keys}{meaning}</caption>'
+        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{lines}</tbody></table></div>{notes}"
+    )
+
+
+def _line(table: Table, row: Row, drawn: Sequence[int]) -> str:
+    first, *rest = row.cells
+    cells = [f'<th scope="row">{escape(first.text)}</th>']
+    if drawn:
+        bars = ((i, row.cells[column].bar) for i, column in enumerate(drawn))
+        cells.append(f'<td class="bars" aria-hidden="true">{"".join(_bar(i, bar) for i, bar in bars if bar)}</td>')
+    for column, cell in zip(table.columns[1:], rest, strict=True):
+        kind = "" if column.words or table.map else ' class="number"'
+        depth = f' style="--depth:{100 * min(max(cell.bar or 0.0, 0.0), 1.0):.1f}%"' if table.map else ""
+        hint = f' title="{escape(cell.hint)}"' if cell.hint else ""
+        cells.append(f"<td{kind}{depth}{hint}>{escape(cell.text)}</td>")
+    kind = ' class="total"' if row.total else ""
+    return f"<tr{kind}>{''.join(cells)}</tr>"
+
+
+def _bar(series: int, length: float) -> str:
+    return f'<div class="bar s{series}" style="width:{max(100 * length, 0.4):.2f}%"></div>'
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
@@ -106,159 +156,6 @@ def _page(title: str, sections: Sequence[str]) -> str:
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def _flops_sections(report: FlopsReport) -> list[str]:
-    maps = [_cost_map(report.sparse or report.dense, "sparse" if report.sparse else "dense")]
-    if report.sparse is not None:
-        maps.insert(0, _remaining_map(report.dense, report.sparse))
-    sections = [_components(report), f'<div class="maps">{"".join(maps)}</div>']
-    if report.plans:
-        unit = Unit.of(report.dense.transformer.flops)
-        rows = [
-            [name, unit.show(plan.sparse.transformer.flops), share(plan.reduction.transformer)]
-            for name, plan in report.plans.items()
-        ]
-        sections.append(plain_table("Other plans", ["plan", f"transformer {unit.prefix}FLOPs", "saved"], rows))
-    return [*sections, _note(flops_note(report))]
-
-
-def _components(report: FlopsReport) -> str:
-    dense, sparse = report.dense, report.sparse
-    unit = Unit.of((dense.end_to_end or dense.transformer).flops)
-
-    def bar(name: str, own: Cost, other: Cost | None, drawn: bool = True) -> Bar:
-        costs = [own] if other is None else [own, other]
-        texts = [unit.show(cost.flops) for cost in costs]
-        if other is not None:
-            texts.append(change(own.flops, other.flops))
-        return Bar(name, [cost.flops if drawn else 0.0 for cost in costs], texts)
-
-    bars = [
-        bar(label(name), cost, sparse.components[name] if sparse else None)
-        for name, cost in dense.components.items()
-        if cost.macs or (sparse and sparse.components[name].macs)
-    ]
-    bars.append(bar("transformer", dense.transformer, sparse.transformer if sparse else None, drawn=False))
-    if dense.end_to_end is not None:
-        bars.append(bar("end to end", dense.end_to_end, sparse.end_to_end if sparse else None, drawn=False))
-    series = ["dense"] if sparse is None else ["dense", "sparse"]
-    columns = series if sparse is None else [*series, "change"]
-    plan = f", plan {report.plan}" if report.plan else ""
-    return bar_table(f"{unit.prefix}FLOPs per component{plan}", columns, bars, series)
-
-
-def _hint(block: int, scale: int, cell: Cell, unit: Unit) -> str:
-    return (
-        f"block {block}, scale {scale}: {unit.show(cell.flops)} {unit.prefix}FLOPs, "
-        f"{share(cell.active)} of the neurons, {share(cell.kept)} of the tokens"
-    )
-
-
-def _columns(model: ModelCost) -> list[str]:
-    return [f"{scale.side}×{scale.side}" for scale in model.per_scale]  # noqa: RUF001
-
-
-def _remaining_map(dense: ModelCost, sparse: ModelCost) -> str:
-    unit = Unit.of(max(cell.flops for block in dense.per_block for cell in block.scales))
-    rows = []
-    for own, before in zip(sparse.per_block, dense.per_block, strict=True):
-        cells = []
-        for scale, (cell, whole) in enumerate(zip(own.scales, before.scales, strict=True)):
-            left = cell.macs / whole.macs
-            cells.append(HeatCell(left, f"{100 * left:.0f} %", _hint(own.block, scale, cell, unit)))
-        rows.append((str(own.block), cells))
-    return heat_map("Share of the dense cost that is left", "block, scale", _columns(dense), rows)
-
-
-def _cost_map(model: ModelCost, side: str) -> str:
-    largest = max(cell.flops for block in model.per_block for cell in block.scales) or 1
-    unit = Unit.of(largest)
-    rows = [
-        (
-            str(block.block),
-            [
-                HeatCell(cell.flops / largest, unit.show(cell.flops), _hint(block.block, scale, cell, unit))
-                for scale, cell in enumerate(block.scales)
-            ],
-        )
-        for block in model.per_block
-    ]
-    return heat_map(f"{unit.prefix}FLOPs of the {side} model", "block, scale", _columns(model), rows)
-
-
-def _quality_sections(report: QualityReport) -> list[str]:
-    rows = [list(row) for row in quality_rows(report)]
-    scales = [
-        Bar(f"scale {scale}", [kl], [f"{kl:.4f}", share(top1)])
-        for scale, (kl, top1) in enumerate(zip(report.kl.per_scale, report.agreement.per_scale, strict=True))
-    ]
-    notes = "".join(f'<li class="note">{escape(note)}</li>' for note in (*quality_notes(report), *report.notes))
-    return [
-        "<h2>Quality</h2>",
-        *([plain_table("Images", ["", "dense", "sparse", "change"], rows)] if rows else []),
-        bar_table("Against the dense model", ["KL, nats per token", "same likeliest token"], scales, ["KL"]),
-        *_routing_maps(report.routing, len(report.kl.per_scale)),
-        f"<ul>{notes}</ul>",
-    ]
-
-
-def _routing_maps(loads: Sequence[RoutingLoad], scales: int) -> list[str]:
-    """How evenly routers share tokens out, and how many experts they run, by block and scale; nothing without."""
-    if not loads:
-        return []
-    known = {(each.block, each.scale): each for each in loads}
-    blocks, columns = sorted({each.block for each in loads}), [f"scale {scale}" for scale in range(scales)]
-
-    def cells(block: int, show: Callable[[RoutingLoad], tuple[float, str]]) -> list[HeatCell]:
-        found = []
-        for scale in range(scales):
-            each = known.get((block, scale))
-            if each is None:
-                found.append(HeatCell(0.0, MISSING, f"block {block}, scale {scale}: nothing is routed"))
-                continue
-            hint = (
-                f"block {block}, scale {scale}: {len(each.load)} experts, run by {share(min(each.load))} to "
-                f"{share(max(each.load))} of the tokens"
-            )
-            found.append(HeatCell(*show(each), hint))
-        return found
-
-    def drawn(caption: str, show: Callable[[RoutingLoad], tuple[float, str]]) -> str:
-        return heat_map(caption, "block", columns, [(str(block), cells(block, show)) for block in blocks])
-
-    balance = drawn("Balance of the routers, 1: all experts alike", lambda each: (each.balance, f"{each.balance:.2f}"))
-    active = drawn(
-        "Routed experts per token",
-        lambda each: (each.active / len(each.load), f"{each.active:.1f} of {len(each.load)}"),
-    )
-    return [f'<div class="maps">{balance}{active}</div>']
-
-
-def _benchmark_sections(report: BenchmarkReport) -> list[str]:
-    def ratio(value: float | None, suffix: str = "") -> str:
-        return MISSING if value is None else f"{value:.2f}{suffix}"
-
-    bars = []
-    for row in report.rows:
-        times = [ms for ms in (row.dense_ms, row.sparse_ms) if ms is not None]
-        name = f"{row.device} {row.dtype}, batch {row.batch}, {'with decoder' if row.with_decoder else 'tokens alone'}"
-        texts = [digits(ms / row.batch) for ms in times]
-        if row.speedup is not None:
-            texts += [ratio(row.speedup, "x"), ratio(row.promised, "x"), ratio(row.realised_over_promised)]
-        bars.append(Bar(name, [ms / row.batch for ms in times], [*texts, memory_text(row.peak_memory_bytes)]))
-    first = report.rows[0] if report.rows else None
-    sides = [side for side in ("dense", "sparse") if first and getattr(first, f"{side}_ms") is not None]
-    ratios = ["speed-up", "promised", "realised"] if len(sides) == 2 else []
-    columns = [*(f"{side} ms" for side in sides), *ratios, "peak memory"]
-    note = (
-        f"{report.hardware}, {report.threads} threads, torch {report.torch}; medians of {report.repeats} runs a side."
-    )
-    return ["<h2>Latency</h2>", bar_table("Milliseconds per image", columns, bars, sides), _note(note)]
 
 
 def _curve_sections(metrics: Iterable[Mapping[str, object]]) -> list[str]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from actvar_convert.errors import InputError
 
-CELL_INCHES = 0.85
-MARGIN_INCHES = 0.75
-DOTS_PER_INCH = 120
+SMALLEST_CELL = 96
+"""Pixels per side that an image is shown with at least; smaller ones are enlarged by a whole factor."""
+
+GAP, HEADING, MARGIN = 4, 44, 56
+"""Pixels between images, above them for the class names, and left of them for the names of the models."""
 
 
 def samples_picture(dense_N3HW: Tensor, sparse_N3HW: Tensor, class_names: Sequence[str]) -> bytes:
@@ -39,30 +43,28 @@ def picture(sides: Mapping[str, Tensor], class_names: Sequence[str]) -> bytes:
     Raises:
         InputError: the images do not fill the rows, or the models differ in their number.
     """
-    from matplotlib.figure import Figure  # takes a second to import, and few commands need it
-
     columns, counts = len(class_names), [len(images) for images in sides.values()]
     if not columns or not counts or not counts[0] or counts[0] % columns or len(set(counts)) > 1:
         raise InputError(
             f"a picture of {columns} classes needs whole rows, equally many of each model; images given: {counts}"
         )
-    rows, models = counts[0] // columns, list(sides.items())
-    margin = MARGIN_INCHES if any(sides) else 0.1
-    width, height = margin + columns * CELL_INCHES, MARGIN_INCHES + len(models) * rows * CELL_INCHES
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH)
-    cell_width, cell_height = CELL_INCHES / width, CELL_INCHES / height
-    for row in range(len(models) * rows):
+    models = list(sides.items())
+    rows, margin = len(models) * counts[0] // columns, MARGIN if any(sides) else GAP
+    side = models[0][1].shape[-1] * -(-SMALLEST_CELL // models[0][1].shape[-1])
+    step = side + GAP
+    canvas = Image.new("RGB", (margin + columns * step, HEADING + rows * step), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for column, name in enumerate(class_names):
+        heading = "\n".join(textwrap.wrap(name, side // 7)[:3])
+        draw.text((margin + column * step + side / 2, HEADING - 3), heading, "black", font, "md", align="center")
+    for row in range(rows):
         name, images = models[row % len(models)]
-        bottom = (len(models) * rows - 1 - row) * cell_height
-        figure.text(0.9 * margin / width, bottom + cell_height / 2, name, ha="right", va="center", size=9)
+        top = HEADING + row * step
+        draw.text((margin - GAP, top + side / 2), name, "black", font, "rm")
         for column in range(columns):
-            left = margin / width + column * cell_width
-            axes = figure.add_axes((left, bottom, 0.95 * cell_width, 0.95 * cell_height))
             pixels = images[row // len(models) * columns + column].float().clamp(0, 1).permute(1, 2, 0)
-            axes.imshow(pixels.cpu().numpy(), interpolation="nearest")
-            axes.set_axis_off()
-            if row == 0:
-                axes.set_title(class_names[column], fontsize=7, rotation=30, ha="left", x=0.1)
+            image = Image.fromarray(pixels.mul(255).round().byte().cpu().numpy())
+            canvas.paste(image.resize((side, side), Image.Resampling.NEAREST), (margin + column * step, top))
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "actvar-convert"})
+    canvas.save(buffer, format="png")
     return buffer.getvalue()

@@ -269,3 +269,10 @@ def _file_mappings() -> list[tuple[int, int]]:
             low = found.pop()[0]
         found.append((low, high))
     return found
+
+
+def peak_memory_line() -> str:
+    """The largest memory that this process has held, and that of its GPU if it used one."""
+    line = f"peak memory {memory_text(largest_memory_bytes())}"
+    gpu = largest_memory_bytes(torch.device("cuda")) if torch.cuda.is_available() else 0
+    return f"{line}, on the GPU {memory_text(gpu)}" if gpu else line

@@ -25,7 +25,7 @@ from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.plan import BlockPlan, SparsityPlan
-from actvar_convert.show.wording import quality_notes
+from actvar_convert.show.tables import quality_notes
 
 IMAGES, BATCH, HELD_OUT = 40, 8, 12
 

@@ -11,9 +11,9 @@ from actvar_convert.measure.routing import RoutingWatch, off_plan, watched_routi
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.show.html import report_html
-from actvar_convert.show.render import render_quality_table
+from actvar_convert.show.tables import Reports, quality_tables
 
-from ..show.test_render import printed
+from ..show.test_tables import printed
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def test_a_dense_model_routes_nothing(tiny_model: VARModel) -> None:
 
 
 def test_loads_are_shown(report: QualityReport, tiny_sparse: SparseVARModel) -> None:
-    table = printed(render_quality_table(report))
+    table = printed(*quality_tables(report))
     assert "routed experts" in table and "2, 3" in table and "2.00" in table
-    page = report_html(av.report_flops(tiny_sparse), report)
+    page = report_html(Reports(av.report_flops(tiny_sparse), report))
     assert "Balance of the routers" in page and "2.0 of 6" in page and "nothing is routed" in page
     silent = report.model_copy(update={"routing": ()})
-    assert "routed experts" not in printed(render_quality_table(silent))
-    assert "Balance of the routers" not in report_html(av.report_flops(tiny_sparse), silent)
+    assert "routed experts" not in printed(*quality_tables(silent))
+    assert "Balance of the routers" not in report_html(Reports(av.report_flops(tiny_sparse), silent))

@@ -23,16 +23,18 @@ from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.show.card import model_card, plan_in_words
 from actvar_convert.show.charts import Series, line_chart, thinned
+from actvar_convert.show.figures import MISSING, Table, Unit, change, label, share
 from actvar_convert.show.html import flops_html, report_html
-from actvar_convert.show.render import (
-    flops_csv,
-    render_benchmark_table,
-    render_flops_table,
-    render_inspection,
-    render_quality_table,
-    render_summary,
+from actvar_convert.show.tables import (
+    Reports,
+    benchmark_tables,
+    flops_figures,
+    flops_tables,
+    inspection_table,
+    quality_tables,
+    summary_table,
 )
-from actvar_convert.show.wording import MISSING, Unit, change, label, share
+from actvar_convert.show.terminal import render
 from actvar_convert.system.progress import digits
 
 SIDES = (1, 2, 4)
@@ -101,9 +103,9 @@ def benchmark() -> BenchmarkReport:
     return benchmark_of(*rows, components=times)
 
 
-def printed(renderable, width: int = 80) -> str:
+def printed(*tables: Table, width: int = 80) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    console.print(renderable)
+    console.print(render(*tables))
     return console.file.getvalue()
 
 
@@ -116,10 +118,11 @@ def figures(text: str, name: str) -> list[str]:
 def test_what_was_measured_without_images_is_shown_without_them(flops, quality):
     absent = dict.fromkeys(("fid", "inception_score", "precision", "recall", "label_agreement", "extractor"))
     report = quality.model_copy(update={**absent, "images": 0, "plans": {"second": quality.model_copy(update=absent)}})
-    table = printed(render_quality_table(report), 120)
+    table = printed(*quality_tables(report), width=120)
     assert figures(table, "second") == ["second", MISSING, MISSING, MISSING, "0.0345", "91.0 %"]
     assert "0.0399" in table and "inception" not in table and "classifier" not in table
-    shown = [table, printed(render_summary(flops, report)), report_html(flops, report), model_card("m", flops, report)]
+    both = Reports(flops, report)
+    shown = [table, printed(summary_table(both)), report_html(both), model_card("m", both)]
     for text in shown:
         assert "None" not in text
     for text in (*shown[:1], *shown[2:]):
@@ -129,7 +132,7 @@ def test_what_was_measured_without_images_is_shown_without_them(flops, quality):
 
 
 def test_flops_table(flops):
-    text = printed(render_flops_table(flops))
+    text = printed(*flops_tables(flops))
     unit = Unit.of(flops.dense.end_to_end.flops)
     for name in ("attention projections", "FFN", "router", "gate", "reconstruction", "AdaLN", "head", "VQVAE decoder"):
         assert figures(text, name)[0] == name
@@ -146,24 +149,24 @@ def test_flops_table(flops):
 
 
 def test_flops_table_of_a_dense_model():
-    text = printed(render_flops_table(count_flops(CONFIG)))
+    text = printed(*flops_tables(count_flops(CONFIG)))
     assert "sparse" not in text and "end to end" not in text
     assert len(figures(text, "transformer")) == 3
 
 
 def test_quality_table(quality):
-    text = printed(render_quality_table(quality))
+    text = printed(*quality_tables(quality))
     assert figures(text, "FID") == ["FID", "2.500", "2.570", "+2.8 %"]
     assert figures(text, "1 ") == ["1", "0.0101", "95.0 %"]
     assert figures(text, "mean") == ["mean", "0.0345", "91.0 %"]
     assert "recall" not in text, "what was not measured has no line"
     assert "0.60 percentage points" in text and "one note & another" in text
     nested = quality.model_copy(update={"plans": {"second": quality}})
-    assert figures(printed(render_quality_table(nested)), "second")[1:3] == ["2.500", "2.570"]
+    assert figures(printed(*quality_tables(nested)), "second")[1:3] == ["2.500", "2.570"]
 
 
 def test_benchmark_table(benchmark):
-    text = printed(render_benchmark_table(benchmark))
+    text = printed(*benchmark_tables(benchmark))
     expected = ["fp32", "16", "1,600.0", "1,280.0", "12.50", "1.25x", "1.40x", "0.89", "2.0 %", "1.1 GB"]
     assert figures(text, "fp32") == ["fp32", "1", "100.0", "80.00", *expected[4:]]
     assert expected in [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
@@ -175,7 +178,7 @@ def test_benchmark_table(benchmark):
 def test_benchmark_of_one_side():
     alone = row(1, True, dense_ms=None, speedup=None, promised=None, realised_over_promised=None)
     alone = alone.model_copy(update={"dense_images_per_second": None})
-    text = printed(render_benchmark_table(benchmark_of(alone)))
+    text = printed(*benchmark_tables(benchmark_of(alone)))
     assert "graphs" not in text, "there are none on a CPU"
     assert figures(text, "fp32")[2:8] == ["–", "80.00", "12.50", "–", "–", "–"]  # noqa: RUF001
 
@@ -189,12 +192,12 @@ def test_a_gpu_says_what_was_recorded(recorded, said):
         row(1, True, device="cuda:0", dtype=dtype, graphs=dtype in recorded, decoder_dtype="bf16")
         for dtype in ("fp32", "bf16")
     ]
-    text = printed(render_benchmark_table(benchmark_of(*rows)))
+    text = printed(*benchmark_tables(benchmark_of(*rows)))
     assert "latency with decoder in bf16, cuda:0, " in text and said in text and "…" not in text
 
 
 def test_summary_is_one_table_of_what_was_measured(flops, quality, benchmark):
-    text = printed(render_summary(flops, quality, benchmark))
+    text = printed(summary_table(Reports(flops, quality, benchmark)))
     lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
     assert ["FID, 5000 images", "2.500", "2.570", "+2.8 %"] in lines
     seconds = [line for line in lines if line[0].startswith("seconds per image")]
@@ -205,12 +208,12 @@ def test_summary_is_one_table_of_what_was_measured(flops, quality, benchmark):
     assert told["KL to the dense model, nats per token"] == [MISSING, digits(quality.kl.mean), MISSING]
     assert told["likeliest token as in the dense model"] == [MISSING, share(quality.agreement.top1), MISSING]
 
-    alone = printed(render_summary(flops))
+    alone = printed(summary_table(Reports(flops)))
     assert "FID" not in alone and "seconds" not in alone
 
 
 def test_csv_holds_every_figure(flops):
-    rows = list(csv.DictReader(io.StringIO(flops_csv(flops))))
+    rows = list(csv.DictReader(io.StringIO(flops_figures(flops).to_csv())))
     assert {row["plan"] for row in rows} == {"", "first", "second"}
     for name, model in (("", flops.dense), ("first", flops.sparse), ("second", flops.plans["second"].sparse)):
         own = [row for row in rows if row["plan"] == name]
@@ -229,7 +232,7 @@ def test_csv_holds_every_figure(flops):
 
 def test_inspection_shows_fields_and_shortens_lists():
     text = printed(
-        render_inspection(
+        inspection_table(
             {
                 "schema": "actvar.inspect/1",
                 "kind": "VAR",
@@ -303,7 +306,7 @@ def test_flops_page(flops):
 def test_report_page(flops, quality, benchmark):
     metrics = [{"stage": "stage1", "step": step, "loss": 1 / (step + 1), "learning_rate": 1e-4} for step in range(50)]
     metrics += [{"stage": "stage2", "step": 0, "loss": 0.3, "per_scale": [1.0, 2.0]}]
-    text = report_html(flops, quality, benchmark, metrics, title="A & B", samples_png=b"\x89PNG")
+    text = report_html(Reports(flops, quality, benchmark), metrics, title="A & B", samples_png=b"\x89PNG")
     page = assert_self_contained(text)
     charts = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert charts == ["stage1 loss: loss from 1 to 0.02"]
@@ -312,7 +315,7 @@ def test_report_page(flops, quality, benchmark):
     assert "data:image/png;base64,iVBORw==" in text
     assert "2.570" in text and "1.25x" in text and "0.0399" in text
 
-    alone = report_html(flops)
+    alone = report_html(Reports(flops))
     assert_self_contained(alone)
     assert "Quality" not in alone and "Latency" not in alone and "Distillation" not in alone
 
@@ -336,9 +339,7 @@ def front_matter(card: str) -> dict:
 def test_model_card(flops, quality, benchmark):
     card = model_card(
         "small",
-        flops,
-        quality,
-        benchmark,
+        Reports(flops, quality, benchmark),
         plan=plan(0.5),
         base_model="var-d16",
         repository="FoundationVision/var",
@@ -352,7 +353,7 @@ def test_model_card(flops, quality, benchmark):
     assert card.count("| FID") == 1
     assert share(flops.reduction.transformer) in card
 
-    bare = model_card("small", flops, base_model="models/var.pth")
+    bare = model_card("small", Reports(flops), base_model="models/var.pth")
     assert "base_model" not in front_matter(bare) and "`models/var.pth`" in bare
     assert "FID" not in bare and "seconds" not in bare and "Provenance" not in bare
 
