@@ -42,23 +42,6 @@ class BlockPlan(BaseModel):
     prefix: tuple[int, ...] = Field(description="experts n that every token runs: the first n of the block")
     routed: tuple[int, ...] = Field(description="experts K that the router picks per token beyond the prefix")
     keep: tuple[float, ...] = Field(description="share of the tokens that the block computes, 0 to 1")
-    threshold: tuple[float | None, ...] | None = Field(
-        None,
-        description="tau: instead of a fixed K, run the experts whose score is at least (1 - tau) of the largest",
-    )
-    mean_routed: tuple[float, ...] | None = Field(
-        None, description="mean K that the thresholds lead to on calibration tokens; what pricing uses with thresholds"
-    )
-
-    def tau(self, scale: int) -> float | None:
-        """The threshold at one scale; None where K is fixed."""
-        return None if self.threshold is None else self.threshold[scale]
-
-    def routed_cost(self, scale: int) -> float:
-        """Routed experts per token that a FLOPs count charges at one scale."""
-        if self.mean_routed is not None and self.tau(scale) is not None:
-            return self.mean_routed[scale]
-        return float(self.routed[scale])
 
     def kept(self, scale: int, length: int) -> int:
         """Tokens computed out of ``length`` at one scale."""
@@ -124,21 +107,16 @@ class SparsityPlan(BaseModel):
     def routes(self, block: int, scale: int) -> bool:
         """Whether the router of a block has anything to choose at a scale."""
         plan = self.blocks[block]
-        free = self.experts - plan.prefix[scale]
-        if plan.tau(scale) is not None:
-            return free > 0
-        return 0 < plan.routed[scale] < free
+        return 0 < plan.routed[scale] < self.experts - plan.prefix[scale]
 
     def runs_all(self, block: int, scale: int) -> bool:
         """Whether every token runs every expert of a block at a scale."""
-        plan = self.blocks[block]
-        fixed = plan.tau(scale) is None
-        return plan.prefix[scale] == self.experts or (fixed and plan.prefix[scale] + plan.routed[scale] == self.experts)
+        return self.active(block, scale) == self.experts
 
-    def active(self, block: int, scale: int) -> float:
-        """Experts per token that run at a scale: prefix and (mean) routed."""
+    def active(self, block: int, scale: int) -> int:
+        """Experts per token that run at a scale: prefix and routed."""
         plan = self.blocks[block]
-        return plan.prefix[scale] + plan.routed_cost(scale)
+        return plan.prefix[scale] + plan.routed[scale]
 
     def problems(self, config: BackboneShape) -> list[str]:
         """Everything that keeps a model of this shape from executing the plan; empty when it fits."""
@@ -151,12 +129,6 @@ class SparsityPlan(BaseModel):
         for index, block in enumerate(self.blocks):
             where = f"plan.blocks[{index}]"
             columns = {"prefix": block.prefix, "routed": block.routed, "keep": block.keep}
-            if block.threshold is not None:
-                columns["threshold"] = block.threshold  # type: ignore[assignment]
-                if block.mean_routed is None:
-                    found.append(f"{where}.mean_routed: needed beside threshold, it is what the plan is priced by")
-            if block.mean_routed is not None:
-                columns["mean_routed"] = block.mean_routed
             wrong = {name: len(values) for name, values in columns.items() if len(values) != scales}
             if wrong:
                 found += [f"{where}.{name}: {n} given, the model has {scales} scales" for name, n in wrong.items()]
@@ -169,12 +141,6 @@ class SparsityPlan(BaseModel):
                     )
                 if not 0 <= block.keep[s] <= 1:
                     found.append(f"{where}.keep[{s}]: {block.keep[s]} is not within 0 to 1")
-                mean = None if block.mean_routed is None else block.mean_routed[s]
-                if mean is not None and not 0 <= mean <= self.experts - n:
-                    found.append(f"{where}.mean_routed[{s}]: {mean} is not within 0 to {self.experts - n} experts")
-                tau = block.tau(s)
-                if tau is not None and not 0 <= tau <= 1:
-                    found.append(f"{where}.threshold[{s}]: {tau} is not within 0 to 1")
         low_rank = self.gated and self.reconstruction in ("low_rank", "mixture")
         if low_rank and self.reconstruction_rank > config.width:
             found.append(

@@ -17,7 +17,6 @@ from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, fullest, require_memory
 from actvar_convert.conversion.converter import conversion_steps, convert_model, made_by_main
 from actvar_convert.conversion.search import measure_metrics, plan_model, search_steps, searches
-from actvar_convert.conversion.thresholds import retuned_plans
 from actvar_convert.cost.flops import FlopsReport, count_flops
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.loop import distill_model, require_whole_student, student_print
@@ -354,12 +353,6 @@ def distill(
             processes=processes,
             student=student,
         )
-    if chosen.experts.selection == "threshold" and len(store):
-        plans = {}
-        if processes.main:
-            batch = chosen.calibration.batch
-            plans = retuned_plans(model, store.tokens, store.labels, chosen.plans or {}, batch=batch)
-        model.transformer.replace_plans(processes.from_main(plans))
     if processes.main:
         save_sparse(
             model,
@@ -377,11 +370,10 @@ def distill(
 
 
 def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str, student: str) -> bool:
-    """Gives a model weights and thresholds of the finished run in ``folder``, if that began with it or is it."""
+    """Gives a model the weights of the finished run in ``folder``, if that began with it or is it."""
     found = finished_model(folder, fingerprint)
     if found is None or (student != read_provenance(folder).student and student != student_print(found)):
         return False
-    model.transformer.replace_plans(found.plans)
     model.transformer.load_state_dict(found.transformer.state_dict())
     return True
 

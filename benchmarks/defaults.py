@@ -64,7 +64,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "experts.inactive=none",
         "experts.inactive=mean",
         "experts.router_width=32",
-        "experts.selection=threshold",
         "experts.count=8",
         "experts.count=32",
         "experts.compensation=least_squares",

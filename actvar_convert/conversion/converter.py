@@ -22,7 +22,6 @@ from actvar_convert.conversion.experts import (
 )
 from actvar_convert.conversion.gates import first_needed_scale, start_gate
 from actvar_convert.conversion.refitting import refit_in_order
-from actvar_convert.conversion.thresholds import retuned_plans, set_thresholds
 from actvar_convert.files.skeleton import NoWeights
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
@@ -53,8 +52,7 @@ def convert_model(
 
     Args:
         dense: the model to convert; left as it is, no tensor of the result shares memory with it but the tokenizer's.
-        plans, default: what the result can execute, and which plan is in force; with ``experts.selection`` threshold
-            the result's plans state the thresholds.
+        plans, default: what the result can execute, and which plan is active.
         recipe: the settings of the method.
         tokens_PL, labels_P: calibration pyramids and their classes.
         partitions: of every block's neurons, where a search has made them; else they are made here.
@@ -79,28 +77,16 @@ def convert_model(
         del record
         release_pages(block.state_dict().values())
         on_block()
-    if recipe.experts.selection == "threshold":
-        transformer.replace_plans({name: _stated_by_blocks(transformer, name) for name in plans})
     transformer.requires_grad_(False)
     sparse = SparseVARModel(transformer, dense.tokenizer, dense.sampling).train(dense.training)
     if recipe.experts.compensation == "sequential":
         refit_in_order(dense, sparse, tokens_PL, labels_P, batch=recipe.calibration.batch, on_block=on_block)
-    if recipe.experts.selection == "threshold":
-        plans = retuned_plans(sparse, tokens_PL, labels_P, recipe.plans or {}, batch=recipe.calibration.batch)
-        transformer.replace_plans(plans)
     return sparse
 
 
 def conversion_steps(config: TransformerConfig, recipe: Recipe) -> int:
     """How often ``convert_model`` calls ``on_block``."""
     return config.depth * (2 if recipe.experts.compensation == "sequential" else 1)
-
-
-def _stated_by_blocks(transformer: SparseVARTransformer, name: str) -> SparsityPlan:
-    """A plan whose blocks are each as the FFN of that block states them."""
-    layers = transformer.sparse_layers
-    blocks = tuple(layer.ffn.plans[name].blocks[layer.index] for layer in layers)
-    return transformer.plans[name].model_copy(update={"blocks": blocks})
 
 
 def _fill(module: nn.Module, given: Mapping[str, Tensor], like: Tensor, but: tuple[str, ...]) -> None:
@@ -149,8 +135,6 @@ def _convert_block(
     _fill(sparse, block.state_dict(), block.ffn.fc1.weight, but=("ffn.fc1.", "ffn.fc2.", "ffn.permutation"))
     install_experts(ffn, block.ffn, partition)
     start_router(ffn, torch.cat([record.ffn_input[s] for s in routed]))
-    if recipe.experts.selection == "threshold":
-        set_thresholds(ffn, record.ffn_input)
     calibrate_inactive(ffn, record.ffn_input, recipe.experts.inactive)
     if recipe.experts.compensation == "least_squares":
         compensate(ffn, record.ffn_input, centred=recipe.experts.inactive != "none")

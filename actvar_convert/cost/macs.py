@@ -16,7 +16,7 @@ Convention, the only place that states it:
 - A token that a block skips pays for its share of the gate, for its key and value projections where the plan computes
   them (4 C^2 FLOPs), and for the low-rank map of the reconstruction. Where the plan drops its key and value instead,
   the context of that block is shorter by it, at this scale and at all later ones.
-- Routed experts count with the K of the plan, or with the calibrated mean K where a threshold decides.
+- Routed experts count with the K of the plan.
 - Not counted: norms, activations, softmax, biases, other elementwise work (the alpha product and the bilinear
   upsampling of the reconstruction, averaging of scores over a neighbourhood), table look-ups, interpolation, sampling,
   gather and scatter.

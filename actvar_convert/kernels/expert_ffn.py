@@ -6,7 +6,7 @@ F = E - n experts after a prefix of n, K of them chosen per row.
     y = b2 + sum over active e of f_e(x) + sum over inactive e of m_e,   f_e(x) = W2[:, P_e] gelu(W1[P_e] x + b1[P_e])
 
 In ``prefix``, ``masked``, ``grouped`` and ``triton`` nothing is read back from the device and no branch depends on
-data: one of them runs whatever has a fixed K on a CUDA device, and what routes nothing everywhere. ``loop`` does read
+data: one of them runs on a CUDA device, and what routes nothing everywhere. ``loop`` does read
 how many rows each expert has. On a CPU that waits for nothing, the numbers lie in the memory that the program itself
 works in, and the alternative costs more: with the counts kept in a tensor (``grouped``) 2,048 rows of ``fashion`` take
 17.1 ms in fp32 against 9.1 ms, in bf16 5.7 against 5.6 (docs/experiments.md, 2026-11-23). Room for a fixed number of
@@ -26,14 +26,14 @@ from actvar_convert.kernels.linear import linear, linear_gelu, linear_gelu_refer
 from actvar_convert.kernels.ways import FFNShape, Observer, Way, choose
 
 
-def choose_way(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed: int | None) -> Way:
+def choose_way(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed: int) -> Way:
     """How to compute an expert FFN, by gradients, device, number format and shape.
 
     Args:
         x_RC: rows.
         weights: of the FFN.
         prefix: experts n that every row runs.
-        routed: experts K that every row runs beyond them; None where that differs from row to row.
+        routed: experts K that every row runs beyond them.
     """
     shape = FFNShape(
         x_RC.device.type, x_RC.dtype, len(x_RC), x_RC.shape[1], weights.neurons, weights.experts, prefix, routed
@@ -89,14 +89,6 @@ def expert_ffn(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Ten
     return _by_mask(way, x_RC, weights, prefix, selection_mask(chosen_RK, weights.experts - prefix))
 
 
-def expert_ffn_selected(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
-    """The same for a boolean choice [R, F], whose rows may run different numbers of experts."""
-    if _autocasts(x_RC):
-        with torch.autocast(x_RC.device.type, enabled=False):
-            return expert_ffn_selected(*_lowered(x_RC, weights), prefix, routed_RF)
-    return _by_mask(choose_way(x_RC, weights, prefix, None), x_RC, weights, prefix, routed_RF)
-
-
 def _autocasts(x_RC: Tensor) -> bool:
     """Whether autocast would change number formats between the operations of the paths that work in place."""
     return torch.is_autocast_enabled(x_RC.device.type) and not torch.is_grad_enabled()
@@ -108,9 +100,9 @@ def _lowered(x_RC: Tensor, weights: ExpertWeights) -> tuple[Tensor, ExpertWeight
 
 
 def selection_mask(chosen_RK: Tensor, free: int) -> Tensor:
-    """Boolean [R, F] of chosen experts [R, K]."""
-    mask = torch.zeros(len(chosen_RK), free, dtype=torch.bool, device=chosen_RK.device)
-    return mask.scatter_(1, chosen_RK, True)
+    """Boolean [R, F] of chosen experts [R, K]; further leading axes are kept."""
+    mask = torch.zeros(*chosen_RK.shape[:-1], free, dtype=torch.bool, device=chosen_RK.device)
+    return mask.scatter_(-1, chosen_RK, True)
 
 
 def _by_mask(way: Way, x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
@@ -161,7 +153,7 @@ def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF
 
     Takes any number of experts per row, and any number format. One expert at a time, so that its rows stay in the
     cache of the processor between the gather and the sum. Reads how many rows each expert has, for which a GPU would
-    have to be waited for: no plan with a fixed K takes this way there (see above). Returns [R, C].
+    have to be waited for: no plan takes this way there (see above). Returns [R, C].
     """
     N = weights.neurons
     constants = weights.inactive[prefix:].to(x_RC.dtype)

@@ -52,7 +52,7 @@ class FFNShape(NamedTuple):
         device: type of the device, such as cpu or cuda.
         dtype: number format of rows and weights.
         rows: R; width: C; neurons: N; experts: E; prefix: n.
-        routed: K; None where it differs from row to row.
+        routed: K.
     """
 
     device: str
@@ -62,7 +62,7 @@ class FFNShape(NamedTuple):
     neurons: int
     experts: int
     prefix: int
-    routed: int | None
+    routed: int
 
     @property
     def free(self) -> int:
@@ -97,8 +97,6 @@ def choose(shape: FFNShape, *, gradients: bool = False, observer: Observer = "no
         return Choice("prefix", "nothing is routed: one product over a view")
     if shape.device == "cpu":
         return _on_cpu(shape, observer)
-    if shape.routed is None:
-        return Choice("loop", "the number of experts differs from row to row")
     if observer == "counter" or shape.device != "cuda":
         return Choice("loop", "plain operations only, one product per expert")
     costs = gpu_seconds(shape)
@@ -120,16 +118,15 @@ def _on_cpu(shape: FFNShape, observer: Observer) -> Choice:
 
 
 def cpu_seconds(shape: FFNShape) -> dict[Way, float]:
-    """What each way would take on two cores with AVX-512, beyond the prefix; half of the experts where K varies."""
-    free = shape.free
-    routed = free / 2 if shape.routed is None else shape.routed
+    """What each way would take on two cores with AVX-512, beyond the prefix."""
+    free, routed = shape.free, shape.routed
     one = shape.expert_flops / CPU_FLOPS.get(shape.dtype, CPU_FLOPS[torch.float32])
     gathered = routed * shape.rows * shape.width * CPU_CHANNEL_SECONDS
     return {"masked": CPU_MASK * free * one, "loop": routed * one + free * CPU_EXPERT_SECONDS + gathered}
 
 
 def ffn_seconds(shape: FFNShape, *, triton: bool = False) -> float:
-    """What a whole expert FFN with a fixed K would take, the best way: prefix and routed experts."""
+    """What a whole expert FFN would take, the best way: prefix and routed experts."""
     seconds = shape.prefix * shape.expert_flops / product_flops(shape.device, shape.dtype)
     if shape.routed:
         costs = gpu_seconds(shape) if shape.device == "cuda" else cpu_seconds(shape)
@@ -152,8 +149,7 @@ _GPU_REASONS: dict[Way, str] = {
 
 
 def gpu_seconds(shape: FFNShape) -> dict[Way, float]:
-    """What each way that takes a shape with a fixed K would take on a large GPU, beyond the prefix; counted."""
-    assert shape.routed is not None
+    """What each way that takes a shape would take on a large GPU, beyond the prefix; counted."""
     R, C, N, F, K = shape.rows, shape.width, shape.neurons, shape.free, shape.routed
     item = shape.dtype.itemsize
     # hidden values: GELU and mask read and write each once more; then W2 reads what W1 wrote

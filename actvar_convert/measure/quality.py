@@ -34,7 +34,7 @@ from actvar_convert.measure.quality_report import (
     QualityReport,
     SamplingSettings,
 )
-from actvar_convert.measure.routing import off_plan, watched_routing
+from actvar_convert.measure.routing import watched_routing
 from actvar_convert.models.casting import cast
 from actvar_convert.models.config import differences
 from actvar_convert.models.model import Sampling, VARModel
@@ -150,7 +150,6 @@ def evaluate_models(
         notes.append("one seed set: fid.standard_error needs two; fid.jackknife_error stands in")
     if model.transformer.rows_per_image == 1:
         notes.append("guidance is folded into the sparse model: its KL and top-1 are to the dense model's guided ones")
-    notes += off_plan(main.routing)
     return QualityReport(
         **dict(main),
         images=images,

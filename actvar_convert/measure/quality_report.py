@@ -71,8 +71,7 @@ class RoutingLoad(_Value):
     scale: int
     tokens: int = Field(description="that were counted")
     load: tuple[float, ...] = Field(description="share of the tokens that run each expert after the prefix")
-    active: float = Field(description="experts after the prefix that a token runs, on average")
-    planned: float = Field(description="the same as the plan states it, which FLOPs are counted by")
+    active: int = Field(description="experts after the prefix that a token runs")
     balance: float = Field(description="entropy of the load over its largest: 1 all alike, 0 one expert alone")
 
 

@@ -15,9 +15,6 @@ from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 
-DRIFT = 0.05
-"""Relative difference between planned and measured experts per token that a report mentions."""
-
 
 class RoutingWatch:
     """Counts of what the routers of a model chose, by block and scale."""
@@ -44,8 +41,7 @@ class RoutingWatch:
                     scale=scale,
                     tokens=self._tokens[block, scale],
                     load=tuple(load.tolist()),
-                    active=float(load.sum()),
-                    planned=model.plan.blocks[block].routed_cost(scale),
+                    active=model.plan.blocks[block].routed[scale],
                     balance=_evenness(load),
                 )
             )
@@ -58,23 +54,10 @@ def _evenness(load_F: Tensor) -> float:
     return float(torch.special.entr(share).sum()) / math.log(len(share)) if len(share) > 1 else 1.0
 
 
-def experts_per_token(loads: Sequence[RoutingLoad]) -> tuple[float, float]:
-    """Routed experts per token over some blocks and scales: as they ran, and as the plan states them."""
+def experts_per_token(loads: Sequence[RoutingLoad]) -> float:
+    """Routed experts per token over some blocks and scales."""
     tokens = max(1, sum(each.tokens for each in loads))
-    active = sum(each.active * each.tokens for each in loads) / tokens
-    return active, sum(each.planned * each.tokens for each in loads) / tokens
-
-
-def off_plan(loads: Sequence[RoutingLoad]) -> list[str]:
-    """A sentence where thresholds let more or fewer experts run than the FLOPs are counted by; else nothing."""
-    active, planned = experts_per_token(loads)
-    if abs(active - planned) <= DRIFT * planned:
-        return []
-    counted = "under" if active > planned else "over"
-    return [
-        f"routers run {active:.2f} experts per token on average where the plan says {planned:.2f}: FLOPs are "
-        f"{counted}counted"
-    ]
+    return sum(each.active * each.tokens for each in loads) / tokens
 
 
 @contextmanager

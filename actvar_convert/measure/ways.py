@@ -54,7 +54,6 @@ def plan_ways(
         for index, block in enumerate(plan.blocks):
             if plan.runs_all(index, scale):
                 continue
-            dynamic = block.tau(scale) is not None
             shape = FFNShape(
                 device=device,
                 dtype=dtype,
@@ -63,7 +62,7 @@ def plan_ways(
                 neurons=config.hidden // plan.experts,
                 experts=plan.experts,
                 prefix=block.prefix[scale],
-                routed=None if dynamic else block.routed[scale],
+                routed=block.routed[scale],
             )
             counts[scale, shape] = counts.get((scale, shape), 0) + 1
     rows = way_table((shape for _, shape in counts), triton=triton)
@@ -81,7 +80,7 @@ class WaysRow(BaseModel):
     blocks: int = Field(description="how many do")
     rows: int = Field(description="rows of one FFN call")
     prefix: int = Field(description="experts that every row runs")
-    routed: int | None = Field(description="experts picked per row; null: as many as pass a threshold")
+    routed: int = Field(description="experts picked per row")
     free: int = Field(description="experts to pick from")
     way: Way
     reason: str
@@ -156,7 +155,7 @@ def render_ways(report: WaysReport) -> RenderableType:
     for name in ("dtype", "batch", "scale", "blocks", "rows", "prefix", "routed", "of", "way", "why"):
         table.add_column(name, justify="left" if name in ("dtype", "way", "why") else "right")
     for row in report.rows:
-        routed = "varies" if row.routed is None else str(row.routed)
+        routed = str(row.routed)
         figures = ", ".join(f"{way} {each:.0f} us" for way, each in row.microseconds.items())
         numbers = map(str, (row.batch, row.scale, row.blocks, row.rows, row.prefix))
         reason = f"{row.reason} ({figures})" if figures else row.reason

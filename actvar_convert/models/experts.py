@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actvar_convert.kernels.expert_ffn import expert_ffn, expert_ffn_selected
+from actvar_convert.kernels.expert_ffn import expert_ffn, selection_mask
 from actvar_convert.kernels.expert_weights import DerivedWeights, ExpertWeights
 from actvar_convert.kernels.linear import linear, linear_gelu, watched
 from actvar_convert.models.config import TransformerConfig
@@ -23,8 +23,7 @@ class Router(nn.Module):
     """Predicts the size of each expert's contribution, ||f_e(x) - m_e||, from the input of the FFN.
 
     score(x) = W x + b (+ U relu(D x), a hidden layer beside the linear map, when ``width`` is not 0). A regression
-    instead of a classification: it suits a GELU and leaves one threshold to turn after training (after D2DMoE,
-    arXiv 2310.04361).
+    instead of a classification suits a GELU (after D2DMoE, arXiv 2310.04361).
     """
 
     def __init__(self, channels: int, experts: int, width: int) -> None:
@@ -43,15 +42,6 @@ class Router(nn.Module):
         if self.width:
             score = score + F.linear(F.relu(self.down(x_BLC)), self.up.weight[begin:])
         return score
-
-
-def select_experts(score_BLF: Tensor, routed: int, threshold: float | None) -> Tensor:
-    """Boolean selection [B, L, F]: the ``routed`` largest scores, or all within (1 - threshold) of the largest."""
-    if threshold is not None:
-        largest = score_BLF.amax(-1, keepdim=True)
-        return score_BLF >= (1 - threshold) * largest
-    chosen = score_BLF.topk(routed, dim=-1).indices
-    return torch.zeros_like(score_BLF, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
 def share_scores(score_BLF: Tensor, side: int, window: int, position_BL: Tensor | None) -> Tensor:
@@ -137,9 +127,9 @@ class ExpertFFN(nn.Module):
         return self.select(self.scores(x_BLC, scale, position_BL), scale)
 
     def select(self, score_BLF: Tensor, scale: int) -> Tensor:
-        """Boolean choice [B, L, E - n] that the plan makes by the scores of tokens of one scale."""
-        plan = self.plan.blocks[self.block]
-        return select_experts(score_BLF, plan.routed[scale], plan.tau(scale))
+        """Boolean choice [B, L, E - n] that the plan makes by the scores of tokens of one scale: the K largest."""
+        chosen = score_BLF.topk(self.plan.blocks[self.block].routed[scale], dim=-1, sorted=False).indices
+        return selection_mask(chosen, score_BLF.shape[-1])
 
     def forward(self, x_BLC: Tensor, span: Span, positions: Sequence[Tensor | None] | None = None) -> Tensor:
         """FFN output [B, L, C]; ``positions`` tells, per scale, which tokens of the map are in hand (None: all)."""
@@ -155,9 +145,6 @@ class ExpertFFN(nn.Module):
             return linear(linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias), self.fc2.weight, self.fc2.bias)
         weights = self.weights(scale)
         rows, prefix, routed = x_BLC.flatten(0, 1), plan.prefix[scale], plan.routed[scale]
-        if plan.tau(scale) is not None:
-            selected = self.route(x_BLC, scale, position_BL).flatten(0, 1)
-            return expert_ffn_selected(rows, weights, prefix, selected).view_as(x_BLC)
         if routed:
             chosen = self.scores(x_BLC, scale, position_BL).topk(routed, dim=-1, sorted=False).indices.flatten(0, 1)
         else:

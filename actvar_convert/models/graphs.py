@@ -183,7 +183,7 @@ def _no_waiting() -> Iterator[None]:
             raise
         raise InputError(
             "compile=True cannot be used with this plan and number format: a step waits for the device "
-            "(a threshold, or experts computed one by one); use a plan without thresholds, or leave it out"
+            "(experts are computed one by one); leave it out"
         ) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)

@@ -248,15 +248,6 @@ class SparseVARTransformer(VARTransformer):
         for block in self.sparse_layers:
             block.plan = block.ffn.plan = self.plans[name]
 
-    def replace_plans(self, plans: Mapping[str, SparsityPlan]) -> None:
-        """Gives the plans, by name, other numbers of experts; what routers and gates are sized for must not change."""
-        assert plans.keys() == self.plans.keys()
-        self.plans = dict(plans)
-        for block in self.sparse_layers:
-            assert all(plan.router_experts(block.index) <= block.ffn.scored for plan in plans.values())
-            block.ffn.plans = dict(plans)
-        self.use_plan(self.plan_name)
-
 
 class SparseVARModel(VARModel):
     """A tokenizer with a sparse transformer; generates exactly like the dense VARModel."""

@@ -70,11 +70,6 @@ class ExpertsRecipe(Section):
         "output weights, each block by itself; or block after block, on the states that the sparse model has, with "
         "attention's output projections and the head. An export of such a model is no longer bit-equal to its source",
     )
-    selection: Literal["fixed", "threshold"] = Field(
-        "fixed",
-        description="how many experts a router picks: the plan's K for every token, or all whose score is near enough "
-        "to the token's largest, which are K on average over the calibration tokens, and again after a distillation",
-    )
     router_width: int = Field(0, ge=0, description="hidden units of the router beside its linear part; 0: linear only")
     neighbourhood: int = Field(1, ge=1, description="side of the square of tokens that share one choice of experts")
 

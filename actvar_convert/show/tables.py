@@ -313,7 +313,7 @@ def _routing_table(loads: Sequence[RoutingLoad]) -> Table:
     for block in sorted({each.block for each in loads}):
         own = [each for each in loads if each.block == block]
         loaded = [load for each in own for load in each.load]
-        figures = *experts_per_token(own), min(each.balance for each in own)
+        figures = experts_per_token(own), min(each.balance for each in own)
         rows.append(
             row(
                 str(block),
@@ -323,7 +323,7 @@ def _routing_table(loads: Sequence[RoutingLoad]) -> Table:
                 figure(max(loaded), share),
             )
         )
-    heads = "block", "scales", "experts\nper token", "planned", "least\nbalance", "least\nload", "most\nload"
+    heads = "block", "scales", "experts\nper token", "least\nbalance", "least\nload", "most\nload"
     return Table("routed experts", columns(*heads), tuple(rows))
 
 
@@ -360,7 +360,7 @@ def routing_maps(report: QualityReport) -> list[Table]:
         map_of(
             "Routed experts per token",
             lambda each: each.active / len(each.load),
-            lambda each: f"{each.active:.1f} of {len(each.load)}",
+            lambda each: f"{each.active} of {len(each.load)}",
         ),
     ]
 

@@ -154,14 +154,6 @@ def test_only_low_rank_kinds_pay_for_reconstruction(kind, expected):
     assert cost == expected * 2 * 8 * 7 * 2
 
 
-def test_thresholds_are_priced_by_their_mean():
-    block = BlockPlan(prefix=(1, 1), routed=(0, 0), keep=(1.0, 1.0), threshold=(None, 0.4), mean_routed=(0.0, 1.25))
-    plan = SparsityPlan(experts=4, blocks=(block, block))
-    assert costs.block_macs(TINY, plan, 0, 1)["ffn"] == 4 * 2.25 * (2 * 8 * 4)
-    assert costs.block_macs(TINY, plan, 0, 1)["router"] == 4 * 8 * 3
-    assert costs.block_macs(TINY, plan, 0, 0)["router"] == 0
-
-
 def test_dense_plan_costs_what_the_dense_model_costs():
     config = official(16)
     report = count_flops(config, tokenizer(), {"all": SparsityPlan.dense(config, experts=16)})

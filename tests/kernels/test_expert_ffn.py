@@ -13,7 +13,6 @@ from actvar_convert.kernels.expert_ffn import (
     expert_ffn_masked,
     expert_ffn_prefix,
     expert_ffn_reference,
-    expert_ffn_selected,
     selection_mask,
 )
 from actvar_convert.kernels.expert_weights import DerivedWeights, ExpertWeights
@@ -120,7 +119,6 @@ def test_every_way_equals_the_reference(shape: tuple[int, ...], dtype: torch.dty
             "loop": expert_ffn_loop(x, weights, prefix, routed),
             "grouped": expert_ffn_grouped(x, weights, prefix, chosen),
             "chosen by shape": expert_ffn(x, weights, prefix, chosen),
-            "selected": expert_ffn_selected(x, weights, prefix, routed),
         }
         with torch.autocast("cpu", torch.bfloat16):
             mixed = expert_ffn(x, weights, prefix, chosen)
@@ -149,7 +147,6 @@ def test_the_choice_of_the_way() -> None:
     with torch.no_grad():
         assert choose_way(few, weights, 4, 5) == "masked"
         assert choose_way(many, weights, 4, 5) == "loop"
-        assert choose_way(many, weights, 4, None) == "loop"
         assert choose_way(few.double(), weights, 4, 5) == "loop"
 
 

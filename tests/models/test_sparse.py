@@ -7,7 +7,7 @@ import torch
 
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.models.attention import GenerationCache
-from actvar_convert.models.experts import select_experts, share_scores
+from actvar_convert.models.experts import share_scores
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import Span, VARTransformer
@@ -53,29 +53,9 @@ def test_all_experts_routed_is_the_dense_model(
     tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     everything = block(prefix=(0, 1, 2, 3), routed=(8, 7, 6, 5), keep=(1, 1, 1, 1))
-    dynamic = block(
-        prefix=(0, 1, 2, 3), routed=(0, 0, 0, 0), keep=(1,) * 4, threshold=(1.0,) * 4, mean_routed=(8, 7, 6, 5)
-    )
-    plans = {
-        "fixed": SparsityPlan(experts=8, blocks=(everything,) * 2),
-        "dynamic": SparsityPlan(experts=8, blocks=(dynamic,) * 2),
-    }
-    sparse = sparse_from(tiny_model.transformer, plans, "fixed")
-    expected = tiny_model.transformer(*pyramids)
-    assert relative_error(sparse(*pyramids), expected) <= 1e-5
-    sparse.use_plan("dynamic")
-    for each in sparse.blocks:
-        each.ffn.router.linear.weight.zero_()
-        each.ffn.router.linear.bias.fill_(1.0)
-    assert relative_error(sparse(*pyramids), expected) <= 1e-5
-
-
-def test_a_mean_number_of_experts_that_there_are_not_is_named(tiny_model: VARModel) -> None:
-    for wrong in (-1.0, 5.5, float("nan")):
-        means = (8.0, 7.0, 6.0, wrong)
-        dynamic = block(prefix=(0, 1, 2, 3), routed=(0,) * 4, keep=(1,) * 4, threshold=(1.0,) * 4, mean_routed=means)
-        problems = SparsityPlan(experts=8, blocks=(dynamic,) * 2).problems(tiny_model.transformer.config)
-        assert [problem.split(":")[0] for problem in problems] == [f"plan.blocks[{i}].mean_routed[3]" for i in (0, 1)]
+    plans = {"routed": SparsityPlan(experts=8, blocks=(everything,) * 2)}
+    sparse = sparse_from(tiny_model.transformer, plans, "routed")
+    assert relative_error(sparse(*pyramids), tiny_model.transformer(*pyramids)) <= 1e-5
 
 
 @torch.no_grad()
@@ -177,13 +157,6 @@ def test_reconstruction_of_skipped_tokens_by_hand(tiny_model: VARModel) -> None:
             filled = own + r.alpha[3] * up[0, token] + r.up(r.down(own))
             expected = dense[0, part][token] if token in kept else filled
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_selection_by_threshold_and_by_count() -> None:
-    score = torch.tensor([[[1.0, 0.9, 0.4, 0.2]]])
-    assert select_experts(score, 2, None).tolist() == [[[True, True, False, False]]]
-    assert select_experts(score, 0, 0.5).tolist() == [[[True, True, False, False]]]
-    assert select_experts(score, 0, 0.7).tolist() == [[[True, True, True, False]]]
 
 
 def test_shared_scores_are_square_means() -> None:
