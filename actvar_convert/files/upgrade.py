@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,49 @@ from actvar_convert.errors import CheckpointError
 FORMAT_VERSION = 2
 
 
-def from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 did not name the family: VAR was the only one."""
+KEPT: dict[str, object] = {
+    "threshold": None,
+    "mean_routed": None,
+}
+"""Settings that plans of version 1, or their blocks, had beside the present ones, and the value that became the rule."""
+
+
+def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 did not name the family, VAR was the only one; and its plans had the settings in ``KEPT``.
+
+    Raises:
+        CheckpointError: a plan has another value than the kept one.
+    """
+    problems = [
+        f"{where}.{key} is {values[key]!r}, allowed: {KEPT[key]!r}"
+        for where, values in _of_plans(content)
+        for key in KEPT.keys() & values.keys()
+        if values[key] != KEPT[key]
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} uses settings that are no longer there. actvar-convert 0.1 reads it; or convert again:",
+            sorted(problems),
+        )
+    for _, values in _of_plans(content):
+        for key in KEPT.keys() & values.keys():
+            del values[key]
     return {**content, "format_version": 2, "family": "var"}
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: from_version_1}
+def _of_plans(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Plans and their blocks as they stand in a configuration, each with its dotted path; what is none is left out."""
+    plans = content.get("plans")
+    for name, plan in plans.items() if isinstance(plans, dict) else ():
+        if isinstance(plan, dict):
+            yield f"plans.{name}", plan
+            blocks = plan.get("blocks")
+            for index, block in enumerate(blocks if isinstance(blocks, list) else ()):
+                if isinstance(block, dict):
+                    yield f"plans.{name}.blocks.{index}", block
+
+
+UPGRADES: dict[int, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {1: from_version_1}
 """For every older format version the function that makes the next version's config.json of it."""
 
 
@@ -29,7 +66,7 @@ def upgraded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         content: what it holds.
 
     Raises:
-        CheckpointError: its format version is no number, or newer than this package.
+        CheckpointError: its format version is no number, or newer than this package; or it uses what is no longer there.
     """
     version = content.get("format_version")
     if not isinstance(version, int) or version < 1:
@@ -42,5 +79,5 @@ def upgraded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
             "Upgrade actvar-convert."
         )
     for older in range(version, FORMAT_VERSION):
-        content = UPGRADES[older](content)
+        content = UPGRADES[older](path, content)
     return content

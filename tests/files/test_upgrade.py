@@ -1,0 +1,57 @@
+"""Sparse folders of version 1: settings that are gone are dropped where they had the kept value, else refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from actvar_convert.errors import CheckpointError
+from actvar_convert.files.sparse_folder import load_sparse, save_sparse
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sparse import SparseVARModel
+
+PLAN: dict[str, object] = {}
+"""Settings of a plan of version 1 at the values that became the rule."""
+BLOCK: dict[str, object] = {"threshold": None, "mean_routed": None}
+"""The same of a block."""
+
+
+def written_before(folder: Path, plan: dict[str, object], block: dict[str, object]) -> Path:
+    """Makes a folder one of version 1, whose plans have these settings too."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    del content["family"]
+    for each in content["plans"].values():
+        each.update(plan)
+        each["blocks"][1].update(block)
+    path.write_text(json.dumps({**content, "format_version": 1}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, sparse: SparseVARModel) -> Path:
+    return save_sparse(sparse, tmp_path / "tiny", provenance={}, recipe_text="name: tiny\n")
+
+
+def test_kept_values_are_dropped(
+    folder: Path, sparse: SparseVARModel, same_model: Callable[[VARModel, VARModel], None]
+) -> None:
+    model = load_sparse(written_before(folder, PLAN, BLOCK))
+    same_model(model, sparse)
+    assert model.plans == sparse.plans
+
+
+@pytest.mark.parametrize(
+    ("plan", "block", "said"),
+    [({}, {"threshold": [None, None, None, 0.5]}, "blocks.1.threshold is [None, None, None, 0.5], allowed: None")],
+)
+def test_other_values_are_refused_by_name(
+    folder: Path, plan: dict[str, object], block: dict[str, object], said: str
+) -> None:
+    written_before(folder, PLAN | plan, BLOCK | block)
+    with pytest.raises(CheckpointError, match=r"actvar-convert 0\.1 reads it") as caught:
+        load_sparse(folder)
+    assert said in str(caught.value)
