@@ -66,7 +66,7 @@ def upgraded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         content: what it holds.
 
     Raises:
-        CheckpointError: its format version is no number, or newer than this package; or it uses what is no longer there.
+        CheckpointError: its format version is no number, newer than this package, or a setting is no longer there.
     """
     version = content.get("format_version")
     if not isinstance(version, int) or version < 1:
