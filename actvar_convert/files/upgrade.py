@@ -16,7 +16,7 @@ KEPT: dict[str, object] = {
     "threshold": None,
     "mean_routed": None,
 }
-"""Settings that plans of version 1, or their blocks, had beside the present ones, and the value that became the rule."""
+"""Settings that plans of version 1 or their blocks had besides, and the value that became the rule."""
 
 
 def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
