@@ -1,16 +1,17 @@
 """The FLOPs report: dense against sparse per component, block and scale, from configuration and plans alone.
 
-What is counted and what is not: ``actvar_convert.cost.macs``.
+The convention: ``actvar_convert.cost.macs``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from actvar_convert.cost import macs as costs
+from actvar_convert.cost.var_macs import decoder_macs
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
@@ -32,7 +33,7 @@ class Cost(_Value):
 
 
 class Convention(_Value):
-    """How the figures were counted."""
+    """What the figures mean."""
 
     flops_per_mac: int = costs.FLOPS_PER_MAC
     guidance: bool = Field(description="two rows per image, with and without the class")
@@ -147,7 +148,7 @@ def count_flops(
         named = "name the plan to report on" if default is None else f"there is no plan {default!r}"
         raise InputError(f"{named}; the model's plans: {known}")
 
-    decoder = None if tokenizer is None else sum(costs.decoder_macs(tokenizer))
+    decoder = None if tokenizer is None else sum(decoder_macs(tokenizer))
     dense = _model_cost(config, SparsityPlan.dense(config), decoder, guidance)
     priced = {name: _plan_cost(config, plan, decoder, guidance, dense) for name, plan in plans.items()}
     chosen = priced.pop(default) if default is not None else None
@@ -173,65 +174,35 @@ def _plan_cost(
 
 
 def _model_cost(config: TransformerConfig, plan: SparsityPlan, decoder: int | None, guidance: bool) -> ModelCost:
-    rows, pyramid = costs.rows(guidance, plan), config.pyramid
-    scales, blocks = range(pyramid.num_scales), range(config.depth)
-    cells = [[_times(costs.block_macs(config, plan, b, s), rows) for s in scales] for b in blocks]
-    adaln = rows * costs.block_adaln_macs(config)
-
+    pyramid, priced = config.pyramid, costs.plan_macs(config, plan, guidance)
     per_scale = []
-    for s in scales:
-        outside = {
-            "word_embedding": costs.word_embedding_macs(config, s),
-            "head": rows * costs.head_macs(config, s),
-        }
-        macs = _add([*(cells[b][s] for b in blocks), outside])
-        per_scale.append(
-            ScaleCost(
-                scale=s, side=pyramid.sides[s], tokens=pyramid.lengths[s], components=_costs(macs), **_total(macs)
-            )
-        )
+    for s, outside in enumerate(priced.scales):
+        macs = costs.added([*(block[s] for block in priced.cells), outside])
+        shape = {"scale": s, "side": pyramid.sides[s], "tokens": pyramid.lengths[s]}
+        per_scale.append(ScaleCost(**shape, components=_costs(macs), **_total(macs)))
 
     per_block = []
-    for b in blocks:
-        macs = _add([*cells[b], {"adaln": adaln}])
+    for b, (cells, once) in enumerate(zip(priced.cells, priced.blocks, strict=True)):
+        macs = costs.added([*cells, once])
         row = tuple(
             Cell(
                 active=plan.active(b, s) / plan.experts,
                 kept=plan.blocks[b].kept(s, pyramid.lengths[s]) / pyramid.lengths[s],
-                **_total(cells[b][s]),
+                **_total(cell),
             )
-            for s in scales
+            for s, cell in enumerate(cells)
         )
         per_block.append(BlockCost(block=b, components=_costs(macs), scales=row, **_total(macs)))
 
-    whole = _add([*(_macs(scale.components) for scale in per_scale)])
-    whole["adaln"] = config.depth * adaln + rows * costs.common_adaln_macs(config)
+    whole = priced.components
     transformer = sum(whole.values())
-    if decoder is not None:
-        whole["vqvae_decoder"] = decoder
     return ModelCost(
-        components=_costs({name: whole[name] for name in costs.COMPONENTS if name in whole}),
+        components=_costs(whole if decoder is None else {**whole, "vqvae_decoder": decoder}),
         transformer=Cost.of(transformer),
         end_to_end=None if decoder is None else Cost.of(transformer + decoder),
         per_scale=tuple(per_scale),
         per_block=tuple(per_block),
     )
-
-
-def _times(macs: Mapping[str, int], factor: int) -> dict[str, int]:
-    return {name: factor * value for name, value in macs.items()}
-
-
-def _add(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0) + value
-    return total
-
-
-def _macs(components: Mapping[str, Cost]) -> dict[str, int]:
-    return {name: cost.macs for name, cost in components.items()}
 
 
 def _costs(macs: Mapping[str, int]) -> dict[str, Cost]:

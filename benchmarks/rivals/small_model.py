@@ -216,7 +216,8 @@ class SmallModel(Method):
 def _macs(config: TransformerConfig, run: range, speaks: range) -> int:
     """MACs per image of a transformer whose blocks run at some scales and whose head at some of these."""
     dense = SparsityPlan.dense(config)
-    row = costs.common_adaln_macs(config) + config.depth * costs.block_adaln_macs(config)
-    row += sum(costs.head_macs(config, scale) for scale in speaks)
-    row += sum(sum(costs.block_macs(config, dense, b, s).values()) for b in range(config.depth) for s in run)
-    return costs.rows(True) * row + sum(costs.word_embedding_macs(config, scale) for scale in run)
+    parts = costs.family_costs(config)
+    row = [parts.image(), *[parts.block_once()] * config.depth, *(parts.scale(scale) for scale in speaks)]
+    row += [costs.block_macs(config, dense, b, s) for b in range(config.depth) for s in run]
+    once = costs.added(parts.once(scale) for scale in run)
+    return costs.rows(True) * sum(costs.added(row).values()) + sum(once.values())

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from actvar_convert.cost import macs as costs
 from actvar_convert.cost.flops import count_flops
+from actvar_convert.cost.var_macs import decoder_macs
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
@@ -66,7 +66,7 @@ def test_decoder_convolutions(res_blocks, ch_mult):
     vae = VQVAE(config)
     pyramid = [torch.zeros(1, n, dtype=torch.int64) for n in config.pyramid.lengths]
     totals = counted(lambda: vae.decode(pyramid))
-    parts = costs.decoder_macs(config)
+    parts = decoder_macs(config)
     assert sum(f for name, f in totals.items() if "conv" in name) == 2 * (parts.convolutions + parts.phi)
 
 

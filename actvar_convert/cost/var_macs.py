@@ -1,0 +1,113 @@
+"""What the parts of a VAR cost, by arithmetic on its shape, in multiply-adds as ``actvar_convert.cost.macs`` has them.
+
+Source of the reference figures: github.com/FoundationVision/VAR, ``models/var.py`` and ``models/basic_vae.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+
+
+@dataclass(frozen=True)
+class VARCosts:
+    """Multiply-adds of the transformer's parts for one row; C the width, H hidden, k kept tokens, T their context."""
+
+    config: TransformerConfig
+
+    def block(self, kept: int, context: int) -> dict[str, int]:
+        """Query, key, value and output projections 4 C^2 k; scores and weighted sums 2 k T C."""
+        width = self.config.width
+        return {"attention_projections": 4 * width * width * kept, "attention_products": 2 * kept * context * width}
+
+    def ffn(self) -> int:
+        """2 C H."""
+        return 2 * self.config.width * self.config.hidden
+
+    def scale(self, scale: int) -> dict[str, int]:
+        """The classifier over the codebook."""
+        return {"head": self.config.pyramid.lengths[scale] * self.config.width * self.config.vocab}
+
+    def once(self, scale: int) -> dict[str, int]:
+        """The word embedding; the first scale's input is the class."""
+        config = self.config
+        tokens = config.pyramid.lengths[scale] if scale else 0
+        return {"word_embedding": tokens * config.z_channels * config.width}
+
+    def block_once(self) -> dict[str, int]:
+        """A block's own modulation; 0 if all blocks share one projection."""
+        return {"adaln": 0 if self.config.shared_adaln else 6 * self.config.width**2}
+
+    def image(self) -> dict[str, int]:
+        """The modulation that belongs to no block: before the head, and the shared projection."""
+        return {"adaln": (2 + (6 if self.config.shared_adaln else 0)) * self.config.width**2}
+
+
+class DecoderMacs(NamedTuple):
+    """MACs from tokens to an image.
+
+    Attributes:
+        convolutions: ``post_quant_conv`` and every convolution of the decoder, its attention's 1x1 ones included.
+        attention: scores and weighted sums of the decoder's attention.
+        phi: one phi convolution per scale at the resolution of the finest token map.
+    """
+
+    convolutions: int
+    attention: int
+    phi: int
+
+
+class _Conv(NamedTuple):
+    inputs: int
+    outputs: int
+    kernel: int
+    side: int
+
+    @property
+    def macs(self) -> int:
+        return self.inputs * self.outputs * self.kernel**2 * self.side**2
+
+
+def decoder_macs(config: TokenizerConfig) -> DecoderMacs:
+    """MACs of the VQVAE decoder for one image."""
+    widths = [config.ch * mult for mult in config.ch_mult]
+    side, z = config.sides[-1], config.z_channels
+    attentions = 1 + config.res_blocks + 1
+    phi = _Conv(z, z, 3, side).macs * config.pyramid.num_scales
+    convolutions = sum(conv.macs for conv in _decoder_convolutions(config, widths))
+    return DecoderMacs(convolutions, attentions * 2 * side**4 * widths[-1], phi)
+
+
+def _decoder_convolutions(config: TokenizerConfig, widths: list[int]) -> Iterator[_Conv]:
+    side, z, last = config.sides[-1], config.z_channels, len(widths) - 1
+    coarsest = widths[-1]
+    yield _Conv(z, z, 3, side)
+    yield _Conv(z, coarsest, 3, side)
+    yield from _residual(coarsest, coarsest, side)
+    yield from _attention(coarsest, side)
+    yield from _residual(coarsest, coarsest, side)
+    for level in range(last, -1, -1):
+        width, before = widths[level], widths[min(level + 1, last)]
+        for index in range(config.res_blocks + 1):
+            yield from _residual(width if index else before, width, side)
+            if level == last:
+                yield from _attention(width, side)
+        if level:
+            side *= 2
+            yield _Conv(width, width, 3, side)
+    yield _Conv(widths[0], 3, 3, side)
+
+
+def _residual(inputs: int, outputs: int, side: int) -> Iterator[_Conv]:
+    yield _Conv(inputs, outputs, 3, side)
+    yield _Conv(outputs, outputs, 3, side)
+    if inputs != outputs:
+        yield _Conv(inputs, outputs, 1, side)
+
+
+def _attention(channels: int, side: int) -> Iterator[_Conv]:
+    yield _Conv(channels, 3 * channels, 1, side)
+    yield _Conv(channels, channels, 1, side)
