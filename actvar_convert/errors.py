@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ActvarError(Exception):
@@ -72,3 +74,30 @@ def explained(action: str, path: object, cause: int | None, text: str) -> InputE
     if cause in (errno.ENOTDIR, errno.EEXIST):
         return InputError(f"cannot {what}: a file is in the way of the folder. Choose another name.")
     return InputError(f"cannot {what}: {text}. Check the path and the disk.")
+
+
+@contextmanager
+def explain_os_errors(action: str, path: object) -> Iterator[None]:
+    """Turns what the operating system refuses into an InputError with the cause and the way out.
+
+    Args:
+        action: a verb: "read", "write".
+        path: the file or folder that is being read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise explained(action, path, error.errno, error.strerror or str(error)) from error
+    except Exception as error:
+        number = os_error_number(error)
+        if number is None:
+            raise
+        raise explained(action, path, number, str(error)) from error
+
+
+def os_error_number(error: BaseException) -> int | None:
+    """The number of an operating-system error; libraries in Rust put it into their message."""
+    if isinstance(error, OSError):
+        return error.errno
+    quoted = re.search(r"os error (\d+)\)", str(error))
+    return None if quoted is None else int(quoted[1])

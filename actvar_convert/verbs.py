@@ -30,10 +30,10 @@ from actvar_convert.files.inspection import Inspection, inspect_file
 from actvar_convert.files.official import official_names
 from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.shape import model_shape, published_inspection
-from actvar_convert.files.shards import size_of
 from actvar_convert.files.source import load_any, refuse_unneeded
 from actvar_convert.files.sparse_config import Provenance
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
+from actvar_convert.files.tensors import size_of
 from actvar_convert.measure.features import FeatureExtractor, bundled_extractor
 from actvar_convert.measure.latency import BenchmarkReport, benchmark_models
 from actvar_convert.measure.quality import evaluate_models

@@ -23,17 +23,16 @@ from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.dense import build_dense
 from actvar_convert.files.infer import Overrides
 from actvar_convert.files.parts import read_dense
-from actvar_convert.files.reading import read_json, read_tensors, weight_file
-from actvar_convert.files.replacing import replacing_files
-from actvar_convert.files.shards import write_weights
 from actvar_convert.files.skeleton import compare
+from actvar_convert.files.tensors import read_json, read_tensors, weight_file, write_weights
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import Sampling, VARModel
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.system.atomic import replacing_files
 
-BUNDLE_SHARD_BYTES = 15_900_000.0
+BUNDLE_SHARD_BYTES = 15_900_000
 """Values per file, so that with its header no file passes 16 MB."""
 
 _OMITTED = ("attn_bias_for_masking", "zero_k_bias")
@@ -125,7 +124,7 @@ def write_bundle(
     classifier: FashionClassifier,
     features: Tensor,
     config: Mapping[str, Any],
-    max_shard_bytes: float = BUNDLE_SHARD_BYTES,
+    max_shard_bytes: int = BUNDLE_SHARD_BYTES,
 ) -> None:
     """Writes the folder of a bundled model in half precision; a README.md that is there stays.
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from actvar_convert.errors import InputError
+from actvar_convert.errors import InputError, explain_os_errors
 from actvar_convert.files.describe import counted
 from actvar_convert.files.keymap import reference_tokenizer, sparse_addition
-from actvar_convert.files.replacing import replacing, require_space
-from actvar_convert.files.shards import METADATA, size_of
+from actvar_convert.files.tensors import separate, size_of, write_tensors
 from actvar_convert.models.model import VARModel
+from actvar_convert.system.atomic import replacing
+from actvar_convert.system.device import require_space
 
 ENDINGS = (".safetensors", ".pth", ".pt")
 
@@ -83,7 +83,7 @@ def export_reference(model: VARModel, out: Path, vae_out: Path | None = None) ->
     try:
         for path, tensors in parts.items():
             require_space(path.parent, size_of(tensors))
-            with replacing(path) as temporary:
+            with explain_os_errors("write", path), replacing(path) as temporary:
                 _write(temporary, path.suffix, tensors)
             written.append(path)
     except BaseException:
@@ -104,18 +104,8 @@ def _check_targets(paths: list[Path]) -> None:
 
 
 def _write(path: Path, ending: str, tensors: Mapping[str, Tensor]) -> None:
-    ready = {name: _alone(tensor) for name, tensor in tensors.items()}
     if ending == ".safetensors":
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(ready, path, metadata=METADATA)
-        path.chmod(mode)  # safetensors writes through a temporary file that only its owner may read
+        write_tensors(path, tensors)
     else:
         with path.open("wb") as file:  # so that a full disk is an OSError
-            torch.save(ready, file)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU with a memory of its own: PyTorch's format stores all that a tensor is a view of."""
-    ready = tensor.detach().cpu().contiguous()
-    return ready if ready.untyped_storage().nbytes() == ready.numel() * ready.element_size() else ready.clone()
+            torch.save(separate(tensors), file)

@@ -25,12 +25,11 @@ from actvar_convert.files.keymap import OPTIONAL_SUFFIXES
 from actvar_convert.files.locate import is_sparse_folder
 from actvar_convert.files.official import official_depth
 from actvar_convert.files.parts import DenseFiles, problems_of, read_dense, what_instead
-from actvar_convert.files.reading import require_exists
 from actvar_convert.files.skeleton import FLOATS, NoWeights, common_dtype, compare, count_nonfinite
-from actvar_convert.files.sniff import sniff
 from actvar_convert.files.sparse_config import SparseConfig
 from actvar_convert.files.sparse_folder import checked_config
 from actvar_convert.files.sparse_weights import read_sparse_weights, sparse_skeleton
+from actvar_convert.files.tensors import require_exists, sniff
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE

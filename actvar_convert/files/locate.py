@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from actvar_convert.errors import CheckpointError, InputError
-from actvar_convert.files.reading import INDEX_SUFFIX, read_json, require_exists, weight_file
-from actvar_convert.files.replacing import explain_os_errors
+from actvar_convert.errors import CheckpointError, InputError, explain_os_errors
+from actvar_convert.files.tensors import INDEX_SUFFIX, read_json, require_exists, weight_file
 
 SPARSE_FORMAT: Final = "actvar-sparse"
 

@@ -6,9 +6,8 @@ import errno
 from pathlib import Path
 from typing import NamedTuple
 
-from actvar_convert.errors import InputError, explained
+from actvar_convert.errors import InputError, explained, os_error_number
 from actvar_convert.files.locate import AS_VAE
-from actvar_convert.files.replacing import os_error_number
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import Sampling
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from actvar_convert.errors import CheckpointError
 from actvar_convert.files.keymap import Parts, guess_model, split_parts
 from actvar_convert.files.locate import AS_VAE, Located, locate
-from actvar_convert.files.reading import read_tensors
+from actvar_convert.files.tensors import read_tensors
 
 
 class DenseFiles(NamedTuple):

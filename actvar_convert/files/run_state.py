@@ -8,16 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from actvar_convert.errors import CheckpointError
-from actvar_convert.files.reading import read_metadata, read_tensors
-from actvar_convert.files.replacing import replacing, require_space, sha256_of
-from actvar_convert.files.shards import size_of
-from actvar_convert.files.sniff import sniff
-
-__all__ = ["RunState", "Scalar", "check_run_state", "fingerprint_of", "load_run_state", "save_run_state", "sha256_of"]
+from actvar_convert.errors import CheckpointError, explain_os_errors
+from actvar_convert.files.tensors import read_metadata, read_tensors, size_of, sniff, write_tensors
+from actvar_convert.system.atomic import replacing
+from actvar_convert.system.device import require_space
 
 Scalar = bool | int | float | str | None | list["Scalar"] | dict[str, "Scalar"]
 
@@ -55,16 +51,10 @@ def save_run_state(path: str | Path, state: RunState) -> None:
         InputError: the file cannot be written; the earlier state is still there then.
     """
     path = Path(path)
-    tensors = _separate(state.tensors)
-    require_space(path.parent, size_of(tensors))
-    metadata = {
-        "format": "pt",
-        "content": _FORMAT,
-        "fingerprint": state.fingerprint,
-        "scalars": json.dumps(dict(state.scalars)),
-    }
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    require_space(path.parent, size_of(state.tensors))
+    metadata = {"content": _FORMAT, "fingerprint": state.fingerprint, "scalars": json.dumps(dict(state.scalars))}
+    with explain_os_errors("write", path), replacing(path) as temporary:
+        write_tensors(temporary, state.tensors, metadata)
 
 
 def load_run_state(path: str | Path, fingerprint: str) -> RunState:
@@ -101,17 +91,3 @@ def check_run_state(path: str | Path, fingerprint: str) -> dict[str, Scalar]:
             f"Run the command with the recipe and teacher it was started with. {over}"
         )
     return scalars
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as the file format needs them."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        ready = tensor.detach().cpu().contiguous()
-        address = ready.untyped_storage().data_ptr()
-        if address in seen or ready.untyped_storage().nbytes() != ready.numel() * ready.element_size():
-            ready = ready.clone()
-        seen.add(address)
-        out[name] = ready
-    return out

@@ -14,10 +14,10 @@ from actvar_convert.files.describe import describe, dtype_name
 from actvar_convert.files.infer import Overrides
 from actvar_convert.files.inspection import Inspection, inspect_file
 from actvar_convert.files.official import official_config, official_names
-from actvar_convert.files.reading import require_exists
 from actvar_convert.files.skeleton import NoWeights
 from actvar_convert.files.source import is_sparse, refuse_unneeded, require_known
 from actvar_convert.files.sparse_config import read_sparse_config
+from actvar_convert.files.tensors import require_exists
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.plan import SparsityPlan

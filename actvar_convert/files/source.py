@@ -14,8 +14,8 @@ from actvar_convert.files.dense import DTypeChoice, load_dense
 from actvar_convert.files.infer import Overrides
 from actvar_convert.files.locate import is_sparse_folder
 from actvar_convert.files.official import fetch_official, official_names
-from actvar_convert.files.reading import require_exists
 from actvar_convert.files.sparse_folder import load_sparse
+from actvar_convert.files.tensors import require_exists
 from actvar_convert.models.model import VARModel
 
 

@@ -13,11 +13,11 @@ from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError
 from actvar_convert.files.infer import Overrides, messages
 from actvar_convert.files.locate import SPARSE_FORMAT
-from actvar_convert.files.reading import INDEX_SUFFIX, read_json, require_exists
-from actvar_convert.files.replacing import finish_commit, sha256_of
+from actvar_convert.files.tensors import digest_of, read_json, require_exists
 from actvar_convert.files.upgrade import FORMAT_VERSION, upgraded
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
+from actvar_convert.system.atomic import finish_commit
 
 
 class Provenance(BaseModel):
@@ -126,15 +126,6 @@ def provenance_of(origin: Mapping[str, str], **more: Any) -> Provenance:
         **Overrides.from_origin(origin)._asdict(),
         **more,
     )
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a weight file; of an index, that of the lines "HASH  NAME" of the index's files in order."""
-    if not path.name.endswith(INDEX_SUFFIX):
-        return sha256_of(path)
-    names = sorted(set(read_json(path).get("weight_map", {}).values()))
-    lines = "".join(f"{sha256_of(path.parent / name)}  {name}\n" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def recipe_digest(text: bytes) -> str:

@@ -9,18 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.errors import CheckpointError, InputError
+from actvar_convert.errors import CheckpointError, InputError, explain_os_errors
 from actvar_convert.files.keymap import DERIVED_SUFFIXES
 from actvar_convert.files.locate import is_sparse_folder
-from actvar_convert.files.replacing import (
-    COMMIT,
-    explain_os_errors,
-    is_plain_name,
-    replacing_files,
-    require_space,
-    require_writable,
-)
-from actvar_convert.files.shards import size_of, write_weights
 from actvar_convert.files.skeleton import assign, compare, nonfinite_problems
 from actvar_convert.files.sparse_config import (
     Provenance,
@@ -31,10 +22,12 @@ from actvar_convert.files.sparse_config import (
     recipe_digest,
 )
 from actvar_convert.files.sparse_weights import permutation_problems, read_sparse_weights, sparse_skeleton
+from actvar_convert.files.tensors import size_of, write_weights
 from actvar_convert.models.model import Sampling
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.recipe.yaml_text import read_yaml
-from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.atomic import COMMIT, is_plain_name, replacing_files, require_writable, write_whole
+from actvar_convert.system.device import require_space
 
 __all__ = [
     "Provenance",
@@ -47,7 +40,7 @@ __all__ = [
     "update_file",
 ]
 
-SHARD_BYTES = 5e9
+SHARD_BYTES = 5_000_000_000
 OWNED = (
     "config.json",
     "recipe.yaml",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError, RecipeError
-from actvar_convert.files.reading import read_tensors, weight_file
 from actvar_convert.files.skeleton import NoWeights
 from actvar_convert.files.sparse_config import SparseConfig
+from actvar_convert.files.tensors import read_tensors, weight_file
 from actvar_convert.models.sparse import SparseVARTransformer
 from actvar_convert.models.vqvae import VQVAE
 

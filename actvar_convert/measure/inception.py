@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from actvar_convert.errors import InputError
-from actvar_convert.files.replacing import sha256_of
 from actvar_convert.files.run_state import fingerprint_of
+from actvar_convert.files.tensors import sha256_of
 from actvar_convert.measure.features import Reference
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import VARModel

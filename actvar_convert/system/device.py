@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -177,6 +178,21 @@ def largest_memory_bytes(device: torch.device | None = None) -> int:
 
 def _kind(device: torch.device | None) -> str:
     return "cuda" if device is not None and device.type == "cuda" else "machine"
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Checks that the disk of a folder, which need not exist yet, has room for ``needed`` bytes.
+
+    Raises:
+        InputError: there is less free space.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    total, _, free = shutil.disk_usage(existing)
+    if total and free < needed:  # a system of no size, such as /proc, has another reason to refuse
+        raise InputError(
+            f"cannot write {folder}: it needs {memory_text(needed)} and the disk has {memory_text(free)} free. "
+            "Free some space, or choose a folder elsewhere."
+        )
 
 
 def memory_text(size: float) -> str:

@@ -21,10 +21,9 @@ from typer.testing import CliRunner
 
 from actvar_convert.errors import InputError
 from actvar_convert.files.official import official_config
-from actvar_convert.files.shards import write_weights
 from actvar_convert.files.skeleton import NoWeights
 from actvar_convert.files.source import load_any
-from actvar_convert.files.torch_files import wanted_globals
+from actvar_convert.files.tensors import wanted_globals, write_weights
 from actvar_convert.models.var import VARTransformer
 from actvar_convert_cli.main import app
 
@@ -146,7 +145,7 @@ def _sharded(damage: Callable[[Path], object]) -> Case:
         inside = folder / "model"
         inside.mkdir()
         write_weights(inside, "model", transformer, 200_000)
-        write_weights(inside, "vae", tokenizer, 1e9)
+        write_weights(inside, "vae", tokenizer, 1_000_000_000)
         damage(inside)
         return inside
 

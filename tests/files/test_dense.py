@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actvar_convert.errors import CheckpointError
 from actvar_convert.files.dense import load_dense
-from actvar_convert.files.shards import write_weights
+from actvar_convert.files.tensors import write_weights
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.var import VARTransformer

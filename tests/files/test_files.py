@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from actvar_convert.errors import InputError
-from actvar_convert.files import replacing as files
-from actvar_convert.files import shards
-from actvar_convert.files.replacing import replacing_files, sha256_of
+from actvar_convert.files import tensors as weight_files
 from actvar_convert.files.run_state import RunState, save_run_state
 from actvar_convert.files.sparse_folder import load_sparse, read_provenance, save_sparse, update_file
+from actvar_convert.files.tensors import sha256_of
 from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.system.atomic import COMMIT, STAGING, replacing_files
 
 
 def _everything(folder: Path) -> dict[str, bytes]:
@@ -74,7 +74,7 @@ def test_disk_that_fills_up_while_weights_are_written(
     def fails_like_the_writer(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(shards, "save_file", fails_like_the_writer)
+    monkeypatch.setattr(weight_files, "save_file", fails_like_the_writer)
     with pytest.raises(InputError, match=r"model.safetensors: the disk is full. Free some space"):
         save_sparse(sparse, tmp_path / "new", provenance={}, recipe_text="a: 1\n")
     assert not list(tmp_path.iterdir())
@@ -109,7 +109,7 @@ def test_an_exception_of_the_writer_passes_through(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
     (tmp_path / "old").mkdir()
-    left = tmp_path / "old" / f"{files.STAGING}dead"
+    left = tmp_path / "old" / f"{STAGING}dead"
     left.mkdir()
     with replacing_files(tmp_path / "old", ["*.txt"]) as staging:
         (staging / "b.txt").write_text("new")
@@ -131,8 +131,8 @@ def test_an_exception_of_the_writer_passes_through(tmp_path: Path) -> None:
 def test_a_made_up_or_damaged_commit_touches_nothing(tmp_path: Path, sparse: SparseVARModel, manifest: str) -> None:
     folder = save_sparse(sparse, tmp_path / "out", provenance={}, recipe_text="a: 1\n")
     (tmp_path / "kept.txt").write_text("kept")
-    (folder / files.COMMIT).mkdir()
-    (folder / files.COMMIT / "manifest.json").write_text(manifest)
+    (folder / COMMIT).mkdir()
+    (folder / COMMIT / "manifest.json").write_text(manifest)
     before = _everything(tmp_path)
     with pytest.raises(InputError, match=r"(?s)manifest\.json.*damaged or names files elsewhere"):
         load_sparse(folder)

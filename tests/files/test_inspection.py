@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from actvar_convert.errors import InputError
-from actvar_convert.files.dense import inspect_file, load_dense
+from actvar_convert.files.dense import load_dense
+from actvar_convert.files.inspection import inspect_file
 from actvar_convert.files.shape import model_shape
 from actvar_convert.files.sparse_folder import save_sparse
 from actvar_convert.models.sparse import SparseVARModel

@@ -22,7 +22,8 @@ from actvar_convert.files.official import (
     published_sampling,
 )
 from actvar_convert.files.source import load_any
-from actvar_convert.files.sparse_folder import provenance_of, save_sparse
+from actvar_convert.files.sparse_config import provenance_of
+from actvar_convert.files.sparse_folder import save_sparse
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.origins import provenance, recorded_teacher
