@@ -15,7 +15,7 @@ from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.files.describe import counted
 from actvar_convert.files.shape import model_shape
-from actvar_convert.measure.inception import require_reference
+from actvar_convert.measure.extractors import require_reference
 from actvar_convert.measure.quality_report import load_quality
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.recipe.check import split_problems

@@ -25,7 +25,7 @@ from actvar_convert.errors import InputError
 from actvar_convert.files.official import REPOSITORY, official_names
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse, update_file
 from actvar_convert.measure.checks import CheckTable, require_comparable, run_checks
-from actvar_convert.measure.features import FeatureExtractor
+from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.latency import BenchmarkReport, hardware_name
 from actvar_convert.measure.quality_report import QualityReport, SamplingSettings, load_quality
 from actvar_convert.models.config import TransformerConfig

@@ -22,11 +22,10 @@ from actvar_convert.conversion.search import Planned, plan_model, priced_by, sea
 from actvar_convert.cost.flops import count_flops
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.measure.agreement import compare_logits
-from actvar_convert.measure.features import FeatureExtractor
+from actvar_convert.measure.agreement import agreement_quality, compare_logits, held_out_pyramids
+from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.fid import frechet_inception_distance, paired_jackknife_error, relative_difference
-from actvar_convert.measure.generation import Features, generated_features, model_fingerprint
-from actvar_convert.measure.quality import agreement_quality, held_out_pyramids
+from actvar_convert.measure.image_features import Features, generated_features, model_fingerprint
 from actvar_convert.measure.sweep_report import SweepFid, SweepPoint, SweepReport, largest_within
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel

@@ -34,9 +34,9 @@ from actvar_convert.files.source import load_any, refuse_unneeded
 from actvar_convert.files.sparse_config import Provenance
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
 from actvar_convert.files.tensors import size_of
-from actvar_convert.measure.features import FeatureExtractor, bundled_extractor
+from actvar_convert.measure.evaluation import evaluate_models
+from actvar_convert.measure.extractors import FeatureExtractor, bundled_extractor
 from actvar_convert.measure.latency import BenchmarkReport, benchmark_models
-from actvar_convert.measure.quality import evaluate_models
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.casting import cast
 from actvar_convert.models.config import differences
@@ -464,7 +464,7 @@ def extractor_for(model: VARModel, reference: str | Path | None = None) -> Featu
         InputError: Inception is not installed, or no bundled classifier knows such images.
     """
     if reference is not None:
-        from actvar_convert.measure.inception import InceptionExtractor
+        from actvar_convert.measure.extractors import InceptionExtractor
 
         size = model.tokenizer.config.image_size
         return InceptionExtractor(Path(reference), image_size=size, device=str(model.device))

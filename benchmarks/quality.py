@@ -34,9 +34,9 @@ from rivals.training import LEVELS, Workshop
 import actvar_convert as av
 from actvar_convert.errors import ActvarError, InputError
 from actvar_convert.files.run_state import fingerprint_of
-from actvar_convert.measure.features import FeatureExtractor
+from actvar_convert.measure.evaluation import evaluate_models
+from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.latency import hardware_name
-from actvar_convert.measure.quality import evaluate_models
 from actvar_convert.models.model import VARModel
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe

@@ -11,7 +11,7 @@ import torch
 
 import actvar_convert as av
 from actvar_convert.errors import InputError
-from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel

@@ -20,7 +20,7 @@ from actvar_convert import verbs
 from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.measure.agreement import HELD_OUT_SEED, compare_logits
-from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.measure.sweep_report import SweepReport
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel

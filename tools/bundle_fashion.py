@@ -24,7 +24,7 @@ from torch import Tensor
 from train_fashion import HELD_OUT, TOKENIZER, TRANSFORMER, tokenise
 from training import load_split
 
-from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.system.device import limit_threads

@@ -33,7 +33,7 @@ from train_mosaics import (
 from training import load_split
 
 from actvar_convert.files import bundled as zoo
-from actvar_convert.measure.features import QuadrantExtractor
+from actvar_convert.measure.extractors import QuadrantExtractor
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.vqvae import VQVAE

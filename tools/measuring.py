@@ -17,9 +17,9 @@ from stages import HELD_OUT_PART, grow, var_loss
 from torch import Tensor, nn
 from training import to_float
 
-from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.measure.fid import frechet_inception_distance, precision_recall
-from actvar_convert.measure.generation import generated_features
+from actvar_convert.measure.image_features import generated_features
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Sampling, VARModel

@@ -6,12 +6,16 @@ Shapes: B pyramids in hand, N pyramids in all, L tokens, S scales, V codebook si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from actvar_convert.measure.image_features import remembered
+from actvar_convert.measure.quality_report import AgreementQuality, KLQuality
 from actvar_convert.models.model import Sampling, VARModel, guided_as_sampled, guided_logits
-from actvar_convert.system.progress import Task
+from actvar_convert.models.sampling import balanced_labels
+from actvar_convert.system.progress import Progress, Task
 
 HELD_OUT_SEED = 1_000_000_007
 """Seed of the held-out pyramids: far from what people give as the seed of calibration and training samples."""
@@ -81,6 +85,59 @@ def compare_logits(
             of_guided.append(_scale_means(_compared(*pair)[0], lengths))
         task.advance(len(tokens_BL))
     return LogitsAgreement(torch.cat(kl), torch.cat(top1), lengths, torch.cat(of_guided) if of_guided else None)
+
+
+def held_out_pyramids(
+    teacher: VARModel,
+    count: int,
+    batch: int,
+    *,
+    sampling: Sampling,
+    progress: Progress,
+    cache: Path | None,
+    fingerprint: str,
+) -> tuple[Tensor, Tensor]:
+    """Pyramids [N, L] that the teacher draws, apart from those of calibration and training, and their labels [N].
+
+    Args:
+        count, batch: N, and pyramids drawn at once.
+        cache: folder in which they are kept and found again.
+        fingerprint: ``model_fingerprint(teacher)``.
+    """
+    labels = balanced_labels(count, teacher.transformer.config.classes)
+    with progress.task("held-out pyramids", count) as task:
+
+        def sample() -> dict[str, Tensor]:
+            tokens = teacher.generate_tokens(labels, **sampling._asdict(), seed=HELD_OUT_SEED, chunk=batch)
+            task.advance(count)
+            return {"tokens": tokens.cpu()}
+
+        key = {"model": fingerprint, "sampling": sampling._asdict(), "chunk": batch, "held_out": count}
+        return remembered(cache, key, sample, count, task)["tokens"], labels
+
+
+def agreement_quality(found: LogitsAgreement) -> tuple[KLQuality, AgreementQuality]:
+    """KL and top-1 agreement over all tokens, with standard errors over the pyramids."""
+    top1 = found.per_token(found.top1_NS)
+    return (
+        kl_quality(found.kl_NS, found),
+        AgreementQuality(
+            top1=float(top1.mean()),
+            per_scale=tuple(found.top1_NS.mean(0).tolist()),
+            standard_error=float(top1.std() / len(top1) ** 0.5),
+        ),
+    )
+
+
+def kl_quality(kl_NS: Tensor, found: LogitsAgreement) -> KLQuality:
+    """One of the KL of an agreement over all tokens, with its standard error over the pyramids."""
+    kl = found.per_token(kl_NS)
+    return KLQuality(
+        mean=float(kl.mean()),
+        per_scale=tuple(kl_NS.mean(0).tolist()),
+        standard_error=float(kl.std() / len(kl) ** 0.5),
+        pyramids=len(kl),
+    )
 
 
 def _logits(student: VARModel, labels_B: Tensor, inputs_BLz: Tensor) -> Tensor:

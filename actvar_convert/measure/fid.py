@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.measure.features import Reference
+from actvar_convert.measure.extractors import Reference
 
 SUBSET_SEED = 7
 """Seed of the subsets and shuffles inside the measures, so that equal features give equal figures."""

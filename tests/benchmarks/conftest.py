@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.recipe.schema import (
     BudgetRecipe,

@@ -19,7 +19,7 @@ from actvar_convert.distillation import loop
 from actvar_convert.distillation.loop import distill_model
 from actvar_convert.errors import InputError, Interrupted
 from actvar_convert.measure.agreement import compare_logits
-from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.models.model import VARModel
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe

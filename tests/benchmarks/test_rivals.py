@@ -19,7 +19,7 @@ from rivals.token_merging import MergingBlock, MergingTransformer, TokenMerging,
 from rivals.token_skipping import SkippingTransformer
 
 from actvar_convert.cost import macs as costs
-from actvar_convert.measure.generation import model_fingerprint
+from actvar_convert.measure.image_features import model_fingerprint
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARTransformer

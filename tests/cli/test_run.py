@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from actvar_convert import verbs
 from actvar_convert.files.run_state import RunState, save_run_state
-from actvar_convert.measure.features import ClassifierExtractor
+from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.models.classifier import FashionClassifier
 
 from .conftest import Actvar

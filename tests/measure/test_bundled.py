@@ -7,7 +7,7 @@ import torch
 
 from actvar_convert.errors import InputError
 from actvar_convert.files import bundled as zoo
-from actvar_convert.measure.features import bundled_extractor
+from actvar_convert.measure.extractors import bundled_extractor
 from actvar_convert.measure.fid import frechet_inception_distance
 from actvar_convert.models.vqvae import VQVAE
 

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from actvar_convert.measure.features import Reference
+from actvar_convert.measure.extractors import Reference
 from actvar_convert.measure.fid import (
     _Distance,
     _Moments,

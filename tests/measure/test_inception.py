@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from actvar_convert.errors import InputError
-from actvar_convert.measure.inception import InceptionExtractor, folder_images, images_fingerprint, read_statistics
+from actvar_convert.measure.extractors import InceptionExtractor, folder_images, images_fingerprint, read_statistics
 
 
 def test_statistics_are_read(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import actvar_convert as av
 from actvar_convert.errors import InputError
 from actvar_convert.files import bundled as zoo
-from actvar_convert.measure.features import QuadrantExtractor
+from actvar_convert.measure.extractors import QuadrantExtractor
 from actvar_convert.measure.fid import frechet_inception_distance
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.sampling import balanced_labels

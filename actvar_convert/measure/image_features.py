@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from actvar_convert._version import __version__
-from actvar_convert.measure.features import FeatureExtractor
+from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Sampling, VARModel, chunk_seed
 from actvar_convert.models.sampling import balanced_labels

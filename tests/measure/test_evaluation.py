@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError
-from actvar_convert.measure import generation
+from actvar_convert.measure import image_features
 from actvar_convert.measure.agreement import HELD_OUT_SEED
-from actvar_convert.measure.features import ClassifierExtractor
-from actvar_convert.measure.generation import chunks, model_fingerprint
-from actvar_convert.measure.quality import evaluate_models
+from actvar_convert.measure.evaluation import evaluate_models
+from actvar_convert.measure.extractors import ClassifierExtractor
+from actvar_convert.measure.image_features import chunks, model_fingerprint
 from actvar_convert.measure.quality_report import QualityReport, load_quality
 from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
@@ -215,7 +215,7 @@ def test_stored_features_are_reused_and_an_interruption_costs_one_group(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generation, "GROUP", 2 * BATCH)
+    monkeypatch.setattr(image_features, "GROUP", 2 * BATCH)
     plain = evaluate(other, tiny_model, extractor)
     stopped = Counting(extractor, stop_after=3 * BATCH)
     with pytest.raises(KeyboardInterrupt):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError
-from actvar_convert.measure.agreement import HELD_OUT_SEED, LogitsAgreement, compare_logits
-from actvar_convert.measure.features import FeatureExtractor, Reference
+from actvar_convert.measure.agreement import agreement_quality, compare_logits, held_out_pyramids, kl_quality
+from actvar_convert.measure.extractors import FeatureExtractor, Reference
 from actvar_convert.measure.fid import (
     frechet_inception_distance,
     inception_score,
@@ -24,11 +24,9 @@ from actvar_convert.measure.fid import (
     precision_recall,
     relative_difference,
 )
-from actvar_convert.measure.generation import Features, generated_features, model_fingerprint, remembered
+from actvar_convert.measure.image_features import Features, generated_features, model_fingerprint
 from actvar_convert.measure.quality_report import (
-    AgreementQuality,
     FidQuality,
-    KLQuality,
     Paired,
     PlanQuality,
     QualityReport,
@@ -176,59 +174,6 @@ def _of_images(
         "recall": _paired(dense.recall, sparse.recall) if dense.recall else None,
         "label_agreement": _paired(dense.labels, sparse.labels) if extractor.predicts_labels else None,
     }
-
-
-def held_out_pyramids(
-    teacher: VARModel,
-    count: int,
-    batch: int,
-    *,
-    sampling: Sampling,
-    progress: Progress,
-    cache: Path | None,
-    fingerprint: str,
-) -> tuple[Tensor, Tensor]:
-    """Pyramids [N, L] that the teacher draws, apart from those of calibration and training, and their labels [N].
-
-    Args:
-        count, batch: N, and pyramids drawn at once.
-        cache: folder in which they are kept and found again.
-        fingerprint: ``model_fingerprint(teacher)``.
-    """
-    labels = balanced_labels(count, teacher.transformer.config.classes)
-    with progress.task("held-out pyramids", count) as task:
-
-        def sample() -> dict[str, Tensor]:
-            tokens = teacher.generate_tokens(labels, **sampling._asdict(), seed=HELD_OUT_SEED, chunk=batch)
-            task.advance(count)
-            return {"tokens": tokens.cpu()}
-
-        key = {"model": fingerprint, "sampling": sampling._asdict(), "chunk": batch, "held_out": count}
-        return remembered(cache, key, sample, count, task)["tokens"], labels
-
-
-def agreement_quality(found: LogitsAgreement) -> tuple[KLQuality, AgreementQuality]:
-    """KL and top-1 agreement over all tokens, with standard errors over the pyramids."""
-    top1 = found.per_token(found.top1_NS)
-    return (
-        kl_quality(found.kl_NS, found),
-        AgreementQuality(
-            top1=float(top1.mean()),
-            per_scale=tuple(found.top1_NS.mean(0).tolist()),
-            standard_error=float(top1.std() / len(top1) ** 0.5),
-        ),
-    )
-
-
-def kl_quality(kl_NS: Tensor, found: LogitsAgreement) -> KLQuality:
-    """One of the KL of an agreement over all tokens, with its standard error over the pyramids."""
-    kl = found.per_token(kl_NS)
-    return KLQuality(
-        mean=float(kl.mean()),
-        per_scale=tuple(kl_NS.mean(0).tolist()),
-        standard_error=float(kl.std() / len(kl) ** 0.5),
-        pyramids=len(kl),
-    )
 
 
 def _each_plan(model: VARModel, plans: Sequence[str], measure: Callable[[str], PlanQuality]) -> dict[str, PlanQuality]:

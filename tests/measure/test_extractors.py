@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from actvar_convert.measure.features import ClassifierExtractor, QuadrantExtractor, Reference
+from actvar_convert.measure.extractors import ClassifierExtractor, QuadrantExtractor, Reference
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
 
