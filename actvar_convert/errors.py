@@ -101,3 +101,8 @@ def os_error_number(error: BaseException) -> int | None:
         return error.errno
     quoted = re.search(r"os error (\d+)\)", str(error))
     return None if quoted is None else int(quoted[1])
+
+
+def counted(number: int, word: str, plural: str | None = None) -> str:
+    """A number and what it counts: 1 block, 2 blocks, 5 classes."""
+    return f"{number} {word if number == 1 else plural or word + 's'}"

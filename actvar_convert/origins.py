@@ -9,12 +9,17 @@ from pathlib import Path
 from actvar_convert.conversion.search import priced_by
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_config, bundled_names
-from actvar_convert.files.infer import Overrides
-from actvar_convert.files.locate import is_sparse_folder
+from actvar_convert.files.layout import Overrides
 from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.source import load_any
-from actvar_convert.files.sparse_config import Provenance, provenance_of
-from actvar_convert.files.sparse_folder import checked_config, load_sparse, read_provenance
+from actvar_convert.files.sparse_folder import (
+    Provenance,
+    checked_config,
+    is_sparse_folder,
+    load_sparse,
+    provenance_of,
+    read_provenance,
+)
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel

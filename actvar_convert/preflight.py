@@ -12,9 +12,8 @@ from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import estimate_convert
 from actvar_convert.cost.flops import count_flops
 from actvar_convert.distillation.training_memory import estimate_distill
-from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.files.describe import counted
-from actvar_convert.files.shape import model_shape
+from actvar_convert.errors import InputError, RecipeError, counted
+from actvar_convert.files.source import model_shape
 from actvar_convert.measure.extractors import require_reference
 from actvar_convert.measure.quality_report import load_quality
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig

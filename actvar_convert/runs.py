@@ -22,7 +22,8 @@ from actvar_convert.conversion.conversion_memory import require_memory
 from actvar_convert.cost.flops import FlopsReport
 from actvar_convert.distillation.loop import require_whole_student
 from actvar_convert.errors import InputError
-from actvar_convert.files.official import REPOSITORY, official_names
+from actvar_convert.files.layout import official_names
+from actvar_convert.files.source import REPOSITORY
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse, update_file
 from actvar_convert.measure.checks import CheckTable, require_comparable, run_checks
 from actvar_convert.measure.extractors import FeatureExtractor

@@ -25,14 +25,11 @@ from actvar_convert.distillation.training_memory import estimate_distill, estima
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_folder, bundled_names
 from actvar_convert.files.export import Exported, export_reference
-from actvar_convert.files.infer import Overrides
 from actvar_convert.files.inspection import Inspection, inspect_file
-from actvar_convert.files.official import official_names
+from actvar_convert.files.layout import Overrides, official_names
 from actvar_convert.files.run_state import check_run_state
-from actvar_convert.files.shape import model_shape, published_inspection
-from actvar_convert.files.source import load_any, refuse_unneeded
-from actvar_convert.files.sparse_config import Provenance
-from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
+from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
+from actvar_convert.files.sparse_folder import Provenance, read_provenance, refuse_foreign, save_sparse
 from actvar_convert.files.tensors import size_of
 from actvar_convert.measure.evaluation import evaluate_models
 from actvar_convert.measure.extractors import FeatureExtractor, bundled_extractor

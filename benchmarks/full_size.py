@@ -43,7 +43,7 @@ def make_files(model: str, folder: Path) -> None:
     """Writes ``var_MODEL.pth`` and ``vae_MODEL.pth`` with random weights of the exact shapes."""
     import torch
 
-    from actvar_convert.files.official import official_config
+    from actvar_convert.files.layout import official_config
     from actvar_convert.models.config import TokenizerConfig, TransformerConfig
     from actvar_convert.models.var import VARTransformer
     from actvar_convert.models.vqvae import VQVAE

@@ -16,7 +16,7 @@ from plain import PlainGeneration
 
 from actvar_convert.conversion.budget import uniform_plan
 from actvar_convert.cost.flops import count_flops
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.casting import cast
 from actvar_convert.models.config import TransformerConfig

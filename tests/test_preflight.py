@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import actvar_convert as av
 from actvar_convert.cost.var_macs import decoder_macs
 from actvar_convert.errors import RecipeError
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.files.sparse_folder import save_sparse
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel

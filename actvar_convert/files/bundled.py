@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError
-from actvar_convert.files.dense import build_dense
-from actvar_convert.files.infer import Overrides
-from actvar_convert.files.parts import read_dense
+from actvar_convert.files.dense import build_dense, read_dense
+from actvar_convert.files.layout import Overrides
 from actvar_convert.files.skeleton import compare
 from actvar_convert.files.tensors import read_json, read_tensors, weight_file, write_weights
 from actvar_convert.models.classifier import FashionClassifier

@@ -1,34 +1,77 @@
-"""Loading a dense VAR from the files that people have."""
+"""Dense models in the files that people have: which files, whose tensors, and the model that they make."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from actvar_convert.errors import CheckpointError
-from actvar_convert.files.describe import counted
-from actvar_convert.files.infer import (
+from actvar_convert.errors import CheckpointError, InputError, counted, explain_os_errors
+from actvar_convert.files.layout import (
     Overrides,
+    Parts,
     agreement_problems,
     chosen_ratio,
+    guess_model,
     infer_tokenizer,
     infer_transformer,
     missing_blocks,
+    published_sampling,
+    split_parts,
 )
-from actvar_convert.files.inspection import Inspection, inspect_file
-from actvar_convert.files.locate import AS_VAE
-from actvar_convert.files.official import published_sampling
-from actvar_convert.files.parts import DenseFiles, problems_of, read_dense, what_instead
 from actvar_convert.files.skeleton import assign, common_dtype, compare, empty_dense, nonfinite_problems
-from actvar_convert.models.model import Sampling, VARModel
+from actvar_convert.files.sparse_folder import is_sparse_folder
+from actvar_convert.files.tensors import INDEX_SUFFIX, read_json, read_tensors, require_exists, weight_file
+from actvar_convert.models.model import VARModel
+from actvar_convert.models.sampling import Sampling
 
-__all__ = ["Inspection", "build_dense", "inspect_file", "load_dense"]
+AS_VAE = "with --vae (vae=, or vae in a recipe: --set vae=FILE)"
+"""How a tokenizer's file is given."""
+
+_MODEL = ("model", "var", "pytorch_model")
+"""Names of a folder's transformer, the most telling first."""
+
+_WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", INDEX_SUFFIX)
+
 
 DTypeChoice = torch.dtype | Literal["keep"] | None
+
+
+class Located(NamedTuple):
+    """Files of a dense model.
+
+    Attributes:
+        transformer: a weight file or an index of shards.
+        tokenizer: the same for the VQVAE; None where nothing lies about.
+        hints: the config.json of a hub folder, or beside the file that is the folder's model; empty without one.
+    """
+
+    transformer: Path
+    tokenizer: Path | None
+    hints: Mapping[str, Any]
+
+
+class DenseFiles(NamedTuple):
+    """The tensors of a dense model, found and named but not yet checked.
+
+    Attributes:
+        transformer, tokenizer: tensors by their reference names; None where there is none.
+        hints: the config.json of a hub folder; empty without one.
+        located: the files they come from.
+        rest: names that belong to neither part.
+        notes: choices that were made, one sentence each.
+    """
+
+    transformer: dict[str, Tensor] | None
+    tokenizer: dict[str, Tensor] | None
+    hints: Mapping[str, Any]
+    located: Located
+    rest: list[str]
+    notes: list[str]
 
 
 def load_dense(
@@ -121,6 +164,142 @@ def build_dense(
     model.eval()
     model.origin = {"path": str(path.absolute()), "vae": str(tokenizer_path.absolute())}
     return model
+
+
+def read_dense(source: Path, vae: Path | None) -> DenseFiles:
+    """Finds and maps the tensors of a dense model without looking at values.
+
+    Raises:
+        InputError, CheckpointError: see load_dense.
+    """
+    located = locate(source, vae)
+    parts = _read_parts(located.transformer)
+    tokenizer, notes = parts.tokenizer, list(parts.notes)
+    separate_file = located.tokenizer is not None and (vae is not None or tokenizer is None)
+    if parts.transformer is not None and separate_file and located.tokenizer is not None:
+        separate = _read_parts(located.tokenizer)
+        if separate.tokenizer is None:
+            what = "it is a VAR transformer" if separate.transformer is not None else what_instead(separate.rest)
+            raise CheckpointError(
+                f"{located.tokenizer} has no VAR tokenizer in it: {what}. Give the VQVAE file {AS_VAE}."
+            )
+        tokenizer = separate.tokenizer
+        notes += separate.notes
+        if vae is None:
+            notes.append(f"the tokenizer was taken from {located.tokenizer}")
+    elif tokenizer is not None:  # in the same file
+        located = located._replace(tokenizer=located.transformer)
+    return DenseFiles(parts.transformer, tokenizer, located.hints, located, parts.rest, notes)
+
+
+def _read_parts(path: Path) -> Parts:
+    with problems_of(path):
+        return split_parts(read_tensors(path))
+
+
+@contextmanager
+def problems_of(path: Path) -> Iterator[None]:
+    """Puts the path in front of the message of a CheckpointError that does not name it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) in error.message:
+            raise
+        raise CheckpointError(f"{path}: {error.message}", error.problems) from error
+
+
+def what_instead(names: Sequence[str]) -> str:
+    """What tensors of these names are, when they are no VAR; a clause."""
+    guess = guess_model(names)
+    if guess:
+        return f"it looks like {guess}"
+    if not names:
+        return "it holds no named tensors"
+    return f"its {len(names)} tensors have unknown names ({', '.join(names[:3])}, ...)"
+
+
+def locate(source: Path, vae: Path | None) -> Located:
+    """The files that a path and an optional tokenizer path mean.
+
+    Raises:
+        InputError: a path does not exist.
+        CheckpointError: a folder without weights of a VAR, or with several; a file out of a sparse folder.
+    """
+    require_exists(source)
+    _refuse_part_of_sparse(source)
+    if vae is not None:
+        require_exists(vae)
+        vae = _in_folder(vae, ("vae", "vqvae", "model")) if vae.is_dir() else vae
+    if source.is_dir():
+        hints = _hints(source)
+        return Located(_in_folder(source, _MODEL), vae or _beside(source), hints)
+    return Located(source, vae or _beside(source.absolute().parent, source), _hints_beside(source))
+
+
+def _refuse_part_of_sparse(source: Path) -> None:
+    folder = source.absolute().parent
+    if source.is_file() and source.name.startswith("model") and is_sparse_folder(folder):
+        raise CheckpointError(f"{source} is a part of the sparse model in {folder}. Give that folder.")
+
+
+def _hints(folder: Path) -> Mapping[str, Any]:
+    if (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} is a diffusers pipeline, not a VAR. Give a VAR file or folder.")
+    if not (folder / "config.json").is_file():
+        return {}
+    hints = read_json(folder / "config.json")
+    architectures = hints.get("architectures")
+    if architectures:
+        raise CheckpointError(
+            f"{folder} is a transformers model ({architectures}), not a VAR. Give a VAR file or folder."
+        )
+    if "_class_name" in hints:
+        raise CheckpointError(
+            f"{folder} is a diffusers model ({hints['_class_name']}), not a VAR. Give a VAR file or folder."
+        )
+    return hints
+
+
+def _hints_beside(source: Path) -> Mapping[str, Any]:
+    """The hints of the folder of a file, if giving the folder would mean this file."""
+    folder = source.absolute().parent
+    try:
+        return _hints(folder) if _in_folder(folder, _MODEL).name == source.name else {}
+    except InputError:
+        return {}
+
+
+def _in_folder(folder: Path, stems: tuple[str, ...]) -> Path:
+    for stem in stems:
+        found = weight_file(folder, stem)
+        if found is not None:
+            return found
+    files = _weight_files(folder)
+    if not files:
+        inside = sorted(entry.name for entry in folder.iterdir())
+        what = f"holds {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}" if inside else "is empty"
+        raise CheckpointError(f"{folder} {what}: no weights (.safetensors, .pth) in it. Give the folder that has them.")
+    if stems == _MODEL:
+        files = [file for file in files if not file.name.startswith("vae")] or files
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder} holds several files of weights ({', '.join(file.name for file in files[:6])}). Name one of them."
+        )
+    return files[0]
+
+
+def _beside(folder: Path, source: Path | None = None) -> Path | None:
+    """The tokenizer in a folder: the only file called ``vae*``."""
+    found = weight_file(folder, "vae")
+    if found is None:
+        named = [file for file in _weight_files(folder) if file.name.startswith("vae")]
+        found = named[0] if len(named) == 1 else None
+    return None if source is not None and found == source.absolute() else found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    with explain_os_errors("read", folder):
+        return sorted(file for file in folder.iterdir() if file.name.endswith(_WEIGHT_SUFFIXES) and file.is_file())
 
 
 def _problems(path: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:

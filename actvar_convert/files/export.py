@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from actvar_convert.errors import InputError, explain_os_errors
-from actvar_convert.files.describe import counted
-from actvar_convert.files.keymap import reference_tokenizer, sparse_addition
+from actvar_convert.errors import InputError, counted, explain_os_errors
+from actvar_convert.files.layout import reference_tokenizer, sparse_addition
 from actvar_convert.files.tensors import separate, size_of, write_tensors
 from actvar_convert.models.model import VARModel
 from actvar_convert.system.atomic import replacing

@@ -10,9 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from actvar_convert.files.describe import count_text, counted, describe, describe_tokenizer, dtype_name
-from actvar_convert.files.infer import (
+from actvar_convert.errors import counted
+from actvar_convert.files.dense import DenseFiles, problems_of, read_dense, what_instead
+from actvar_convert.files.layout import (
     GIVE_HEADS,
+    OPTIONAL_SUFFIXES,
     Overrides,
     TokenizerShape,
     agreement_problems,
@@ -20,15 +22,16 @@ from actvar_convert.files.infer import (
     infer_tokenizer,
     infer_transformer,
     missing_blocks,
+    official_depth,
 )
-from actvar_convert.files.keymap import OPTIONAL_SUFFIXES
-from actvar_convert.files.locate import is_sparse_folder
-from actvar_convert.files.official import official_depth
-from actvar_convert.files.parts import DenseFiles, problems_of, read_dense, what_instead
 from actvar_convert.files.skeleton import FLOATS, NoWeights, common_dtype, compare, count_nonfinite
-from actvar_convert.files.sparse_config import SparseConfig
-from actvar_convert.files.sparse_folder import checked_config
-from actvar_convert.files.sparse_weights import read_sparse_weights, sparse_skeleton
+from actvar_convert.files.sparse_folder import (
+    SparseConfig,
+    checked_config,
+    is_sparse_folder,
+    read_sparse_weights,
+    sparse_skeleton,
+)
 from actvar_convert.files.tensors import require_exists, sniff
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var import VARTransformer
@@ -36,6 +39,8 @@ from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.plan import SparsityPlan
 
 Kind = Literal["var", "vqvae", "sparse", "other"]
+
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 _USUAL_CLASSES = 1000
 """Of the published models; taken for a file that lacks the only tensor that tells, to look at the rest of it."""
@@ -262,3 +267,56 @@ def _plans_text(config: SparseConfig, plans: Mapping[str, float]) -> str:
     if config.plans[default].guidance == "folded":
         text += ", guidance folded in"
     return text if len(plans) == 1 else f"{text} ({len(plans)} plans)"
+
+
+def describe(config: TransformerConfig, parameters: int, dtype: torch.dtype) -> str:
+    """The transformer in one line.
+
+    >>> describe(official_config("var-d16")[0], 310_283_520, torch.float32)
+    'VAR-d16: 16 blocks, width 1024, 16 heads, 10 scales to 16x16, 1000 classes; 310 M parameters, fp32'
+    (with a multiplication sign)
+    """
+    official = config.width == 64 * config.depth and config.heads == config.depth
+    parts = [
+        counted(config.depth, "block"),
+        f"width {config.width}",
+        counted(config.heads, "head"),
+        f"{counted(len(config.sides), 'scale')} to {config.sides[-1]}{TIMES}{config.sides[-1]}",
+        counted(config.classes, "class", "classes"),
+    ]
+    if config.hidden != 4 * config.width:
+        parts.insert(2, f"FFN hidden {config.hidden}")
+    if config.shared_adaln:
+        parts.append("shared AdaLN")
+    if not config.l2_attention:
+        parts.append("plain attention")
+    name = f"VAR-d{config.depth}" if official else "VAR"
+    return f"{name}: {', '.join(parts)}; {count_text(parameters)} parameters, {dtype_name(dtype)}"
+
+
+def describe_tokenizer(shape: TokenizerShape, parameters: int, dtype: torch.dtype) -> str:
+    """The tokenizer in one line."""
+    parts = [
+        f"{shape.ch} channels",
+        f"multipliers {','.join(map(str, shape.ch_mult))}",
+        counted(shape.res_blocks, "residual block") + " per resolution",
+        f"{shape.downsampling}{TIMES} down",
+        f"codebook of {shape.vocab} by {shape.z_channels}",
+    ]
+    if shape.scales is not None:
+        parts.append(counted(shape.scales, "scale"))
+    return f"VQVAE: {', '.join(parts)}; {count_text(parameters)} parameters, {dtype_name(dtype)}"
+
+
+def count_text(number: int) -> str:
+    """A number of parameters as people say it: 310 M, 2.3 B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            value = number / size
+            return f"{value:.0f} {letter}" if value >= 99.5 else f"{value:.1f} {letter}"
+    return str(number)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32, fp16, bf16, fp64; other formats by their own name."""
+    return FLOATS.get(dtype, str(dtype).removeprefix("torch."))

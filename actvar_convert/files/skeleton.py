@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from actvar_convert.files.keymap import DERIVED_SUFFIXES, OPTIONAL_SUFFIXES
+from actvar_convert.files.layout import DERIVED_SUFFIXES, OPTIONAL_SUFFIXES
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE

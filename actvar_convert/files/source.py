@@ -1,22 +1,56 @@
-"""A model from whatever a person names: bundled, published, a sparse folder, a dense file or folder."""
+"""A model, or its shape, from whatever a person names: bundled, published, a sparse folder, a dense file or folder."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import errno
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from actvar_convert.errors import InputError
-from actvar_convert.files.bundled import bundled_names, load_bundled
-from actvar_convert.files.dense import DTypeChoice, load_dense
-from actvar_convert.files.infer import Overrides
-from actvar_convert.files.locate import is_sparse_folder
-from actvar_convert.files.official import fetch_official, official_names
-from actvar_convert.files.sparse_folder import load_sparse
+from actvar_convert.errors import CheckpointError, InputError, explained, os_error_number
+from actvar_convert.files.bundled import bundled_config, bundled_names, load_bundled
+from actvar_convert.files.dense import AS_VAE, DTypeChoice, load_dense
+from actvar_convert.files.inspection import Inspection, describe, dtype_name, inspect_file
+from actvar_convert.files.layout import Overrides, official_config, official_names
+from actvar_convert.files.skeleton import NoWeights
+from actvar_convert.files.sparse_folder import is_sparse_folder, load_sparse, read_sparse_config
 from actvar_convert.files.tensors import require_exists
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
+from actvar_convert.models.var import VARTransformer
+from actvar_convert.plan import SparsityPlan
+
+REPOSITORY = "FoundationVision/var"
+TOKENIZER_FILE = "vae_ch160v4096z32.pth"
+
+_CACHE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class ModelShape(NamedTuple):
+    """Configurations of a model.
+
+    Attributes:
+        tokenizer: None where none lies with the transformer.
+        plans, default_plan: of a sparse model; none of a dense one.
+        line: the model in words.
+        parameters: values of the transformer's weights.
+        dtype: number format of most of them: fp32, fp16, bf16, fp64.
+    """
+
+    transformer: TransformerConfig
+    tokenizer: TokenizerConfig | None
+    plans: Mapping[str, SparsityPlan]
+    default_plan: str | None
+    line: str
+    parameters: int
+    dtype: str
+
+    def held_bytes(self, device: str) -> int:
+        """Bytes that the weights take in memory, loaded in fp32 on this kind of device: none as pages of their file."""
+        return 0 if self.dtype == "fp32" and device == "cpu" else 4 * self.parameters
 
 
 def load_any(
@@ -69,6 +103,70 @@ def load_any(
     return load_dense(path, vae, heads=heads, residual_ratio=residual_ratio, sides=sides, dtype=dtype)
 
 
+def model_shape(
+    source: str | Path,
+    vae: str | Path | None = None,
+    *,
+    heads: int | None = None,
+    residual_ratio: float | None = None,
+    sides: Sequence[int] | None = None,
+) -> ModelShape:
+    """Shape of what ``load_any`` would load, from a configuration or from names and shapes of tensors.
+
+    Args:
+        source, vae, heads, residual_ratio, sides: as for ``load_any``; a published name needs neither file nor network.
+
+    Raises:
+        InputError: nothing has this name.
+        CheckpointError: no VAR, or one that cannot be loaded, as far as names and shapes tell.
+    """
+    name = source if isinstance(source, str) else ""
+    sparse = is_sparse(source)
+    refuse_unneeded(source, vae, Overrides(heads, residual_ratio, sides))
+    if vae is not None:
+        require_exists(Path(vae))
+    if name in official_names():
+        transformer, tokenizer = official_config(name)
+        return ModelShape(transformer, tokenizer, {}, None, *_described(transformer, torch.float32))
+    if name in bundled_names():
+        stored = bundled_config(name)
+        transformer, tokenizer = TransformerConfig(**stored["transformer"]), TokenizerConfig(**stored["tokenizer"])
+        return ModelShape(transformer, tokenizer, {}, None, *_described(transformer, torch.float16))
+    require_known(source)
+    found = inspect_file(source, vae, heads=heads, residual_ratio=residual_ratio, sides=sides)
+    if found.config is None:
+        raise CheckpointError(f"{source} is no VAR: {found.line}")
+    if not found.complete:
+        missing = [f"{tensor} is missing" for tensor in found.missing]
+        unknown = [f"{tensor} is unknown" for tensor in found.unexpected]
+        problems = [*missing, *found.mis_shaped, *unknown, *found.disagreements]
+        more = [f"... and {len(problems) - 3} more"] if len(problems) > 3 else []
+        raise CheckpointError(f"{source} cannot be loaded: {'; '.join([*problems[:3], *more])}")
+    plans = read_sparse_config(Path(source)).plans if sparse else {}
+    dtype = found.dtype or "fp32"
+    return ModelShape(found.config, found.tokenizer, plans, found.default_plan, found.line, found.parameters, dtype)
+
+
+def published_inspection(name: str) -> Inspection:
+    """What an inspection of a published model's files would say of its shape; none of them is needed.
+
+    Raises:
+        InputError: no published model has this name.
+    """
+    transformer, tokenizer = official_config(name)
+    line, parameters, dtype = _described(transformer, torch.float32)
+    return Inspection(
+        path=name,
+        kind="var",
+        line=line,
+        config=transformer,
+        tokenizer=tokenizer,
+        parameters=parameters,
+        dtype=dtype,
+        notes=("this is the published shape of that name; no file was read",),
+    )
+
+
 def is_sparse(source: str | Path) -> bool:
     """Whether a source is a sparse folder, and not a name."""
     named = isinstance(source, str) and source in (*bundled_names(), *official_names())
@@ -97,3 +195,60 @@ def require_known(source: str | Path) -> None:
     raise InputError(
         f"{source!r} is neither the name of a model nor a file or folder in {folder}. {hint}Names: {', '.join(names)}."
     )
+
+
+class OfficialFiles(NamedTuple):
+    """Where the hub's files of a model lie on this machine, and the revision (commit) they are of."""
+
+    transformer: Path
+    tokenizer: Path | None
+    revision: str
+
+
+def fetch_official(name: str, tokenizer: bool = True, revision: str | None = None) -> OfficialFiles:
+    """Downloads the files of a published model, or takes them from the cache.
+
+    Args:
+        name: one of ``official_names()``.
+        tokenizer: whether its tokenizer is wanted too; it is of the same revision.
+        revision: commit of the repository; the latest by default.
+
+    Raises:
+        InputError: no such model, or the hub cannot be reached and the files are not in the cache.
+    """
+    official_config(name)
+    weights = _fetch(name, name.replace("-", "_") + ".pth", revision)
+    revision = weights.parent.name  # the cache keeps files under snapshots/COMMIT
+    return OfficialFiles(weights, _fetch(name, TOKENIZER_FILE, revision) if tokenizer else None, revision)
+
+
+def _fetch(name: str, file: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(REPOSITORY, file, revision=revision))
+    except Exception as error:  # of which class depends on the client's version: of requests, httpx, hf_xet, ...
+        of = f" at revision {revision[:12]}" if revision else ""
+        needed = f"{name} needs {file} of huggingface.co/{REPOSITORY}{of}"
+        cause, place = os_error_number(error), getattr(error, "filename", None)
+        network = isinstance(error, OSError) and place is None and cause in (errno.EACCES, errno.EPERM)
+        if cause in _CACHE_TROUBLE and not network:
+            problem = explained("write", place or huggingface_hub.constants.HF_HUB_CACHE, cause, str(error)).message
+            raise InputError(f"{needed}: {problem} The variable HF_HOME names the folder of the cache.") from error
+        what = type(error).__name__
+        if not isinstance(error, HfHubHTTPError | EntryNotFoundError) and str(error):
+            what += f": {str(error).splitlines()[0][:200]}"
+        raise InputError(
+            f"{needed}, which is not in the cache and cannot be fetched ({what}). Connect to the network (unset "
+            f"HF_HUB_OFFLINE if it is set), or download {name.replace('-', '_')}.pth and {TOKENIZER_FILE} elsewhere "
+            f"and give their paths, the second {AS_VAE}."
+        ) from error
+
+
+def _described(config: TransformerConfig, dtype: torch.dtype) -> tuple[str, int, str]:
+    """The model in words, its parameters, and the name of their format."""
+    with NoWeights():
+        transformer = VARTransformer(config)
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    return describe(config, parameters, dtype), parameters, dtype_name(dtype)

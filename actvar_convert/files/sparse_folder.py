@@ -1,44 +1,48 @@
-"""Sparse folders: written whole or not at all, read with everything checked."""
+"""Sparse folders: the configuration, weights and recipe of a sparse model, written whole or not at all, read with
+everything checked."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from actvar_convert.errors import CheckpointError, InputError, explain_os_errors
-from actvar_convert.files.keymap import DERIVED_SUFFIXES
-from actvar_convert.files.locate import is_sparse_folder
-from actvar_convert.files.skeleton import assign, compare, nonfinite_problems
-from actvar_convert.files.sparse_config import (
-    Provenance,
-    SamplingConfig,
-    SparseConfig,
-    provenance_of,
-    read_sparse_config,
-    recipe_digest,
+from actvar_convert._version import __version__
+from actvar_convert.errors import CheckpointError, InputError, RecipeError, explain_os_errors
+from actvar_convert.files.layout import DERIVED_SUFFIXES, Overrides, messages
+from actvar_convert.files.skeleton import NoWeights, assign, compare, nonfinite_problems
+from actvar_convert.files.tensors import (
+    digest_of,
+    read_json,
+    read_tensors,
+    require_exists,
+    size_of,
+    weight_file,
+    write_weights,
 )
-from actvar_convert.files.sparse_weights import permutation_problems, read_sparse_weights, sparse_skeleton
-from actvar_convert.files.tensors import size_of, write_weights
-from actvar_convert.models.model import Sampling
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.files.upgrade import FORMAT_VERSION, upgraded
+from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.sampling import Sampling
+from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
+from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.yaml_text import read_yaml
-from actvar_convert.system.atomic import COMMIT, is_plain_name, replacing_files, require_writable, write_whole
+from actvar_convert.system.atomic import (
+    COMMIT,
+    finish_commit,
+    is_plain_name,
+    replacing_files,
+    require_writable,
+    write_whole,
+)
 from actvar_convert.system.device import require_space
 
-__all__ = [
-    "Provenance",
-    "checked_config",
-    "load_sparse",
-    "provenance_of",
-    "read_provenance",
-    "refuse_foreign",
-    "save_sparse",
-    "update_file",
-]
+SPARSE_FORMAT: Final = "actvar-sparse"
 
 SHARD_BYTES = 5_000_000_000
 OWNED = (
@@ -54,6 +58,64 @@ REPORTS = (
     *("samples.png", "report.html", "README.md"),
 )
 """What is written about a model, beside it; these go when another model takes its place."""
+
+
+class Provenance(BaseModel):
+    """Where a sparse model came from; further fields are kept as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    tool_version: str = Field(__version__, description="version of this package that wrote the folder")
+    name: str | None = Field(None, description="bundled or published name of the dense source")
+    source: str | None = Field(None, description="path of the dense source")
+    source_sha256: str | None = Field(None, description="SHA-256 of the dense source")
+    vae: str | None = Field(None, description="path of the tokenizer's file")
+    vae_sha256: str | None = Field(None, description="SHA-256 of the tokenizer's file")
+    heads: int | None = Field(None, description="attention heads that were given for the source")
+    residual_ratio: float | None = Field(None, description="residual ratio that was given for its tokenizer")
+    sides: tuple[int, ...] | None = Field(None, description="token pyramid that was given for the source")
+    revision: str | None = Field(None, description="commit of the hub repository that the source is of")
+    student: str | None = Field(None, description="of a distilled model: fingerprint of the one that it began as")
+    recipe_sha256: str | None = Field(None, description="SHA-256 of recipe.yaml, with line ends as \\n")
+
+
+class SamplingConfig(BaseModel):
+    """The sampling that the model was measured with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cfg: float = Field(ge=0, allow_inf_nan=False)
+    top_k: int = Field(ge=0)
+    top_p: float = Field(ge=0, le=1)
+
+
+class SparseConfig(BaseModel):
+    """Everything about a sparse model except its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["actvar-sparse"] = SPARSE_FORMAT
+    format_version: int = FORMAT_VERSION
+    family: Literal["var"] = "var"
+    transformer: TransformerConfig
+    tokenizer: TokenizerConfig
+    sampling: SamplingConfig
+    plans: dict[str, SparsityPlan] = Field(min_length=1)
+    default_plan: str
+    provenance: Provenance = Provenance()
+
+    def problems(self) -> list[str]:
+        """What contradicts itself: plans that do not fit the model, a default that is no plan, another tokenizer."""
+        found = [
+            f"plans.{name}: {line}" for name, plan in self.plans.items() for line in plan.problems(self.transformer)
+        ]
+        if self.default_plan not in self.plans:
+            found.append(f"default_plan: {self.default_plan!r} is not among the plans {', '.join(self.plans)}")
+        for field in ("vocab", "z_channels", "sides"):
+            ours, theirs = getattr(self.transformer, field), getattr(self.tokenizer, field)
+            if ours != theirs:
+                found.append(f"{field}: transformer {ours}, tokenizer {theirs}")
+        return found
 
 
 def save_sparse(
@@ -103,31 +165,6 @@ def save_sparse(
     return folder
 
 
-def refuse_foreign(folder: str | Path) -> None:
-    """Checks that a sparse folder may be written at a place: there is nothing yet, an empty folder, or a sparse one.
-
-    Hidden files do not count.
-
-    Raises:
-        InputError: a file is in the way, the folder holds something else, or nothing can be written there.
-    """
-    folder = Path(folder)
-    with explain_os_errors("look into", folder):
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not existing.is_dir():
-            raise InputError(
-                f"cannot write the folder {folder}: {existing} is a file and in the way. Choose another name."
-            )
-        ours = existing != folder or is_sparse_folder(folder) or (folder / COMMIT).is_dir()
-        if not ours and (folder / "config.json").exists():
-            raise InputError(f"{folder} holds another model (its config.json is not ours). Choose another folder.")
-        if not ours and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise InputError(
-                f"{folder} exists and is not the folder of a sparse model. Move it away, or choose another with --out."
-            )
-    require_writable(folder)
-
-
 def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dtype | None = None) -> SparseVARModel:
     """A sparse model from its folder, with every tensor's name, shape and finiteness checked.
 
@@ -166,27 +203,71 @@ def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dty
     return model
 
 
-def read_provenance(folder: str | Path) -> Provenance:
-    """Where the model of a sparse folder came from.
+def refuse_foreign(folder: str | Path) -> None:
+    """Checks that a sparse folder may be written at a place: there is nothing yet, an empty folder, or a sparse one.
+
+    Hidden files do not count.
 
     Raises:
-        InputError, CheckpointError: see load_sparse.
+        InputError: a file is in the way, the folder holds something else, or nothing can be written there.
     """
-    return read_sparse_config(Path(folder)).provenance
+    folder = Path(folder)
+    with explain_os_errors("look into", folder):
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise InputError(
+                f"cannot write the folder {folder}: {existing} is a file and in the way. Choose another name."
+            )
+        ours = existing != folder or is_sparse_folder(folder) or (folder / COMMIT).is_dir()
+        if not ours and (folder / "config.json").exists():
+            raise InputError(f"{folder} holds another model (its config.json is not ours). Choose another folder.")
+        if not ours and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise InputError(
+                f"{folder} exists and is not the folder of a sparse model. Move it away, or choose another with --out."
+            )
+    require_writable(folder)
 
 
-def update_file(folder: str | Path, name: str, data: bytes) -> Path:
-    """Writes a report, picture or card into a sparse folder, whole or not at all; returns its path.
+def is_sparse_folder(folder: Path) -> bool:
+    """Whether a folder is, or was before it was damaged, a sparse folder of this package."""
+    with explain_os_errors("read", folder):
+        if not folder.is_dir():
+            return False
+        config = folder / "config.json"
+        if config.is_file():
+            with config.open("rb") as file:
+                return SPARSE_FORMAT.encode() in file.read(4096) or (folder / "recipe.yaml").is_file()
+        return (folder / "recipe.yaml").is_file()
+
+
+def read_sparse_config(folder: Path) -> SparseConfig:
+    """The configuration of a sparse folder, after finishing a save that was interrupted while it moved its files.
 
     Raises:
-        InputError: the name is that of a file of the model, or the file cannot be written.
+        InputError: no such folder.
+        CheckpointError: config.json is missing, damaged, of a newer version, or contradicts itself.
     """
-    if not _free_name(name):
-        raise InputError(f"{name!r} cannot be the name of a report in a sparse folder. Use a plain, other file name.")
-    path = Path(folder) / name
-    with explain_os_errors("write", path):
-        write_whole(path, data)
-    return path
+    require_exists(folder)
+    finish_commit(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json, without which its weights mean nothing. Restore it.")
+    content = read_json(path)
+    if content.get("format") != SPARSE_FORMAT:
+        raise CheckpointError(
+            f"{path} is not the configuration of a sparse model: its format is not {SPARSE_FORMAT!r}."
+        )
+    content = upgraded(path, content)
+    try:
+        config = SparseConfig.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} is damaged or was edited. Restore it, or convert again:", messages(error)
+        ) from error
+    problems = config.problems()
+    if problems:
+        raise CheckpointError(f"{path} contradicts itself. Restore it, or convert again:", problems)
+    return config
 
 
 def checked_config(folder: Path) -> SparseConfig:
@@ -210,6 +291,105 @@ def checked_config(folder: Path) -> SparseConfig:
     if problems or config is None:
         raise CheckpointError(f"{folder} cannot be used. Restore it from a copy, or convert again:", problems)
     return config
+
+
+def read_provenance(folder: str | Path) -> Provenance:
+    """Where the model of a sparse folder came from.
+
+    Raises:
+        InputError, CheckpointError: see load_sparse.
+    """
+    return read_sparse_config(Path(folder)).provenance
+
+
+def provenance_of(origin: Mapping[str, str], **more: Any) -> Provenance:
+    """Provenance of what is made from a dense model.
+
+    Args:
+        origin: ``VARModel.origin`` of the dense model; its files are read to compute their hashes.
+        more: further fields.
+    """
+    path, vae = origin.get("path"), origin.get("vae")
+    return Provenance(
+        name=origin.get("name"),
+        source=path,
+        source_sha256=digest_of(Path(path)) if path else None,
+        vae=vae,
+        vae_sha256=digest_of(Path(vae)) if vae else None,
+        revision=origin.get("revision"),
+        **Overrides.from_origin(origin)._asdict(),
+        **more,
+    )
+
+
+def update_file(folder: str | Path, name: str, data: bytes) -> Path:
+    """Writes a report, picture or card into a sparse folder, whole or not at all; returns its path.
+
+    Raises:
+        InputError: the name is that of a file of the model, or the file cannot be written.
+    """
+    if not _free_name(name):
+        raise InputError(f"{name!r} cannot be the name of a report in a sparse folder. Use a plain, other file name.")
+    path = Path(folder) / name
+    with explain_os_errors("write", path):
+        write_whole(path, data)
+    return path
+
+
+class SparseWeights(NamedTuple):
+    """Tensors of the transformer and of the tokenizer by name."""
+
+    transformer: dict[str, Tensor]
+    tokenizer: dict[str, Tensor]
+
+
+def read_sparse_weights(folder: Path) -> SparseWeights:
+    """Maps the tensors of a sparse folder.
+
+    Raises:
+        CheckpointError: weights are missing or damaged; all problems at once.
+    """
+    problems: list[str] = []
+    found: list[dict[str, Tensor]] = []
+    for stem, what in (("model", "the weights of the transformer"), ("vae", "the weights of the tokenizer")):
+        file = weight_file(folder, stem)
+        if file is None:
+            problems.append(f"{stem}.safetensors, {what}, is missing")
+            continue
+        try:
+            found.append(read_tensors(file))
+        except InputError as error:
+            problems += [error.message, *error.problems]
+    if problems:
+        raise CheckpointError(f"{folder} is not complete. Restore it from a copy, or convert again:", problems)
+    return SparseWeights(*found)
+
+
+def sparse_skeleton(config: SparseConfig) -> tuple[SparseVARTransformer, VQVAE]:
+    """Modules of a sparse model whose weights have shapes but no memory.
+
+    Raises:
+        CheckpointError: the plans cannot be executed by one model.
+    """
+    try:
+        with NoWeights():
+            return SparseVARTransformer(config.transformer, config.plans, config.default_plan), VQVAE(config.tokenizer)
+    except RecipeError as error:
+        raise CheckpointError(f"config.json: {error.message}", error.problems) from error
+
+
+def permutation_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Blocks whose ``ffn.permutation`` is not a reordering of all neurons."""
+    return [
+        f"{name} is not a permutation of its {len(order)} neurons"
+        for name, order in tensors.items()
+        if name.endswith("ffn.permutation") and not torch.equal(order.sort().values, torch.arange(len(order)))
+    ]
+
+
+def recipe_digest(text: bytes) -> str:
+    """SHA-256 of a recipe's text that does not depend on how lines end."""
+    return hashlib.sha256(text.replace(b"\r\n", b"\n")).hexdigest()
 
 
 def _recipe_problems(path: Path, digest: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from huggingface_hub import ModelCardData
 
 from actvar_convert.cost.flops import FlopsReport
-from actvar_convert.files.describe import counted
+from actvar_convert.errors import counted
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.show.figures import Table, listed, share
 from actvar_convert.show.tables import Reports, card_table

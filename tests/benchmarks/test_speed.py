@@ -15,7 +15,7 @@ from plain import PlainGeneration
 from sides import Goal, Results, Row, Timing
 
 from actvar_convert.cost import macs as costs
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.models.vqvae import FAST_DECODERS

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import actvar_convert as av
 from actvar_convert.errors import InputError
-from actvar_convert.files.shape import model_shape
+from actvar_convert.files.source import model_shape
 from actvar_convert.models.model import VARModel
 from actvar_convert.recipe import Recipe, dump_recipe, load_recipe
 

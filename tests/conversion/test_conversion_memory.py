@@ -13,7 +13,7 @@ from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate
 from actvar_convert.conversion.converter import convert_model
 from actvar_convert.conversion.search import plan_model
 from actvar_convert.errors import InputError
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import GENERATION_BYTES, VARModel, images_at_once
 from actvar_convert.models.var import VARTransformer

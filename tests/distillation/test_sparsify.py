@@ -25,7 +25,7 @@ from actvar_convert.distillation.sparsify import (
 )
 from actvar_convert.distillation.training_memory import estimate_sparsify
 from actvar_convert.errors import InputError, Interrupted
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel

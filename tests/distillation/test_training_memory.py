@@ -14,7 +14,7 @@ from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.distillation.loop import StageRun
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.distillation.training_memory import estimate_distill
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel, images_at_once
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer

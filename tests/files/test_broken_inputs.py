@@ -20,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from actvar_convert.errors import InputError
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.files.skeleton import NoWeights
 from actvar_convert.files.source import load_any
 from actvar_convert.files.tensors import wanted_globals, write_weights

@@ -15,7 +15,7 @@ from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import InputError
 from actvar_convert.files.dense import load_dense
 from actvar_convert.files.export import dense_skeleton, export_reference
-from actvar_convert.files.keymap import reference_tokenizer, split_parts
+from actvar_convert.files.layout import reference_tokenizer, split_parts
 from actvar_convert.files.sparse_folder import load_sparse, save_sparse
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel

@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError
-from actvar_convert.files.describe import count_text, describe, describe_tokenizer
-from actvar_convert.files.infer import Overrides, infer_tokenizer, infer_transformer, missing_blocks
-from actvar_convert.files.official import official_config, official_names
+from actvar_convert.files.inspection import count_text, describe, describe_tokenizer
+from actvar_convert.files.layout import (
+    Overrides,
+    infer_tokenizer,
+    infer_transformer,
+    missing_blocks,
+    official_config,
+    official_names,
+)
 from actvar_convert.files.skeleton import compare, empty_dense
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.var import VARTransformer

@@ -14,7 +14,7 @@ from torch import Tensor
 from actvar_convert.errors import InputError
 from actvar_convert.files.dense import load_dense
 from actvar_convert.files.inspection import inspect_file
-from actvar_convert.files.shape import model_shape
+from actvar_convert.files.source import model_shape
 from actvar_convert.files.sparse_folder import save_sparse
 from actvar_convert.models.sparse import SparseVARModel
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from actvar_convert.errors import InputError
-from actvar_convert.files.official import official_config
-from actvar_convert.files.shape import model_shape
+from actvar_convert.files.layout import official_config
+from actvar_convert.files.source import model_shape
 from actvar_convert.files.sparse_folder import save_sparse
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel

@@ -14,16 +14,9 @@ from typer.testing import CliRunner
 
 from actvar_convert.errors import InputError
 from actvar_convert.files import bundled as zoo
-from actvar_convert.files.official import (
-    TOKENIZER_FILE,
-    fetch_official,
-    official_config,
-    official_names,
-    published_sampling,
-)
-from actvar_convert.files.source import load_any
-from actvar_convert.files.sparse_config import provenance_of
-from actvar_convert.files.sparse_folder import save_sparse
+from actvar_convert.files.layout import official_config, official_names, published_sampling
+from actvar_convert.files.source import TOKENIZER_FILE, fetch_official, load_any
+from actvar_convert.files.sparse_folder import provenance_of, save_sparse
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.origins import provenance, recorded_teacher

@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files import sparse_folder as sparse_files
-from actvar_convert.files.sparse_config import Provenance, provenance_of, read_sparse_config
-from actvar_convert.files.sparse_folder import REPORTS, load_sparse, read_provenance, save_sparse, update_file
+from actvar_convert.files.sparse_folder import (
+    REPORTS,
+    Provenance,
+    load_sparse,
+    provenance_of,
+    read_provenance,
+    read_sparse_config,
+    save_sparse,
+    update_file,
+)
 from actvar_convert.files.upgrade import FORMAT_VERSION
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from actvar_convert.errors import InputError
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.models import model as model_module
 from actvar_convert.models import vqvae
 from actvar_convert.models.model import GENERATION_BYTES, VARModel, images_at_once

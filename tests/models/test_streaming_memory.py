@@ -14,8 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actvar_convert.conversion.budget import uniform_plan
-from actvar_convert.files.official import official_config
-from actvar_convert.files.shape import model_shape
+from actvar_convert.files.layout import official_config
+from actvar_convert.files.source import model_shape
 from actvar_convert.kernels import expert_ffn
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import GENERATION_BYTES, VARModel, images_at_once

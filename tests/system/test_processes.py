@@ -28,7 +28,7 @@ from actvar_convert.distillation.data import TokenStore, store_from_teacher
 from actvar_convert.distillation.loop import distill_model
 from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.errors import InputError, Interrupted
-from actvar_convert.files.official import official_config
+from actvar_convert.files.layout import official_config
 from actvar_convert.files.sparse_folder import load_sparse
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
