@@ -25,8 +25,6 @@ class BackboneShape(Protocol):
     def hidden(self) -> int: ...
     @property
     def width(self) -> int: ...
-    @property
-    def finest_side(self) -> int: ...
 
 
 def kept_tokens(keep: float, length: int) -> int:
@@ -59,7 +57,6 @@ class SparsityPlan(BaseModel):
 
     experts: int = Field(ge=1, description="experts E per FFN; divides the hidden neurons H")
     blocks: tuple[BlockPlan, ...]
-    neighbourhood: int = Field(1, ge=1, description="side of the square of tokens that share one choice of experts")
     router_width: int = Field(0, ge=0, description="hidden units of the router beside its linear part; 0: linear only")
     reconstruction: ReconstructionKind = Field("mixture", description="how skipped tokens are filled in")
     reconstruction_rank: int = Field(16, ge=0, description="rank of the low-rank map of the reconstruction")
@@ -146,6 +143,4 @@ class SparsityPlan(BaseModel):
             found.append(
                 f"plan.reconstruction_rank: {self.reconstruction_rank} exceeds the width of the model, {config.width}"
             )
-        if self.neighbourhood > config.finest_side:
-            found.append(f"plan.neighbourhood: {self.neighbourhood} exceeds the finest map, {config.finest_side}")
         return found

@@ -121,14 +121,6 @@ def first_states(
     return states, conditions
 
 
-def _chosen(pyramids: int, length: int, count: int, whole_maps: bool, generator: torch.Generator) -> Tensor:
-    """Numbers of the sampled tokens among those of one scale, all pyramids laid end to end."""
-    if not whole_maps:
-        return torch.randperm(pyramids * length, generator=generator)[:count]
-    maps = torch.randperm(pyramids, generator=generator)[: max(1, count // length)].sort().values
-    return (maps.unsqueeze(1) * length + torch.arange(length)).flatten()
-
-
 def record_blocks(
     model: VARModel,
     tokens_PL: Tensor,
@@ -138,7 +130,6 @@ def record_blocks(
     batch: int,
     tokens_per_scale: int,
     seed: int,
-    whole_maps: bool = False,
 ) -> Iterator[tuple[Block, BlockRecord]]:
     """Runs the pyramids through the dense transformer block by block and yields what each block did.
 
@@ -152,14 +143,12 @@ def record_blocks(
         batch: pyramids per forward pass.
         tokens_per_scale: FFN inputs kept per scale.
         seed: of the choice of tokens.
-        whole_maps: keep all tokens of some pyramids, map after map (at least one), instead of single tokens; for what
-            depends on a token's neighbours.
     """
     transformer, pyramid = model.transformer, model.transformer.config.pyramid
     states, conditions = first_states(model, tokens_PL, labels_P, batch)
     generator = torch.Generator().manual_seed(seed)
     choice = [
-        _chosen(len(tokens_PL), length, tokens_per_scale, whole_maps, generator).to(model.device)
+        torch.randperm(len(tokens_PL) * length, generator=generator)[:tokens_per_scale].to(model.device)
         for length in pyramid.lengths
     ]
     for index, block in enumerate(transformer.layers):

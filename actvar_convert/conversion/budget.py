@@ -69,7 +69,6 @@ def assemble_plan(
     return SparsityPlan(
         experts=recipe.experts.count,
         blocks=tuple(blocks),
-        neighbourhood=recipe.experts.neighbourhood,
         router_width=recipe.experts.router_width,
         reconstruction=recipe.gate.reconstruction,
         reconstruction_rank=recipe.gate.rank,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from actvar_convert.conversion.experts import active_neurons, as_maps
+from actvar_convert.conversion.experts import active_neurons
 from actvar_convert.conversion.least_squares import CHUNK
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.plan import SparsityPlan
@@ -50,7 +50,7 @@ def compensate(ffn: ExpertFFN, inputs: list[Tensor], *, centred: bool = True) ->
 
     Args:
         ffn: with routers and constants in place; its weights are still the dense ones.
-        inputs: FFN inputs [T_s, C] of every scale; whole maps where a neighbourhood shares its experts.
+        inputs: FFN inputs [T_s, C] of every scale.
         centred: whether constants may take up the mean of what is lost; else they stay as they are. They do at the
             scales where the plan in force rests an expert per token or more: they are shared by all plans, and can
             make up for one.
@@ -118,12 +118,11 @@ def _under(
 ) -> Iterator[_Lost]:
     """The tokens of one scale in pieces, under a plan; ``step_HC`` has been added to W2 already."""
     ffn.plan = plan
-    length = ffn.config.pyramid.lengths[scale] if plan.neighbourhood > 1 else 1
     weight = ffn.fc2.weight.float().T
     if step_HC is not None:
         weight = weight - step_HC
-    for x in torch.split(x_TC, max(1, CHUNK // length) * length):
-        hidden, runs = (found.flatten(0, 1) for found in active_neurons(ffn, as_maps(ffn, x, scale), scale))
+    for x in torch.split(x_TC, CHUNK):
+        hidden, runs = (found.flatten(0, 1) for found in active_neurons(ffn, x.unsqueeze(0), scale))
         rests = (~runs).float()
         lost = (hidden * rests.unsqueeze(-1)).flatten(1) @ weight - rests @ ffn.inactive[scale].float()
         yield _Lost((hidden * runs.unsqueeze(-1)).flatten(1), lost, rests.sum(1))

@@ -69,7 +69,6 @@ def convert_model(
         batch=recipe.calibration.batch,
         tokens_per_scale=TOKENS_PER_SCALE,
         seed=recipe.seed,
-        whole_maps=any(plan.neighbourhood > 1 for plan in plans.values()),
     )
     for block, record in records:
         partition = partitions[record.index] if partitions is not None else None

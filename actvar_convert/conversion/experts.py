@@ -148,8 +148,7 @@ def calibrate_inactive(ffn: ExpertFFN, inputs: list[Tensor], kind: str) -> None:
     """Constants that inactive experts contribute, per scale, from FFN inputs [T_s, C] of every scale.
 
     ``skipped_mean``: the mean of f_e over the tokens that skip e; ``mean``: over all tokens; ``none``: zero. An expert
-    that rests under several plans gets the constant of the plan in force, if that is among them. Where a neighbourhood
-    of tokens shares its experts, the inputs have to be whole maps.
+    that rests under several plans gets the constant of the plan in force, if that is among them.
     """
     ffn.inactive.data.zero_()
     if kind == "none":
@@ -167,27 +166,19 @@ def calibrate_inactive(ffn: ExpertFFN, inputs: list[Tensor], kind: str) -> None:
         ffn.plan = own
 
 
-def as_maps(ffn: ExpertFFN, x_TC: Tensor, scale: int) -> Tensor:
-    """Tokens [T, C] of one scale as the router takes them: maps [M, L, C] where neighbours share, else one row."""
-    length = ffn.config.pyramid.lengths[scale] if ffn.plan.neighbourhood > 1 else len(x_TC)
-    return x_TC.view(-1, length, x_TC.shape[1])
-
-
-def active_neurons(
-    ffn: ExpertFFN, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def active_neurons(ffn: ExpertFFN, x_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     """Hidden activations [B, L, E, N] of all experts in fp32, and which of these the plan in force runs, [B, L, E]."""
     hidden = F.gelu(ffn.fc1(x_BLC), approximate="tanh").float().view(*x_BLC.shape[:2], ffn.experts, -1)
     runs = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=x_BLC.device)
     if not ffn.plan.runs_all(ffn.block, scale):
-        runs[..., ffn.plan.blocks[ffn.block].prefix[scale] :] = ffn.route(x_BLC, scale, position_BL)
+        runs[..., ffn.plan.blocks[ffn.block].prefix[scale] :] = ffn.route(x_BLC, scale)
     return hidden, runs
 
 
 def _constants(ffn: ExpertFFN, x_TC: Tensor, scale: int, kind: str) -> tuple[Tensor, Tensor]:
     """Constants [F, C] of the experts after the prefix under the plan in force, and which of them ever rest [F]."""
     prefix = ffn.plan.blocks[ffn.block].prefix[scale]
-    hidden, runs = (found.flatten(0, 1)[:, prefix:] for found in active_neurons(ffn, as_maps(ffn, x_TC, scale), scale))
+    hidden, runs = (found.flatten(0, 1)[:, prefix:] for found in active_neurons(ffn, x_TC.unsqueeze(0), scale))
     w = ffn.fc2.weight.float().T.reshape(ffn.experts, hidden.shape[2], -1)[prefix:]
     skips = (~runs).float()
     if kind == "mean":

@@ -81,14 +81,12 @@ class _Seen:
     Attributes:
         joined: [B, K, C], what the heads found, at the input of the output projection; projected: at its output.
         ffn_input, ffn_output: [B, K, C] both.
-        positions: of the computed tokens in their maps, per scale; None where all are.
     """
 
     joined: Tensor
     projected: Tensor
     ffn_input: Tensor
     ffn_output: Tensor
-    positions: list[Tensor | None] | None = None
 
 
 @contextmanager
@@ -101,9 +99,8 @@ def _watching(block: Block) -> Iterator[_Seen]:
         return seen.projected
 
     def after_ffn(_: nn.Module, given: tuple[object, ...], output: Tensor) -> None:
-        x, positions = given[0], given[2] if len(given) > 2 else None
-        assert isinstance(x, Tensor) and (positions is None or isinstance(positions, list))
-        seen.ffn_input, seen.ffn_output, seen.positions = x, output, positions
+        assert isinstance(given[0], Tensor)
+        seen.ffn_input, seen.ffn_output = given[0], output
 
     handle = block.ffn.register_forward_hook(after_ffn)
     block.attn.project = projecting  # type: ignore[method-assign]
@@ -159,8 +156,7 @@ class _Walk:
             parts = zip(torch.split(seen.ffn_input, counts, 1), torch.split(missing, counts, 1), strict=True)
             for scale, (inputs, part) in enumerate(parts):
                 if inputs.shape[1]:
-                    positions = seen.positions[scale] if seen.positions else None
-                    hidden, runs = active_neurons(block.ffn, inputs, scale, positions)
+                    hidden, runs = active_neurons(block.ffn, inputs, scale)
                     moments.add((hidden * runs.unsqueeze(-1)).flatten(2), part, modulation[:, 1])
         moments.move(ridge)
 

@@ -185,7 +185,6 @@ def measure_sensitivity(
         batch=batch,
         tokens_per_scale=TOKENS_PER_SCALE,
         seed=recipe.seed,
-        whole_maps=recipe.experts.neighbourhood > 1,
     ):
         assert isinstance(block.ffn, FFN)
         own = metrics[record.index]

@@ -20,7 +20,6 @@ from actvar_convert.conversion.fisher import OutputMetric
 from actvar_convert.conversion.gates import fit_gate, previous_update
 from actvar_convert.conversion.least_squares import CHUNK, Moments
 from actvar_convert.models.config import TokenPyramid
-from actvar_convert.models.experts import share_scores
 from actvar_convert.models.gate import Reconstruction, TokenGate
 from actvar_convert.models.var import FFN, Block
 from actvar_convert.plan import kept_tokens
@@ -97,9 +96,6 @@ def expert_damage(
         length = pyramid.lengths[scale]
         x = record.ffn_input[scale][: max(TOKENS, length) // length * length]
         score = F.linear(x, weight, bias)
-        if recipe.neighbourhood > 1:
-            score = share_scores(score.view(-1, length, experts), pyramid.sides[scale], recipe.neighbourhood, None)
-            score = score.flatten(0, 1)
         outputs = torch.einsum("ten,enc->tec", hidden(x).float(), measured)
         factor = 0.5 * length * float(metric.scales[scale])
         errors = _errors(outputs, score, tried, recipe.inactive)

@@ -17,7 +17,7 @@ Convention, the only place that states it:
   them (4 C^2 FLOPs), and for the low-rank map of the reconstruction. If the plan drops its key and value instead, the
   context of that block is shorter by it, at this scale and at all later ones.
 - Left out: what ``NOT_COUNTED`` lists. Elementwise are also the alpha product and the bilinear upsampling of the
-  reconstruction, and the mean of scores over a neighbourhood; table look-ups are free.
+  reconstruction; table look-ups are free.
 """
 
 from __future__ import annotations

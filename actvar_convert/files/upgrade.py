@@ -13,6 +13,7 @@ FORMAT_VERSION = 2
 
 
 KEPT: dict[str, object] = {
+    "neighbourhood": 1,
     "threshold": None,
     "mean_routed": None,
 }

@@ -78,8 +78,8 @@ def _watching(ffn: ExpertFFN, watch: RoutingWatch) -> Callable[..., Tensor]:
     scores = ffn.scores
 
     @functools.wraps(scores)
-    def watching(x_BLC: Tensor, scale: int, position_BL: Tensor | None = None) -> Tensor:
-        score = scores(x_BLC, scale, position_BL)
+    def watching(x_BLC: Tensor, scale: int) -> Tensor:
+        score = scores(x_BLC, scale)
         watch.add(ffn.block, scale, ffn.select(score, scale).flatten(0, 1))
         return score
 

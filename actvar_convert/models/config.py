@@ -115,10 +115,6 @@ class TransformerConfig(BaseModel):
         return len(self.sides)
 
     @property
-    def finest_side(self) -> int:
-        return self.sides[-1]
-
-    @property
     def head_dim(self) -> int:
         return self.width // self.heads
 

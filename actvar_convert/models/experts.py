@@ -5,7 +5,7 @@ Shapes: B rows, L tokens, C width, H hidden, E experts of N neurons, F experts a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -42,30 +42,6 @@ class Router(nn.Module):
         if self.width:
             score = score + F.linear(F.relu(self.down(x_BLC)), self.up.weight[begin:])
         return score
-
-
-def share_scores(score_BLF: Tensor, side: int, window: int, position_BL: Tensor | None) -> Tensor:
-    """Scores averaged over squares of ``window`` by ``window`` tokens of a map, so that a square shares one choice.
-
-    Args:
-        score_BLF: scores of the tokens in hand.
-        side: of the full token map.
-        window: side of the square; the last ones of a map may be smaller.
-        position_BL: index of each token in the flattened map; None when all are in hand, in order.
-
-    Returns:
-        [B, L, F]: every token's square average over the tokens in hand.
-    """
-    B, L, experts = score_BLF.shape
-    position = torch.arange(L, device=score_BLF.device).expand(B, -1) if position_BL is None else position_BL
-    across = -(-side // window)
-    square = (position // side // window) * across + position % side // window
-    index = square.unsqueeze(-1).expand(-1, -1, experts)
-    total = score_BLF.new_zeros(B, across * across, experts).scatter_add_(1, index, score_BLF)
-    count = score_BLF.new_zeros(B, across * across, 1).scatter_add_(
-        1, square.unsqueeze(-1), torch.ones_like(score_BLF[..., :1])
-    )
-    return (total / count.clamp_min(1)).gather(1, index)
 
 
 class ExpertFFN(nn.Module):
@@ -109,44 +85,42 @@ class ExpertFFN(nn.Module):
         derived = None if plain else self._derived
         return ExpertWeights(self.fc1.weight, self.fc1.bias, w2, self.fc2.bias, self.inactive[scale], derived)
 
-    def scores(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None) -> Tensor:
+    def scores(self, x_BLC: Tensor, scale: int) -> Tensor:
         """The router's scores [B, L, E - n] of the experts after the prefix, for tokens of one scale."""
         assert self.router is not None
         free, known = self.experts - self.plan.blocks[self.block].prefix[scale], self.plan.router_experts(self.block)
         score: Tensor = self.router(x_BLC, known)[..., known - free :]
-        if self.plan.neighbourhood > 1:
-            score = share_scores(score, self.config.sides[scale], self.plan.neighbourhood, position_BL)
         return score
 
-    def route(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None = None) -> Tensor:
+    def route(self, x_BLC: Tensor, scale: int) -> Tensor:
         """Boolean choice [B, L, E - n] among the experts after the prefix, for tokens of one scale."""
         plan = self.plan.blocks[self.block]
         if not self.plan.routes(self.block, scale):
             free = self.experts - plan.prefix[scale]
             return x_BLC.new_full((*x_BLC.shape[:2], free), plan.routed[scale] > 0, dtype=torch.bool)
-        return self.select(self.scores(x_BLC, scale, position_BL), scale)
+        return self.select(self.scores(x_BLC, scale), scale)
 
     def select(self, score_BLF: Tensor, scale: int) -> Tensor:
         """Boolean choice [B, L, E - n] that the plan makes by the scores of tokens of one scale: the K largest."""
         chosen = score_BLF.topk(self.plan.blocks[self.block].routed[scale], dim=-1, sorted=False).indices
         return selection_mask(chosen, score_BLF.shape[-1])
 
-    def forward(self, x_BLC: Tensor, span: Span, positions: Sequence[Tensor | None] | None = None) -> Tensor:
-        """FFN output [B, L, C]; ``positions`` tells, per scale, which tokens of the map are in hand (None: all)."""
+    def forward(self, x_BLC: Tensor, span: Span) -> Tensor:
+        """FFN output [B, L, C] of tokens of the scales of a span."""
         pieces = []
         for i, x in enumerate(torch.split(x_BLC, list(span.counts), dim=1)):
             if x.shape[1]:
-                pieces.append(self._one_scale(x, span.first + i, positions[i] if positions else None))
+                pieces.append(self._one_scale(x, span.first + i))
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] if pieces else x_BLC
 
-    def _one_scale(self, x_BLC: Tensor, scale: int, position_BL: Tensor | None) -> Tensor:
+    def _one_scale(self, x_BLC: Tensor, scale: int) -> Tensor:
         plan = self.plan.blocks[self.block]
         if self.plan.runs_all(self.block, scale):
             return linear(linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias), self.fc2.weight, self.fc2.bias)
         weights = self.weights(scale)
         rows, prefix, routed = x_BLC.flatten(0, 1), plan.prefix[scale], plan.routed[scale]
         if routed:
-            chosen = self.scores(x_BLC, scale, position_BL).topk(routed, dim=-1, sorted=False).indices.flatten(0, 1)
+            chosen = self.scores(x_BLC, scale).topk(routed, dim=-1, sorted=False).indices.flatten(0, 1)
         else:
             chosen = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
         return expert_ffn(rows, weights, prefix, chosen).view_as(x_BLC)

@@ -2,8 +2,8 @@
 
 A step has static shapes and never waits for the device: no value is read back, no branch depends on data. So it can be
 recorded as a CUDA graph (``models/graphs.py``). Where that could break, for a review: ``filter_logits`` and ``draw``
-(sampling.py), ``TokenGate.choose`` (gate.py), ``take`` and ``merge`` (kernels/token_gate.py), ``share_scores``
-(experts.py) and the way that ``kernels.expert_ffn`` picks; the loop over experts does wait.
+(sampling.py), ``TokenGate.choose`` (gate.py), ``take`` and ``merge`` (kernels/token_gate.py) and
+the way that ``kernels.expert_ffn`` picks; the loop over experts does wait.
 ``tests/models/test_graphs.py`` runs a step on tensors without values, which fails at any such place, and on a GPU
 counts the waits.
 

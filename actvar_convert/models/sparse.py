@@ -168,8 +168,7 @@ class SparseBlock(Block):
         if x.shape[1] == 0:
             return x
         x = torch.addcmul(x, self.attn.attend(q, k, v, mask), gate1.unsqueeze(1))
-        positions = [c.kept if n < full else None for c, n, full in zip(choices, kept, span.counts, strict=True)]
-        out = self.ffn(self.norm(x, scale2, shift2), Span(span.first, kept), positions)
+        out = self.ffn(self.norm(x, scale2, shift2), Span(span.first, kept))
         return torch.addcmul(x, out, gate2.unsqueeze(1))
 
     @staticmethod

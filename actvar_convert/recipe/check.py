@@ -91,7 +91,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 def _beside_plans(recipe: Recipe) -> Iterator[str]:
     """Settings that were given beside plans, which state them too, and that no plan has."""
     stated = (
-        *(("experts", name, name) for name in ("neighbourhood", "router_width")),
+        ("experts", "router_width", "router_width"),
         *(("gate", name, name) for name in ("reconstruction", "skipped_kv")),
         ("gate", "rank", "reconstruction_rank"),
         ("budget", "guidance", "guidance"),
@@ -137,11 +137,6 @@ def _misfits(recipe: Recipe, config: TransformerConfig) -> Iterator[str]:
         yield (
             f"experts.count: given {experts.count}, allowed: a divisor of the {config.hidden} hidden neurons of "
             f"an FFN, such as {near}"
-        )
-    if experts.neighbourhood > config.sides[-1]:
-        yield (
-            f"experts.neighbourhood: given {experts.neighbourhood}, allowed: at most {config.sides[-1]}, the side of "
-            "the finest token map"
         )
     if recipe.gate.rank > config.width:
         yield f"gate.rank: given {recipe.gate.rank}, allowed: at most {config.width}, the width of the model"

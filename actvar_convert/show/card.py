@@ -73,8 +73,6 @@ def plan_in_words(plan: SparsityPlan) -> list[str]:
             f"Experts: each FFN is split into {plan.experts}; from scale {first} on, {blocks} run part of them, "
             f"{fewest:g} at the least; a router picks per token in {routed} of {len(sparse)} such places."
         )
-        if plan.neighbourhood > 1:
-            lines.append(f"Routing: squares of {plan.neighbourhood}x{plan.neighbourhood} tokens share a choice.")
     gated = [(b, s) for b, s in cells if plan.blocks[b].keep[s] < 1]
     if gated:
         keep = min(plan.blocks[b].keep[s] for b, s in gated)

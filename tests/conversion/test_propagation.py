@@ -35,10 +35,10 @@ def dense(tiny_model: VARModel) -> VARModel:
     return VARModel(transformer, tiny_model.tokenizer).eval().requires_grad_(False)
 
 
-def plan(*kinds: str, neighbourhood: int = 1) -> SparsityPlan:
+def plan(*kinds: str) -> SparsityPlan:
     """A plan whose blocks are each whole or of one kind."""
     made = [BlockPlan(prefix=p, routed=r, keep=k) for p, r, k in (PLANS.get(kind, WHOLE) for kind in kinds)]
-    return SparsityPlan(experts=EXPERTS, blocks=tuple(made), reconstruction_rank=4, neighbourhood=neighbourhood)
+    return SparsityPlan(experts=EXPERTS, blocks=tuple(made), reconstruction_rank=4)
 
 
 def recipe(compensation: str = "none", inactive: str = "skipped_mean") -> Recipe:
@@ -85,9 +85,8 @@ def test_a_step_solves_the_least_squares_problem_of_every_channel() -> None:
         torch.testing.assert_close(step[channel], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("neighbourhood", [1, 2])
-def test_active_neurons_make_the_output(dense: VARModel, neighbourhood: int) -> None:
-    sparse = convert(dense, recipe(), a=plan(*["routed"] * 3, neighbourhood=neighbourhood))
+def test_active_neurons_make_the_output(dense: VARModel) -> None:
+    sparse = convert(dense, recipe(), a=plan(*["routed"] * 3))
     ffn, config = sparse.transformer.sparse_layers[1].ffn, dense.transformer.config
     for scale, length in enumerate(config.pyramid.lengths):
         x = torch.randn(3, length, config.width, generator=torch.Generator().manual_seed(scale))

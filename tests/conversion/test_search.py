@@ -184,13 +184,12 @@ def test_choices_keep_the_least_share_always_on() -> None:
 
 
 @pytest.mark.parametrize("inactive", ["none", "mean", "skipped_mean"])
-@pytest.mark.parametrize("neighbourhood", [1, 2])
 def test_damage_is_that_of_the_converted_block(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], inactive: str, neighbourhood: int
+    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], inactive: str
 ) -> None:
     """The table's entry for a plan equals the error that the converted FFN really makes on the same tokens."""
     config = tiny_model.transformer.config
-    chosen = recipe(experts=ExpertsRecipe(count=8, inactive=inactive, neighbourhood=neighbourhood))
+    chosen = recipe(experts=ExpertsRecipe(count=8, inactive=inactive))
     sensitivities = measure_sensitivity(tiny_model, chosen, *calibration)
     metrics = output_metrics(tiny_model, *calibration, batch=8, seed=0)
     planned = plan_model(tiny_model, chosen, *calibration)
@@ -208,7 +207,7 @@ def test_damage_is_that_of_the_converted_block(
     ffn, plan, scale = sparse.transformer.sparse_layers[0].ffn, planned.plans[planned.default], 3
     part, span = config.pyramid.slice(scale), config.pyramid.lengths[scale]
     choice = Choice(plan.blocks[0].prefix[scale], plan.blocks[0].routed[scale])
-    out = ffn._one_scale(x[:, part], scale, None)
+    out = ffn._one_scale(x[:, part], scale)
     measured = float(metrics[0].ffn.damage((out - dense[:, part]).flatten(0, 1), scale, span))
     assert sum(choice) < 8
     assert sensitivities[0].damage[scale][choice] == pytest.approx(measured, rel=0.05)

@@ -13,7 +13,7 @@ from actvar_convert.files.sparse_folder import load_sparse, save_sparse
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 
-PLAN: dict[str, object] = {}
+PLAN: dict[str, object] = {"neighbourhood": 1}
 """Settings of a plan of version 1 at the values that became the rule."""
 BLOCK: dict[str, object] = {"threshold": None, "mean_routed": None}
 """The same of a block."""
@@ -46,7 +46,10 @@ def test_kept_values_are_dropped(
 
 @pytest.mark.parametrize(
     ("plan", "block", "said"),
-    [({}, {"threshold": [None, None, None, 0.5]}, "blocks.1.threshold is [None, None, None, 0.5], allowed: None")],
+    [
+        ({"neighbourhood": 2}, {}, "neighbourhood is 2, allowed: 1"),
+        ({}, {"threshold": [None, None, None, 0.5]}, "blocks.1.threshold is [None, None, None, 0.5], allowed: None"),
+    ],
 )
 def test_other_values_are_refused_by_name(
     folder: Path, plan: dict[str, object], block: dict[str, object], said: str

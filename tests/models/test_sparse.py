@@ -7,7 +7,6 @@ import torch
 
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.models.attention import GenerationCache
-from actvar_convert.models.experts import share_scores
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import Span, VARTransformer
@@ -72,20 +71,17 @@ def test_permuting_neurons_of_the_dense_model_changes_nothing(
 
 
 @pytest.mark.parametrize("skipped_kv", ["computed", "dropped"])
-@pytest.mark.parametrize("neighbourhood", [1, 2, 3])
 @pytest.mark.parametrize("reconstruction", ["identity", "previous", "low_rank", "mixture"])
 def test_generation_equals_teacher_forcing(
     tiny_model: VARModel,
     pyramids: tuple[torch.Tensor, torch.Tensor],
     skipped_kv: str,
-    neighbourhood: int,
     reconstruction: str,
 ) -> None:
     plan = SparsityPlan(
         experts=8,
         blocks=(block(), block(keep=(1, 0.75, 0, 0.6))),
         skipped_kv=skipped_kv,
-        neighbourhood=neighbourhood,
         reconstruction=reconstruction,
     )
     sparse = sparse_from(tiny_model.transformer, {"sparse": plan}, "sparse")
@@ -157,23 +153,6 @@ def test_reconstruction_of_skipped_tokens_by_hand(tiny_model: VARModel) -> None:
             filled = own + r.alpha[3] * up[0, token] + r.up(r.down(own))
             expected = dense[0, part][token] if token in kept else filled
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_shared_scores_are_square_means() -> None:
-    score = torch.randn(2, 25, 3, generator=torch.Generator().manual_seed(0))
-    shared = share_scores(score, side=5, window=2, position_BL=None).view(2, 5, 5, 3)
-    grid = score.view(2, 5, 5, 3)
-    for top in range(0, 5, 2):
-        for left in range(0, 5, 2):
-            square = grid[:, top : top + 2, left : left + 2]
-            expected = square.mean((1, 2), keepdim=True).expand_as(square)
-            torch.testing.assert_close(shared[:, top : top + 2, left : left + 2], expected)
-
-
-def test_shared_scores_of_some_tokens() -> None:
-    score = torch.tensor([[[1.0], [3.0], [10.0]]])
-    position = torch.tensor([[0, 5, 15]])
-    assert share_scores(score, 4, 2, position).flatten().tolist() == [2.0, 2.0, 10.0]
 
 
 def test_plans_switch_without_copies(tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]) -> None:

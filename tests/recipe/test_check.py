@@ -68,7 +68,6 @@ def test_a_stage_that_is_left_out_contradicts_nothing() -> None:
     ("sections", "said"),
     [
         ({"experts": {"count": 24}}, "experts.count: given 24, allowed: a divisor of the 128 hidden neurons of an FFN"),
-        ({"experts": {"neighbourhood": 5}}, "experts.neighbourhood: given 5, allowed: at most 4"),
         ({"gate": {"rank": 65}}, "gate.rank: given 65, allowed: at most 64"),
         ({"budget": {"first_scale": 4}}, "budget.first_scale: given 4, allowed: 0 to 3"),
         ({"budget": {"gate_scales": 5}}, "budget.gate_scales: given 5, allowed: 0 to 4"),
@@ -110,17 +109,16 @@ def test_a_rank_beyond_the_width_is_refused_where_tokens_are_skipped() -> None:
 
 
 def test_settings_that_plans_overrule_are_named() -> None:
-    stated = {"neighbourhood": 2, "reconstruction_rank": 8, "skipped_kv": "dropped"}
+    stated = {"reconstruction_rank": 8, "skipped_kv": "dropped"}
     plan = SparsityPlan.dense(TINY, experts=16).model_copy(update=stated)
-    sections = {"experts": {"neighbourhood": 3, "router_width": 4}, "gate": {"rank": 4, "skipped_kv": "computed"}}
+    sections = {"experts": {"router_width": 4}, "gate": {"rank": 4, "skipped_kv": "computed"}}
     assert problems_for(recipe(**sections), TINY) == []
     assert problems_for(recipe(**sections, plans={"a": plan.model_dump()}), TINY) == [
-        "experts.neighbourhood: given 3, but the plans say 2, and they decide; leave it out",
         "experts.router_width: given 4, but the plans say 0, and they decide; leave it out",
         "gate.skipped_kv: given computed, but the plans say dropped, and they decide; leave it out",
         "gate.rank: given 4, but the plans say 8, and they decide; leave it out",
     ]
-    same = {"experts": {"neighbourhood": 2}, "gate": {"rank": 8}}
+    same = {"gate": {"rank": 8}}
     assert problems_for(recipe(**same, plans={"a": plan.model_dump()}), TINY) == []
 
 

@@ -71,9 +71,9 @@ def test_overrides_split_at_the_first_equals_sign() -> None:
 def test_overrides_reach_into_plans() -> None:
     plan = SparsityPlan.dense(TINY, experts=16)
     recipe = Recipe(name="a", model="m", plans={"fast": plan})
-    changed = load_recipe(recipe, ["plans.fast.neighbourhood=2", "plans.fast.blocks.1.keep=[1, 1, 1, 0.5]"])
+    changed = load_recipe(recipe, ["plans.fast.reconstruction_rank=2", "plans.fast.blocks.1.keep=[1, 1, 1, 0.5]"])
     assert changed.plans is not None
-    assert changed.plans["fast"].neighbourhood == 2
+    assert changed.plans["fast"].reconstruction_rank == 2
     assert changed.plans["fast"].blocks[1].keep == (1, 1, 1, 0.5)
     assert changed.plans["fast"].blocks[0] == plan.blocks[0]
     assert problems(recipe, ("plans.fast.blocks.9.keep=[1]",)) == [
