@@ -80,11 +80,11 @@ def write(
     }
     zoo.write_bundle(folder, model.transformer, model.tokenizer, classifier, of.reference, content)
     write_whole(folder / "README.md", text)
-    stored = zoo.load_bundle(folder)
+    stored = zoo.load_bundled(folder)
     pairs = [
         (stored.transformer, model.transformer),
         (stored.tokenizer, model.tokenizer),
-        (zoo.load_bundle_classifier(folder), classifier),
+        (zoo.load_bundled_classifier(folder), classifier),
     ]
     for found, given in pairs:
         if state_fingerprint(found) != state_fingerprint(given):

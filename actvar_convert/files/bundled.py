@@ -50,70 +50,62 @@ def bundled_names() -> list[str]:
     )
 
 
-def bundled_folder(name: str) -> Path:
+def bundled_folder(bundle: str | Path) -> Path:
     """Where the files of a bundled model lie.
+
+    Args:
+        bundle: its name, or a folder that ``write_bundle`` made; here and in all that reads one.
 
     Raises:
         InputError: no bundled model has this name.
     """
-    if name not in bundled_names():
-        raise InputError(f"no bundled model is called {name!r}; there are: {', '.join(bundled_names()) or 'none'}.")
-    return assets_folder() / name
+    if isinstance(bundle, Path):
+        return bundle
+    if bundle not in bundled_names():
+        raise InputError(f"no bundled model is called {bundle!r}; there are: {', '.join(bundled_names()) or 'none'}.")
+    return assets_folder() / bundle
 
 
-def bundled_config(name: str) -> dict[str, Any]:
+def bundled_config(bundle: str | Path) -> dict[str, Any]:
     """The config.json of a bundled model: sampling, classes (names), transformer, tokenizer, figures."""
-    return read_json(bundled_folder(name) / "config.json")
+    return read_json(bundled_folder(bundle) / "config.json")
 
 
-def load_bundled(name: str) -> VARModel:
+def load_bundled(bundle: str | Path) -> VARModel:
     """A bundled model in float32 with the sampling that it was measured with.
 
     Raises:
         InputError: no bundled model has this name.
         CheckpointError: its files are damaged.
     """
-    model = load_bundle(bundled_folder(name))
-    model.origin = {"name": name, **model.origin}
-    return model
-
-
-def load_bundled_classifier(name: str) -> FashionClassifier:
-    """The classifier that measures the generations of a bundled model, in float32."""
-    return load_bundle_classifier(bundled_folder(name))
-
-
-def bundled_reference_features(name: str) -> Tensor:
-    """The classifier's features of the real test images, [N, F] fp32: F 128, for mosaics four times as many."""
-    return load_bundle_features(bundled_folder(name))
-
-
-def load_bundle(folder: Path) -> VARModel:
-    """The model in a folder that ``write_bundle`` made."""
-    config = read_json(folder / "config.json")
+    folder, config = bundled_folder(bundle), bundled_config(bundle)
     transformer, tokenizer = TransformerConfig(**config["transformer"]), TokenizerConfig(**config["tokenizer"])
     known = Overrides(transformer.heads, tokenizer.residual_ratio, transformer.sides)
     dense = read_dense(folder, None)._replace(hints={"norm_eps": transformer.norm_eps})
     model = build_dense(dense, known, sampling=Sampling(**config["sampling"]))
     if (model.transformer.config, model.tokenizer.config) != (transformer, tokenizer):
         raise CheckpointError(f"the weights in {folder} are not those that its config.json describes. Install again.")
+    if isinstance(bundle, str):
+        model.origin = {"name": bundle, **model.origin}
     return model
 
 
-def load_bundle_classifier(folder: Path) -> FashionClassifier:
-    """The classifier in a folder that ``write_bundle`` made."""
-    tensors = _read(folder, "classifier")
+def load_bundled_classifier(bundle: str | Path) -> FashionClassifier:
+    """The classifier that measures the generations of a bundled model, in float32."""
+    tensors = _read(bundle, "classifier")
     classifier = FashionClassifier(len(tensors.get("head.bias", torch.empty(1))))
     problems = compare(classifier, tensors).problems()
     if problems:
-        raise CheckpointError(f"the classifier in {folder} is damaged. Install the package again:", problems)
+        raise CheckpointError(
+            f"the classifier in {bundled_folder(bundle)} is damaged. Install the package again:", problems
+        )
     classifier.load_state_dict({n: t.float() if t.is_floating_point() else t.clone() for n, t in tensors.items()})
     return classifier.eval()
 
 
-def load_bundle_features(folder: Path) -> Tensor:
-    """The reference features in a folder that ``write_bundle`` made, [N, F] fp32."""
-    return _read(folder, "reference_features")["features"].float()
+def bundled_reference_features(bundle: str | Path) -> Tensor:
+    """The classifier's features of the real test images, [N, F] fp32: F 128, for mosaics four times as many."""
+    return _read(bundle, "reference_features")["features"].float()
 
 
 def write_bundle(
@@ -165,7 +157,8 @@ def write_bundle(
         (staging / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _read(folder: Path, stem: str) -> dict[str, Tensor]:
+def _read(bundle: str | Path, stem: str) -> dict[str, Tensor]:
+    folder = bundled_folder(bundle)
     file = weight_file(folder, stem)
     if file is None:
         raise CheckpointError(f"{folder} has no {stem}.safetensors. Install the package again.")

@@ -41,35 +41,22 @@ _WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", INDEX_SUFFIX
 DTypeChoice = torch.dtype | Literal["keep"] | None
 
 
-class Located(NamedTuple):
-    """Files of a dense model.
-
-    Attributes:
-        transformer: a weight file or an index of shards.
-        tokenizer: the same for the VQVAE; None where nothing lies about.
-        hints: the config.json of a hub folder, or beside the file that is the folder's model; empty without one.
-    """
-
-    transformer: Path
-    tokenizer: Path | None
-    hints: Mapping[str, Any]
-
-
 class DenseFiles(NamedTuple):
     """The tensors of a dense model, found and named but not yet checked.
 
     Attributes:
-        transformer, tokenizer: tensors by their reference names; None where there is none.
-        hints: the config.json of a hub folder; empty without one.
-        located: the files they come from.
+        transformer, tokenizer: tensors by their reference names; None if there is none.
+        path, vae: the files or indices of shards that they come from; vae None if there is no tokenizer.
+        hints: the config.json of the folder, or beside the file that is the folder's model; empty without one.
         rest: names that belong to neither part.
         notes: choices that were made, one sentence each.
     """
 
     transformer: dict[str, Tensor] | None
     tokenizer: dict[str, Tensor] | None
+    path: Path
+    vae: Path | None
     hints: Mapping[str, Any]
-    located: Located
     rest: list[str]
     notes: list[str]
 
@@ -117,7 +104,7 @@ def build_dense(
     Raises:
         CheckpointError: all problems at once.
     """
-    path = files.located.transformer
+    path = files.path
     if files.transformer is None:
         if files.tokenizer is not None:
             raise CheckpointError(
@@ -133,12 +120,13 @@ def build_dense(
         config = infer_transformer(files.transformer, overrides, files.hints)
         whole = missing_blocks(config, files.hints)
         if whole is not None:
+            _, told_by = whole
             raise CheckpointError(
-                f"the file ends after {counted(config.depth, 'block')}; {whole.told_by}. It is incomplete: get it from "
+                f"the file ends after {counted(config.depth, 'block')}; {told_by}. It is incomplete: get it from "
                 f"its source again. If the model is that shallow, say so in a config.json beside the file: "
                 f'{{"depth": {config.depth}}}.'
             )
-    tokenizer_path = files.located.tokenizer or path
+    tokenizer_path = files.vae or path
     with problems_of(tokenizer_path):
         shape = infer_tokenizer(files.tokenizer)
         tokenizer_config = shape.config(config.sides, chosen_ratio(overrides, files.hints))
@@ -172,24 +160,21 @@ def read_dense(source: Path, vae: Path | None) -> DenseFiles:
     Raises:
         InputError, CheckpointError: see load_dense.
     """
-    located = locate(source, vae)
-    parts = _read_parts(located.transformer)
+    path, vae_path, hints = locate(source, vae)
+    parts = _read_parts(path)
     tokenizer, notes = parts.tokenizer, list(parts.notes)
-    separate_file = located.tokenizer is not None and (vae is not None or tokenizer is None)
-    if parts.transformer is not None and separate_file and located.tokenizer is not None:
-        separate = _read_parts(located.tokenizer)
+    if parts.transformer is not None and vae_path is not None and (vae is not None or tokenizer is None):
+        separate = _read_parts(vae_path)
         if separate.tokenizer is None:
             what = "it is a VAR transformer" if separate.transformer is not None else what_instead(separate.rest)
-            raise CheckpointError(
-                f"{located.tokenizer} has no VAR tokenizer in it: {what}. Give the VQVAE file {AS_VAE}."
-            )
+            raise CheckpointError(f"{vae_path} has no VAR tokenizer in it: {what}. Give the VQVAE file {AS_VAE}.")
         tokenizer = separate.tokenizer
         notes += separate.notes
         if vae is None:
-            notes.append(f"the tokenizer was taken from {located.tokenizer}")
+            notes.append(f"the tokenizer was taken from {vae_path}")
     elif tokenizer is not None:  # in the same file
-        located = located._replace(tokenizer=located.transformer)
-    return DenseFiles(parts.transformer, tokenizer, located.hints, located, parts.rest, notes)
+        vae_path = path
+    return DenseFiles(parts.transformer, tokenizer, path, vae_path, hints, parts.rest, notes)
 
 
 def _read_parts(path: Path) -> Parts:
@@ -218,8 +203,9 @@ def what_instead(names: Sequence[str]) -> str:
     return f"its {len(names)} tensors have unknown names ({', '.join(names[:3])}, ...)"
 
 
-def locate(source: Path, vae: Path | None) -> Located:
-    """The files that a path and an optional tokenizer path mean.
+def locate(source: Path, vae: Path | None) -> tuple[Path, Path | None, Mapping[str, Any]]:
+    """The files that a path and an optional tokenizer path mean: transformer, tokenizer (None: nothing lies about), and
+    the config.json of the folder, or beside the file that is the folder's model (empty without one).
 
     Raises:
         InputError: a path does not exist.
@@ -232,8 +218,8 @@ def locate(source: Path, vae: Path | None) -> Located:
         vae = _in_folder(vae, ("vae", "vqvae", "model")) if vae.is_dir() else vae
     if source.is_dir():
         hints = _hints(source)
-        return Located(_in_folder(source, _MODEL), vae or _beside(source), hints)
-    return Located(source, vae or _beside(source.absolute().parent, source), _hints_beside(source))
+        return _in_folder(source, _MODEL), vae or _beside(source), hints
+    return (source, vae or _beside(source.absolute().parent, source), _hints_beside(source))
 
 
 def _refuse_part_of_sparse(source: Path) -> None:

@@ -24,7 +24,7 @@ from actvar_convert.files.layout import (
     missing_blocks,
     official_depth,
 )
-from actvar_convert.files.skeleton import FLOATS, NoWeights, common_dtype, compare, count_nonfinite
+from actvar_convert.files.skeleton import FLOATS, Comparison, NoWeights, common_dtype, compare, count_nonfinite
 from actvar_convert.files.sparse_folder import (
     SparseConfig,
     checked_config,
@@ -127,31 +127,17 @@ def inspect_file(
     return Inspection(path=str(path), kind="other", line=f"Not a VAR: {what}.", guess=what, notes=tuple(files.notes))
 
 
-class _Findings:
-    """Collects the comparisons of one or two parts."""
-
-    def __init__(self, values: bool) -> None:
-        self.missing: list[str] = []
-        self.unexpected: list[str] = []
-        self.mis_shaped: list[str] = []
-        self.nonfinite: int | None = 0 if values else None
-
-    def add(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-        found = compare(module, tensors)
-        self.missing += [prefix + name for name in found.missing]
-        self.unexpected += [prefix + name for name in found.unexpected]
-        self.mis_shaped += [prefix + line for line in found.mis_shaped]
-        if self.nonfinite is not None:
-            weights = {name: tensor for name, tensor in tensors.items() if tensor.dtype in FLOATS}
-            self.nonfinite += sum(count_nonfinite(weights).values())
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            "missing": tuple(self.missing),
-            "unexpected": tuple(self.unexpected),
-            "mis_shaped": tuple(self.mis_shaped),
-            "nonfinite": self.nonfinite,
-        }
+def _findings(values: bool, *parts: tuple[str, nn.Module, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """What is wrong with the tensors of (prefix of names, module, tensors), as fields of an Inspection."""
+    found = [(prefix, compare(module, tensors)) for prefix, module, tensors in parts]
+    weights = ({name: t for name, t in tensors.items() if t.dtype in FLOATS} for _, _, tensors in parts)
+    return {
+        **{
+            field: tuple(prefix + line for prefix, comparison in found for line in getattr(comparison, field))
+            for field in Comparison._fields
+        },
+        "nonfinite": sum(sum(count_nonfinite(part).values()) for part in weights) if values else None,
+    }
 
 
 def _parameters(tensors: Mapping[str, Tensor]) -> int:
@@ -165,18 +151,17 @@ def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, va
         told["class_emb.weight"] = torch.empty(_USUAL_CLASSES + 1, device="meta")
         notes.append(f"class_emb.weight is missing, and nothing else tells the classes; {_USUAL_CLASSES} is a guess")
     config = infer_transformer(told, overrides, files.hints)
-    findings = _Findings(values)
+    whole = missing_blocks(config, files.hints)
+    needed = config if whole is None else config.model_copy(update={"depth": whole[0]})
     with NoWeights():
-        whole = missing_blocks(config, files.hints)
-        needed = config if whole is None else config.model_copy(update={"depth": whole.blocks})
-        findings.add(VARTransformer(needed), files.transformer)
+        parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = [("", VARTransformer(needed), files.transformer)]
     if "lvl_1L" not in files.transformer and overrides.sides is None:
         notes.append(f"the pyramid {','.join(map(str, config.sides))} was inferred from its size (lvl_1L is absent)")
     if not config.l2_attention and overrides.heads is None:
         notes.append(f"{config.heads} heads follow the rule width / 64; if they are others, {GIVE_HEADS}")
     published = official_depth(config)
     if whole is not None:
-        notes.append(f"the file ends after {counted(config.depth, 'block')}; {whole.told_by}: the rest is missing")
+        notes.append(f"the file ends after {counted(config.depth, 'block')}; {whole[1]}: the rest is missing")
     elif published is not None and published != config.depth:
         notes.append(f"width {config.width} is that of VAR-d{published}; this one has {config.depth} blocks")
     tokenizer, disagreements = None, []
@@ -184,7 +169,7 @@ def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, va
         shape = infer_tokenizer(files.tokenizer)
         tokenizer = shape.config(config.sides, chosen_ratio(overrides, files.hints))
         with NoWeights():
-            findings.add(VQVAE(tokenizer), files.tokenizer, "tokenizer.")
+            parts.append(("tokenizer.", VQVAE(tokenizer), files.tokenizer))
         disagreements = agreement_problems(config, shape)
         notes.append(describe_tokenizer(shape, _parameters(files.tokenizer), common_dtype(files.tokenizer.values())))
     parameters, dtype = _parameters(files.transformer), common_dtype(files.transformer.values())
@@ -198,7 +183,7 @@ def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, va
         dtype=dtype_name(dtype),
         disagreements=tuple(disagreements),
         notes=tuple(notes),
-        **findings.fields(),
+        **_findings(values, *parts),
     )
 
 
@@ -206,9 +191,8 @@ def _inspect_tokenizer(path: Path, files: DenseFiles, values: bool) -> Inspectio
     assert files.tokenizer is not None
     shape = infer_tokenizer(files.tokenizer)
     parameters, dtype = _parameters(files.tokenizer), common_dtype(files.tokenizer.values())
-    findings = _Findings(values)
     with NoWeights():
-        findings.add(VQVAE(_any_pyramid(shape)), files.tokenizer)
+        needed = VQVAE(_any_pyramid(shape))
     return Inspection(
         path=str(path),
         kind="vqvae",
@@ -216,7 +200,7 @@ def _inspect_tokenizer(path: Path, files: DenseFiles, values: bool) -> Inspectio
         parameters=parameters,
         dtype=dtype_name(dtype),
         notes=("the pyramid is not in this file; it comes with the transformer", *files.notes),
-        **findings.fields(),
+        **_findings(values, ("", needed, files.tokenizer)),
     )
 
 
@@ -227,12 +211,9 @@ def _any_pyramid(shape: TokenizerShape) -> TokenizerConfig:
 
 def _inspect_sparse(folder: Path, values: bool) -> Inspection:
     config = checked_config(folder)
-    weights = read_sparse_weights(folder)
-    findings = _Findings(values)
+    weights, vae_weights = read_sparse_weights(folder)
     transformer, tokenizer = sparse_skeleton(config)
-    findings.add(transformer, weights.transformer)
-    findings.add(tokenizer, weights.tokenizer, "tokenizer.")
-    parameters, dtype = _parameters(weights.transformer), common_dtype(weights.transformer.values())
+    parameters, dtype = _parameters(weights), common_dtype(weights.values())
     plans = {name: _active_share(config.transformer, plan) for name, plan in config.plans.items()}
     return Inspection(
         path=str(folder),
@@ -245,8 +226,8 @@ def _inspect_sparse(folder: Path, values: bool) -> Inspection:
         plans=plans,
         default_plan=config.default_plan,
         provenance=config.provenance.model_dump(exclude_none=True),
-        notes=(f"tokenizer: {count_text(_parameters(weights.tokenizer))} parameters",),
-        **findings.fields(),
+        notes=(f"tokenizer: {count_text(_parameters(vae_weights))} parameters",),
+        **_findings(values, ("", transformer, weights), ("tokenizer.", tokenizer, vae_weights)),
     )
 
 

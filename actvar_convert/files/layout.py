@@ -333,30 +333,19 @@ def infer_transformer(
         raise CheckpointError("the transformer's shapes contradict each other:", messages(error)) from error
 
 
-class Depth(NamedTuple):
-    """How many blocks a model should have, and what says so.
-
-    Attributes:
-        told_by: a clause without its end: "its config.json says 16".
-    """
-
-    blocks: int
-    told_by: str
-
-
-def missing_blocks(config: TransformerConfig, hints: Mapping[str, Any]) -> Depth | None:
-    """The depth that a model should have where its file ends before the last block; None where nothing tells that.
+def missing_blocks(config: TransformerConfig, hints: Mapping[str, Any]) -> tuple[int, str] | None:
+    """The blocks that a model should have if its file ends before the last one, and a clause on what says so.
 
     The tensors cannot tell: a file whose last blocks are missing looks like one of fewer blocks. The config.json beside
-    it does, and comes before the published model of the same width, classes, codebook and pyramid.
+    it does, and comes before the published model of the same width, classes, codebook and pyramid. None: nothing does.
     """
     said = hints.get("depth")
     if type(said) is int and said <= MAX_BLOCKS:
-        return Depth(said, f"its config.json says {said}") if said > config.depth else None
+        return (said, f"its config.json says {said}") if said > config.depth else None
     published = official_depth(config)
     if published is None or published <= config.depth:
         return None
-    return Depth(published, f"VAR-d{published}, which is of this width and equal in all else, has {published}")
+    return published, f"VAR-d{published}, which is of this width and equal in all else, has {published}"
 
 
 def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -182,18 +182,15 @@ def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dty
     if plan is not None and plan not in config.plans:
         raise InputError(f"{folder} has no plan {plan!r}; it has {', '.join(config.plans)}.")
     transformer, tokenizer = sparse_skeleton(config)
-    weights = read_sparse_weights(folder)
-    problems = [
-        *_problems("model", transformer, weights.transformer),
-        *_problems("vae", tokenizer, weights.tokenizer),
-    ]
+    weights, vae_weights = read_sparse_weights(folder)
+    problems = [*_problems("model", transformer, weights), *_problems("vae", tokenizer, vae_weights)]
     if problems:
         raise CheckpointError(
             f"the weights in {folder} are damaged or of another model. Restore them from a copy, or convert again:",
             problems,
         )
-    assign(transformer, weights.transformer, dtype or torch.float32)
-    assign(tokenizer, weights.tokenizer, torch.float32)
+    assign(transformer, weights, dtype or torch.float32)
+    assign(tokenizer, vae_weights, torch.float32)
     sampling = Sampling(config.sampling.cfg, config.sampling.top_k, config.sampling.top_p)
     model = SparseVARModel(transformer, tokenizer, sampling)
     model.eval()
@@ -336,15 +333,8 @@ def update_file(folder: str | Path, name: str, data: bytes) -> Path:
     return path
 
 
-class SparseWeights(NamedTuple):
-    """Tensors of the transformer and of the tokenizer by name."""
-
-    transformer: dict[str, Tensor]
-    tokenizer: dict[str, Tensor]
-
-
-def read_sparse_weights(folder: Path) -> SparseWeights:
-    """Maps the tensors of a sparse folder.
+def read_sparse_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the transformer and of the tokenizer by name.
 
     Raises:
         CheckpointError: weights are missing or damaged; all problems at once.
@@ -362,7 +352,8 @@ def read_sparse_weights(folder: Path) -> SparseWeights:
             problems += [error.message, *error.problems]
     if problems:
         raise CheckpointError(f"{folder} is not complete. Restore it from a copy, or convert again:", problems)
-    return SparseWeights(*found)
+    transformer, tokenizer = found
+    return transformer, tokenizer
 
 
 def sparse_skeleton(config: SparseConfig) -> tuple[SparseVARTransformer, VQVAE]:

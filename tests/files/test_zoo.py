@@ -23,7 +23,7 @@ def classifier() -> FashionClassifier:
     return FashionClassifier(5).eval()
 
 
-def _write(folder: Path, dense: VARModel, classifier: FashionClassifier, limit: float = 200_000) -> Path:
+def _write(folder: Path, dense: VARModel, classifier: FashionClassifier, limit: int = 200_000) -> Path:
     features = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
     zoo.write_bundle(folder, dense.transformer, dense.tokenizer, classifier, features, CONFIG, limit)
     return folder
@@ -34,7 +34,7 @@ def test_round_trip(tmp_path: Path, dense: VARModel, classifier: FashionClassifi
     shards = list(folder.glob("var-*-of-*.safetensors"))
     assert len(shards) > 1 and (folder / "var.safetensors.index.json").is_file()
     assert max(file.stat().st_size for file in shards) < 210_000
-    model = zoo.load_bundle(folder)
+    model = zoo.load_bundled(folder)
     assert model.sampling == Sampling(2.0, 10, 0.9)
     assert model.transformer.config == dense.transformer.config and model.tokenizer.config == dense.tokenizer.config
     for name, tensor in dense.state_dict().items():
@@ -42,9 +42,9 @@ def test_round_trip(tmp_path: Path, dense: VARModel, classifier: FashionClassifi
         assert torch.equal(read, tensor.half().float() if tensor.is_floating_point() else tensor), name
     image = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        logits = zoo.load_bundle_classifier(folder)(image)
+        logits = zoo.load_bundled_classifier(folder)(image)
         torch.testing.assert_close(logits, classifier(image), rtol=0, atol=2e-3)
-    features = zoo.load_bundle_features(folder)
+    features = zoo.bundled_reference_features(folder)
     assert features.shape == (50, 128) and features.dtype == torch.float32
 
 
@@ -53,7 +53,7 @@ def test_rewriting_keeps_the_card_and_drops_old_shards(
 ) -> None:
     folder = _write(tmp_path / "tiny", dense, classifier)
     (folder / "README.md").write_text("card")
-    _write(folder, dense, classifier, limit=1e9)
+    _write(folder, dense, classifier, limit=1_000_000_000)
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md", "classifier.safetensors", "config.json", "reference_features.safetensors", "vae.safetensors",
         "var.safetensors",
@@ -78,7 +78,7 @@ def test_config_that_does_not_describe_the_weights(
     content["transformer"]["classes"] = 7
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"not those that its config\.json describes"):
-        zoo.load_bundle(folder)
+        zoo.load_bundled(folder)
 
 
 def test_unknown_name() -> None:

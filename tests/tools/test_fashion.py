@@ -32,9 +32,9 @@ def test_from_data_to_bundle(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     train_fashion.main([*common, *short])
     bundle_fashion.main(bundle)
 
-    model = zoo.load_bundle(out)
+    model = zoo.load_bundled(out)
     assert model.transformer.config == config and model.tokenizer.config == tokenizer and model.sampling.cfg == 1
-    assert zoo.load_bundle_features(out).shape == (20, 128)
+    assert zoo.bundled_reference_features(out).shape == (20, 128)
     stored = json.loads((out / "config.json").read_text())
     figures = stored["figures"]
     assert len(stored["classes"]) == 10 and "quadrants" not in stored
