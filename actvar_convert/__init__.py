@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from actvar_convert._version import __version__
 
 if TYPE_CHECKING:
+    from actvar_convert.measure.evaluation import Evaluation
+    from actvar_convert.measure.latency import Timing
     from actvar_convert.measure.sweep_report import SweepReport
     from actvar_convert.preflight import ValidationResult, validate_recipe
     from actvar_convert.runs import RunResult, run
@@ -36,17 +38,21 @@ _VERBS = {
         ("load", "convert", "distill", "evaluate", "benchmark", "report_flops", "inspect", "sample", "export"),
         "actvar_convert.verbs",
     ),
+    "Evaluation": "actvar_convert.measure.evaluation",
     "RunResult": "actvar_convert.runs",
     "run": "actvar_convert.runs",
     "SweepReport": "actvar_convert.measure.sweep_report",
     "sweep": "actvar_convert.sweeps",
+    "Timing": "actvar_convert.measure.latency",
     "ValidationResult": "actvar_convert.preflight",
     "validate_recipe": "actvar_convert.preflight",
 }
 
 __all__ = [
+    "Evaluation",
     "RunResult",
     "SweepReport",
+    "Timing",
     "ValidationResult",
     "__version__",
     "benchmark",

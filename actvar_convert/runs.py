@@ -26,8 +26,9 @@ from actvar_convert.files.layout import official_names
 from actvar_convert.files.source import REPOSITORY
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse, update_file
 from actvar_convert.measure.checks import CheckTable, require_comparable, run_checks
+from actvar_convert.measure.evaluation import Evaluation
 from actvar_convert.measure.extractors import FeatureExtractor
-from actvar_convert.measure.latency import BenchmarkReport, hardware_name
+from actvar_convert.measure.latency import BenchmarkReport, Timing, hardware_name
 from actvar_convert.measure.quality_report import QualityReport, SamplingSettings, load_quality
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
@@ -245,15 +246,17 @@ def _measure(
         quality = verbs.evaluate(
             model,
             teacher=teacher,
-            images=0 if extractor is None else settings.images,
-            seeds=settings.seeds,
-            batch=settings.batch,
-            held_out=settings.held_out,
-            neighbours=settings.neighbours,
-            plans=[name for name in model.plans if name != model.plan_name],
+            settings=Evaluation(
+                images=0 if extractor is None else settings.images,
+                seeds=settings.seeds,
+                batch=settings.batch,
+                held_out=settings.held_out,
+                neighbours=settings.neighbours,
+                plans=[name for name in model.plans if name != model.plan_name],
+                dtype=settings.dtype,
+            ),
             reference=settings.reference,
             extractor=extractor,
-            dtype=settings.dtype,
             cache=work / "evaluation",
             progress=progress,
         )
@@ -264,9 +267,7 @@ def _measure(
         benchmark = verbs.benchmark(
             model,
             against=teacher,
-            batches=timing.batches,
-            dtypes=timing.dtypes,
-            repeats=timing.repeats,
+            timing=Timing(timing.batches, timing.dtypes, repeats=timing.repeats),
             progress=progress,
         )
         update_file(folder, "benchmark.json", benchmark.to_json().encode())

@@ -25,7 +25,7 @@ from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.measure.agreement import agreement_quality, compare_logits, held_out_pyramids
 from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.fid import frechet_inception_distance, paired_jackknife_error, relative_difference
-from actvar_convert.measure.image_features import Features, generated_features, model_fingerprint
+from actvar_convert.measure.image_features import Features, ImageSet, generated_features, model_fingerprint
 from actvar_convert.measure.sweep_report import SweepFid, SweepPoint, SweepReport, largest_within
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import VARModel
@@ -320,10 +320,7 @@ class _Measurement:
             return generated_features(
                 cast(of, DTYPES[self.settings.dtype]),
                 extractor,
-                images=self.images,
-                seed=self.settings.seeds[0],
-                chunk=self.settings.batch,
-                sampling=self.model.sampling,
-                task=task,
+                ImageSet(self.images, self.settings.seeds[0], self.settings.batch, self.model.sampling),
+                task,
                 cache=self.work,
             )

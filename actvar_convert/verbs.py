@@ -31,9 +31,9 @@ from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
 from actvar_convert.files.sparse_folder import Provenance, read_provenance, refuse_foreign, save_sparse
 from actvar_convert.files.tensors import size_of
-from actvar_convert.measure.evaluation import evaluate_models
+from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import FeatureExtractor, bundled_extractor
-from actvar_convert.measure.latency import BenchmarkReport, benchmark_models
+from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_models
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.casting import cast
 from actvar_convert.models.config import differences
@@ -391,15 +391,9 @@ def evaluate(
     model: VARModel,
     *,
     teacher: VARModel | None = None,
-    images: int = 5000,
-    seeds: Sequence[int] = (0,),
-    batch: int = 64,
-    held_out: int = 512,
-    neighbours: int = 3,
-    plans: Sequence[str] | None = None,
+    settings: Evaluation | None = None,
     reference: str | Path | None = None,
     extractor: FeatureExtractor | None = None,
-    dtype: str | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QualityReport:
@@ -408,22 +402,18 @@ def evaluate(
     Args:
         model: sparse, or any other of the teacher's shape.
         teacher: the dense model; the recorded one by default.
-        images: generated per seed set and model; 0: none, KL and agreement alone.
-        seeds: seed sets.
-        batch: images generated at once.
-        held_out: teacher pyramids for KL and agreement.
-        neighbours: k of precision and recall.
-        plans: further plans of the model to measure.
+        settings: number of images, seeds and the rest.
         reference: real images, a folder or an .npz with mu and sigma: measures in Inception features (needs the
             ``inception`` extra). By default the bundled classifier measures, for models of its kind of images.
-        extractor: what ``extractor_for`` made of ``reference``, where it is at hand already.
-        dtype: fp32, bf16 or fp16, in which both models generate; their own by default.
+        extractor: what ``extractor_for`` made of ``reference``, if it is at hand already.
         cache: folder in which features are kept while they are made.
         progress: told about every long step.
 
     Raises:
         InputError: settings that contradict each other or cannot be measured, or a teacher that is not at hand.
     """
+    settings = settings or Evaluation()
+    images = settings.images
     if not images and reference is not None:
         raise InputError("reference: no image is compared with it where images is 0; leave one of the two out")
     teacher = recorded_teacher(model) if teacher is None else teacher
@@ -434,14 +424,8 @@ def evaluate(
     report = evaluate_models(
         model,
         teacher,
+        settings,
         extractor=extractor,
-        dtype=None if dtype is None else pick_dtype(dtype, model.device),
-        images=images,
-        seeds=seeds,
-        batch=batch,
-        held_out=held_out,
-        neighbours=neighbours,
-        plans=plans,
         progress=progress,
         cache_dir=None if cache is None else Path(cache),
     )
@@ -483,34 +467,16 @@ def benchmark(
     model: VARModel,
     *,
     against: VARModel | None = None,
-    batches: Sequence[int] = (1, 4, 16),
-    dtypes: Sequence[str] = ("fp32",),
-    decoder_dtype: str | None = None,
-    repeats: int = 5,
-    with_decoder: Sequence[bool] = (False, True),
-    split: bool = False,
-    compile: bool | None = None,
+    timing: Timing | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
-    """Seconds per batch of a model, alternating with ``against``; by component too with ``split``.
+    """Seconds per batch of a model, alternating with ``against``; by component too with ``Timing.split``.
 
-    The arguments are those of ``benchmark_models``. A sparse model loaded from a folder is compared with its recorded
-    source unless told otherwise.
+    A sparse model loaded from a folder is compared with its recorded source unless told otherwise.
     """
     if against is None and model.is_sparse and "path" in model.origin:
         against = recorded_teacher(model)
-    return benchmark_models(
-        model,
-        against,
-        batches=batches,
-        dtypes=dtypes,
-        decoder_dtype=decoder_dtype,
-        repeats=repeats,
-        with_decoder=with_decoder,
-        split=split,
-        compile=compile,
-        progress=progress,
-    )
+    return benchmark_models(model, against, timing or Timing(), progress=progress)
 
 
 def report_flops(

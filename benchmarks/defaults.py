@@ -182,8 +182,7 @@ class Defaults:
         found = av.evaluate(
             model,
             teacher=self.teacher,
-            images=0,
-            held_out=recipe.evaluate.held_out,
+            settings=av.Evaluation(images=0, held_out=recipe.evaluate.held_out),
             cache=self.folder / "evaluation",
             progress=self.progress,
         )

@@ -34,14 +34,13 @@ from rivals.training import LEVELS, Workshop
 import actvar_convert as av
 from actvar_convert.errors import ActvarError, InputError
 from actvar_convert.files.run_state import fingerprint_of
-from actvar_convert.measure.evaluation import evaluate_models
+from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.model import VARModel
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.atomic import write_whole
-from actvar_convert.system.device import pick_dtype
 from actvar_convert.system.progress import Progress, TerminalProgress
 from actvar_convert.verbs import extractor_for
 
@@ -214,13 +213,15 @@ class Frontier:
         found = evaluate_models(
             built.model,
             self.teacher,
+            Evaluation(
+                images=settings.images,
+                seeds=settings.seeds,
+                batch=settings.batch,
+                held_out=settings.held_out,
+                neighbours=settings.neighbours,
+                dtype=settings.dtype,
+            ),
             extractor=self.extractor,
-            images=settings.images,
-            seeds=settings.seeds,
-            batch=settings.batch,
-            held_out=settings.held_out,
-            neighbours=settings.neighbours,
-            dtype=pick_dtype(settings.dtype, self.teacher.device),
             progress=self.progress,
             cache_dir=self.folder / "evaluation",
         )

@@ -115,10 +115,7 @@ def evaluate(
     report = av.evaluate(
         sparse,
         teacher=dense,
-        images=images,
-        seeds=chosen,
-        batch=batch,
-        held_out=held_out,
+        settings=av.Evaluation(images=images, seeds=chosen, batch=batch, held_out=held_out),
         reference=reference,
         cache=cache,
         progress=reporter(quiet),
@@ -184,11 +181,7 @@ def benchmark(
     report = av.benchmark(
         sparse,
         against=other,
-        batches=sizes,
-        dtypes=formats,
-        decoder_dtype=decoder_dtype,
-        repeats=5 if repeats is None else repeats,
-        split=split,
+        timing=av.Timing(sizes, formats, decoder_dtype, repeats=5 if repeats is None else repeats, split=split),
         progress=reporter(quiet),
     )
     if form is opt.Format.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,8 @@ def test_a_classifier_that_may_know_other_images_is_named_as_such(tiny_model: VA
     extractor = ClassifierExtractor(classifier, features, name="tiny classifier", image_size=8)
 
     def notes() -> tuple[str, ...]:
-        report = av.evaluate(
-            tiny_model, teacher=tiny_model, extractor=extractor, images=20, held_out=2, batch=20, neighbours=2
-        )
+        settings = av.Evaluation(images=20, held_out=2, batch=20, neighbours=2)
+        report = av.evaluate(tiny_model, teacher=tiny_model, extractor=extractor, settings=settings)
         assert report.extractor == "tiny classifier" and report.neighbours == 2
         return report.notes
 
@@ -72,10 +72,10 @@ def test_a_classifier_that_may_know_other_images_is_named_as_such(tiny_model: VA
 
 
 def test_benchmark_takes_what_the_library_takes(tiny_model: VARModel) -> None:
-    given = {"batches": (1,), "repeats": 1, "with_decoder": (True,), "decoder_dtype": "bf16"}
-    assert [row.decoder_dtype for row in av.benchmark(tiny_model, compile=False, **given).rows] == ["bf16"]
+    timing = av.Timing((1,), repeats=1, with_decoder=(True,), decoder_dtype="bf16", compile=False)
+    assert [row.decoder_dtype for row in av.benchmark(tiny_model, timing=timing).rows] == ["bf16"]
     with pytest.raises(InputError, match="CUDA graphs"):
-        av.benchmark(tiny_model, compile=True, **given)
+        av.benchmark(tiny_model, timing=replace(timing, compile=True))
 
 
 def test_a_model_is_loaded_with_its_decoder_in_another_format() -> None:
@@ -144,12 +144,13 @@ def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: VARModel, 
 
 def test_what_cannot_be_measured_is_said_first(tiny_model: VARModel) -> None:
     sparse = av.convert(tiny_model, recipe=Recipe.model_validate(TINY))
+    few = av.Evaluation(images=0, held_out=4)
     with pytest.raises(InputError, match="the teacher is sparse"):
-        av.evaluate(sparse, teacher=sparse, images=0, held_out=4)
+        av.evaluate(sparse, teacher=sparse, settings=few)
     with pytest.raises(InputError, match="no image is compared with it where images is 0"):
-        av.evaluate(sparse, teacher=tiny_model, images=0, held_out=4, reference=Path("real"))
+        av.evaluate(sparse, teacher=tiny_model, settings=few, reference=Path("real"))
     with pytest.raises(InputError, match=r"seeds: \[-1\] given"):
-        av.evaluate(sparse, teacher=tiny_model, images=0, held_out=4, seeds=[-1])
+        av.evaluate(sparse, teacher=tiny_model, settings=replace(few, seeds=[-1]))
     with pytest.raises(InputError, match="cfg must be a number"):
         tiny_model.generate([0], cfg=float("nan"))
     for wrong in ([2**70], [6]):

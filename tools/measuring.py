@@ -19,7 +19,7 @@ from training import to_float
 
 from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.measure.fid import frechet_inception_distance, precision_recall
-from actvar_convert.measure.image_features import generated_features
+from actvar_convert.measure.image_features import ImageSet, generated_features
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Sampling, VARModel
@@ -131,16 +131,8 @@ def generate(
 ) -> Generated:
     """Generates balanced images with one guidance strength and measures them."""
     with progress.task(f"{images} images, guidance {cfg:g}", images) as task:
-        made = generated_features(
-            model,
-            extractor,
-            images=images,
-            seed=0,
-            chunk=CHUNK,
-            sampling=Sampling(cfg=cfg),
-            task=task,
-            cache=cache,
-        )
+        wanted = ImageSet(images, seed=0, chunk=CHUNK, sampling=Sampling(cfg=cfg))
+        made = generated_features(model, extractor, wanted, task, cache=cache)
     reference = extractor.reference()
     assert reference.features_NF is not None
     right = made.logits_NK.argmax(1) == balanced_labels(images, model.transformer.config.classes)

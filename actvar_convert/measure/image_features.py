@@ -51,32 +51,40 @@ def chunks(labels_N: Tensor, seed: int, chunk: int) -> Iterator[tuple[Tensor, in
         yield part, chunk_seed(seed, index)
 
 
+@dataclass(frozen=True)
+class ImageSet:
+    """Which images: those that ``generate`` gives for balanced labels, one seed and one chunk."""
+
+    images: int
+    seed: int
+    chunk: int
+    sampling: Sampling
+
+
 def generated_features(
     model: VARModel,
     extractor: FeatureExtractor,
-    *,
-    images: int,
-    seed: int,
-    chunk: int,
-    sampling: Sampling,
+    wanted: ImageSet,
     task: Task,
+    *,
     cache: Path | None = None,
     fingerprint: str | None = None,
 ) -> Features:
-    """Features of the images that ``generate`` gives for balanced labels, this seed and this chunk.
+    """Features of a set of images.
 
     Args:
         task: advanced by the number of images, those read from the cache included.
         cache: folder of stored features; parts that match model, sampling, seed, chunk and extractor are reused.
-        fingerprint: ``model_fingerprint(model)``, where it is known already.
+        fingerprint: ``model_fingerprint(model)``, if it is known already.
     """
-    parts = list(chunks(balanced_labels(images, model.transformer.config.classes), seed, chunk))
+    chunk, sampling = wanted.chunk, wanted.sampling._asdict()
+    parts = list(chunks(balanced_labels(wanted.images, model.transformer.config.classes), wanted.seed, chunk))
     group = max(1, GROUP // chunk)
     key = {
         "model": fingerprint or (model_fingerprint(model) if cache else ""),
         "extractor": extractor.fingerprint,
-        "sampling": sampling._asdict(),
-        "seed": seed,
+        "sampling": sampling,
+        "seed": wanted.seed,
         "chunk": chunk,
         **({"noise": "cuda"} if model.device.type == "cuda" else {}),
     }
@@ -88,7 +96,7 @@ def generated_features(
         def make(members: list[tuple[Tensor, int]] = members) -> dict[str, Tensor]:
             features, logits = [], []
             for labels, own_seed in members:
-                image = model.generate(labels, **sampling._asdict(), seed=own_seed, chunk=chunk)
+                image = model.generate(labels, **sampling, seed=own_seed, chunk=chunk)
                 feature_BF, logit_BK = extractor(image)
                 features.append(feature_BF.float().cpu())
                 logits.append(logit_BK.float().cpu())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -66,7 +67,24 @@ class BenchmarkReport(_Value):
         return self.model_dump_json(by_alias=True, indent=2)
 
 
-class _Timing(NamedTuple):
+class _Call(NamedTuple):
+    """One call of ``generate``, or of ``generate_tokens`` without the decoder."""
+
+    batch: int
+    with_decoder: bool
+    graphs: bool
+
+    def seconds(self, model: VARModel) -> float:
+        labels = [index % model.transformer.config.classes for index in range(self.batch)]
+        run = model.generate if self.with_decoder else model.generate_tokens
+        synchronize(model.device)
+        began = time.perf_counter()
+        run(labels, seed=0, chunk=self.batch, compile=self.graphs)
+        synchronize(model.device)
+        return time.perf_counter() - began
+
+
+class _Times(NamedTuple):
     seconds: list[float]
     peak_memory: int
 
@@ -82,55 +100,65 @@ class _Timing(NamedTuple):
         return (high - low) / self.median
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What is timed, and how.
+
+    Attributes:
+        batches: images at once.
+        dtypes: fp32, bf16 or fp16, of the transformer.
+        decoder_dtype: of both sides' decoders; None: what the model has, which after ``load`` is fp32.
+        repeats: timed runs per side and row, after one to warm up.
+        with_decoder: False for tokens, True for images; one row each.
+        split: also the time by component, per batch size, dtype and side.
+        compile: replay CUDA graphs on both sides, see ``VARModel.generate``; None: if both can.
+    """
+
+    batches: Sequence[int] = (1, 4, 16)
+    dtypes: Sequence[str] = ("fp32",)
+    decoder_dtype: str | None = None
+    repeats: int = 5
+    with_decoder: Sequence[bool] = (False, True)
+    split: bool = False
+    compile: bool | None = None
+
+
 def benchmark_models(
-    model: VARModel,
-    against: VARModel | None = None,
-    *,
-    batches: Sequence[int] = (1, 4, 16),
-    dtypes: Sequence[str] = ("fp32",),
-    decoder_dtype: str | None = None,
-    repeats: int = 5,
-    with_decoder: Sequence[bool] = (False, True),
-    split: bool = False,
-    compile: bool | None = None,
-    progress: Progress | None = None,
+    model: VARModel, against: VARModel | None, timing: Timing, *, progress: Progress | None = None
 ) -> BenchmarkReport:
     """Times generation with guidance.
 
     Args:
-        model: the model in question, on the device to measure. Another precision than its own is measured on a copy.
+        model: the model in question, on the device to measure. Another dtype than its own is measured on a copy.
         against: the dense model it is compared with; None measures ``model`` alone.
-        batches: images at once.
-        dtypes: fp32, bf16 or fp16, of the transformer.
-        decoder_dtype: of both sides' decoders; by default what the model has, which after ``load`` is fp32.
-        repeats: timed runs per side and row.
-        with_decoder: False for tokens, True for images; one row each.
-        split: also the time by component, per batch size, precision and side.
-        compile: replay CUDA graphs on both sides, see ``VARModel.generate``; None: where both can.
+        timing: what is timed.
         progress: told about every run.
 
     Raises:
         InputError: settings or models that cannot be measured, all problems at once.
     """
-    _check(model, against, batches, dtypes, decoder_dtype, repeats)
-    decoder = model.tokenizer.decoder_dtype if decoder_dtype is None else DTYPES[decoder_dtype]
-    runs = len(batches) * len(dtypes) * len(with_decoder) * (repeats + 1) * (1 if against is None else 2)
+    _check(model, against, timing)
+    name = timing.decoder_dtype
+    decoder = model.tokenizer.decoder_dtype if name is None else DTYPES[name]
+    runs = len(timing.batches) * len(timing.dtypes) * len(timing.with_decoder) * (timing.repeats + 1)
     rows: list[BenchmarkRow] = []
     components: list[ComponentTimes] = []
-    with (progress or SilentProgress()).task("benchmark", runs) as task:
-        for dtype in dtypes:
+    with (progress or SilentProgress()).task("benchmark", runs * (1 if against is None else 2)) as task:
+        for dtype in timing.dtypes:
             sides = [cast(side, DTYPES[dtype], decoder=decoder) for side in (model, against) if side is not None]
-            graphs = _all_record(sides) if compile is None else compile
-            for batch in batches:
-                rows += [_row(sides, batch, dtype, repeats, extent, graphs, task) for extent in with_decoder]
-                if split:
+            graphs = _all_record(sides) if timing.compile is None else timing.compile
+            for batch in timing.batches:
+                for with_decoder in timing.with_decoder:
+                    call = _Call(batch, with_decoder, graphs)
+                    rows.append(_row(sides, dtype, call, _alternate(sides, call, timing.repeats, task)))
+                if timing.split:
                     components += [split_components(side, batch) for side in sides]
     return BenchmarkReport(
         plan=model.plan_name if isinstance(model, SparseVARModel) else None,
         hardware=hardware_name(model.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        repeats=repeats,
+        repeats=timing.repeats,
         rows=tuple(rows),
         components=tuple(components) or None,
     )
@@ -156,21 +184,16 @@ def _all_record(sides: Sequence[VARModel]) -> bool:
     return True
 
 
-def _row(
-    sides: Sequence[VARModel], batch: int, dtype: str, repeats: int, with_decoder: bool, graphs: bool, task: Task
-) -> BenchmarkRow:
-    for side in sides:
-        side.recordings.clear()  # of other batches, whose memory is not this row's
-    timings = _alternate(sides, batch, repeats, with_decoder, graphs, task)
+def _row(sides: Sequence[VARModel], dtype: str, call: _Call, timings: Sequence[_Times]) -> BenchmarkRow:
     own = sides[0]
-    sparse: _Timing | None = None
-    dense: _Timing | None = None
+    sparse: _Times | None = None
+    dense: _Times | None = None
     speedup: float | None = None
     promised: float | None = None
     if len(sides) == 2:
         sparse, dense = timings
         speedup = dense.median / sparse.median
-        promised = _macs(sides[1], with_decoder) / _macs(own, with_decoder)
+        promised = _macs(sides[1], call.with_decoder) / _macs(own, call.with_decoder)
     elif own.is_sparse:
         sparse = timings[0]
     else:
@@ -178,47 +201,37 @@ def _row(
     return BenchmarkRow(
         device=str(own.device),
         dtype=dtype,
-        batch=batch,
-        with_decoder=with_decoder,
+        batch=call.batch,
+        with_decoder=call.with_decoder,
         decoder_dtype=next(name for name, known in DTYPES.items() if known == own.tokenizer.decoder_dtype),
-        graphs=graphs,
+        graphs=call.graphs,
         dense_ms=1000 * dense.median if dense else None,
         sparse_ms=1000 * sparse.median if sparse else None,
         speedup=speedup,
         promised=promised,
         realised_over_promised=speedup / promised if speedup and promised else None,
-        dense_images_per_second=batch / dense.median if dense else None,
-        sparse_images_per_second=batch / sparse.median if sparse else None,
+        dense_images_per_second=call.batch / dense.median if dense else None,
+        sparse_images_per_second=call.batch / sparse.median if sparse else None,
         spread=max(timing.spread for timing in timings),
         peak_memory_bytes=timings[0].peak_memory,
     )
 
 
-def _alternate(
-    sides: Sequence[VARModel], batch: int, repeats: int, with_decoder: bool, graphs: bool, task: Task
-) -> list[_Timing]:
+def _alternate(sides: Sequence[VARModel], call: _Call, repeats: int, task: Task) -> list[_Times]:
     """Times every side ``repeats`` times in turn, after one run each to warm up; that one records the graphs."""
+    for side in sides:
+        side.recordings.clear()  # of other batches, whose memory is not this row's
     seconds: list[list[float]] = [[] for _ in sides]
     peaks = [0] * len(sides)
     for repeat in range(repeats + 1):
         for index, side in enumerate(sides):
             reset_peak_memory(side.device)
-            elapsed = _generate(side, batch, with_decoder, graphs)
+            elapsed = call.seconds(side)
             peaks[index] = max(peaks[index], peak_memory_bytes(side.device))
             if repeat:
                 seconds[index].append(elapsed)
             task.advance()
-    return [_Timing(own, peak) for own, peak in zip(seconds, peaks, strict=True)]
-
-
-def _generate(model: VARModel, batch: int, with_decoder: bool, graphs: bool) -> float:
-    labels = [index % model.transformer.config.classes for index in range(batch)]
-    run = model.generate if with_decoder else model.generate_tokens
-    synchronize(model.device)
-    began = time.perf_counter()
-    run(labels, seed=0, chunk=batch, compile=graphs)
-    synchronize(model.device)
-    return time.perf_counter() - began
+    return [_Times(own, peak) for own, peak in zip(seconds, peaks, strict=True)]
 
 
 def _macs(model: VARModel, with_decoder: bool) -> int:
@@ -232,24 +245,17 @@ def _macs(model: VARModel, with_decoder: bool) -> int:
     return cost.end_to_end.macs if with_decoder else cost.transformer.macs
 
 
-def _check(
-    model: VARModel,
-    against: VARModel | None,
-    batches: Sequence[int],
-    dtypes: Sequence[str],
-    decoder_dtype: str | None,
-    repeats: int,
-) -> None:
+def _check(model: VARModel, against: VARModel | None, timing: Timing) -> None:
     problems = []
-    if not batches or min(batches) < 1:
-        problems.append(f"batches: {list(batches)} given, one or more numbers of at least 1 needed")
-    unknown = [name for name in dtypes if name not in DTYPES]
-    if unknown or not dtypes:
+    if not timing.batches or min(timing.batches) < 1:
+        problems.append(f"batches: {list(timing.batches)} given, one or more numbers of at least 1 needed")
+    unknown = [name for name in timing.dtypes if name not in DTYPES]
+    if unknown or not timing.dtypes:
         problems.append(f"dtypes: {unknown or 'none'} given, known are {', '.join(DTYPES)}")
-    if decoder_dtype is not None and decoder_dtype not in DTYPES:
-        problems.append(f"decoder_dtype: {decoder_dtype} given, known are {', '.join(DTYPES)}")
-    if repeats < 1:
-        problems.append(f"repeats: {repeats} given, at least 1 needed")
+    if timing.decoder_dtype is not None and timing.decoder_dtype not in DTYPES:
+        problems.append(f"decoder_dtype: {timing.decoder_dtype} given, known are {', '.join(DTYPES)}")
+    if timing.repeats < 1:
+        problems.append(f"repeats: {timing.repeats} given, at least 1 needed")
     if against is not None:
         if against.is_sparse:
             problems.append("against: a sparse model given; compare with the dense model it was made from")

@@ -13,7 +13,7 @@ from torch import Tensor
 from actvar_convert.errors import InputError
 from actvar_convert.measure import image_features
 from actvar_convert.measure.agreement import HELD_OUT_SEED
-from actvar_convert.measure.evaluation import evaluate_models
+from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.measure.image_features import chunks, model_fingerprint
 from actvar_convert.measure.quality_report import QualityReport, load_quality
@@ -53,9 +53,13 @@ def other(tiny_model: VARModel) -> VARModel:
     return model
 
 
-def evaluate(model: VARModel, teacher: VARModel, extractor: ClassifierExtractor, **changes: object) -> QualityReport:
-    settings: dict[str, object] = {"images": IMAGES, "batch": BATCH, "held_out": HELD_OUT, **changes}
-    return evaluate_models(model, teacher, extractor=extractor, **settings)  # type: ignore[arg-type]
+def evaluate(
+    model: VARModel, teacher: VARModel, extractor: ClassifierExtractor | None, **changes: object
+) -> QualityReport:
+    given: dict[str, object] = {"images": IMAGES, "batch": BATCH, "held_out": HELD_OUT, **changes}
+    others = {name: given.pop(name) for name in ("sampling", "cache_dir") if name in given}
+    settings = Evaluation(**given)  # type: ignore[arg-type]
+    return evaluate_models(model, teacher, settings, extractor=extractor, **others)  # type: ignore[arg-type]
 
 
 class Counting(ClassifierExtractor):
@@ -106,7 +110,7 @@ def test_without_images_there_are_kl_and_agreement(
     tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor
 ) -> None:
     full = evaluate(other, tiny_model, extractor)
-    report = evaluate_models(other, tiny_model, extractor=None, images=0, batch=BATCH, held_out=HELD_OUT)
+    report = evaluate(other, tiny_model, None, images=0)
     assert (report.kl, report.agreement, report.sampling) == (full.kl, full.agreement, full.sampling)
     assert (report.images, report.extractor, report.fid, report.inception_score) == (0, None, None, None)
     assert report.reference is None
@@ -114,7 +118,7 @@ def test_without_images_there_are_kl_and_agreement(
     assert report.notes == ("no images were measured: there is no FID, and nothing else that is measured on images",)
     assert QualityReport.model_validate_json(report.to_json()) == report
     with pytest.raises(InputError, match="extractor: needed to measure images; without one give images 0"):
-        evaluate_models(other, tiny_model, extractor=None, images=IMAGES, batch=BATCH, held_out=HELD_OUT)
+        evaluate(other, tiny_model, None)
 
 
 def test_agreement_is_the_definition(tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor) -> None:
@@ -192,7 +196,7 @@ def test_generation_in_half_precision(
     tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor, tmp_path: Path
 ) -> None:
     full = evaluate(other, tiny_model, extractor, cache_dir=tmp_path)
-    short = evaluate(other, tiny_model, extractor, dtype=torch.bfloat16, cache_dir=tmp_path)
+    short = evaluate(other, tiny_model, extractor, dtype="bf16", cache_dir=tmp_path)
     assert (full.dtype, short.dtype) == ("float32", "bfloat16")
     assert short.kl == full.kl and short.fid.dense != full.fid.dense
     assert short.fid.dense == pytest.approx(full.fid.dense, rel=0.5)
@@ -290,7 +294,7 @@ def test_plans_are_measured_and_the_model_is_left_as_it_was(
 def test_sparse_generation_in_half_precision(
     sparse: SparseVARModel, tiny_model: VARModel, extractor: ClassifierExtractor
 ) -> None:
-    full, short = (evaluate(sparse, tiny_model, extractor, dtype=dtype) for dtype in (None, torch.bfloat16))
+    full, short = (evaluate(sparse, tiny_model, extractor, dtype=dtype) for dtype in (None, "bf16"))
     assert short.fid.sparse == pytest.approx(full.fid.sparse, rel=0.5) and short.kl == full.kl
 
 
@@ -312,10 +316,10 @@ def test_all_problems_are_named_at_once(tiny_model: VARModel, extractor: Classif
     assert features is not None
     large = ClassifierExtractor(FashionClassifier(), features, name="large")
     with pytest.raises(InputError) as caught:
-        evaluate_models(
+        evaluate(
             tiny_model,
             tiny_model,
-            extractor=large,
+            large,
             images=4,
             seeds=(1, 1),
             batch=0,

@@ -7,7 +7,7 @@ from actvar_convert.cost.flops import count_flops
 from actvar_convert.errors import InputError
 from actvar_convert.measure import latency
 from actvar_convert.measure.components import ComponentClock, split_components, timed_components
-from actvar_convert.measure.latency import BenchmarkReport, benchmark_models
+from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_models
 from actvar_convert.models.casting import cast
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import VARModel
@@ -60,7 +60,7 @@ class CountingProgress(SilentProgress):
 
 def test_sparse_against_dense(dense, sparse):
     progress = CountingProgress()
-    report = benchmark_models(sparse, dense, batches=(1, 2), repeats=3, progress=progress)
+    report = benchmark_models(sparse, dense, Timing(batches=(1, 2), repeats=3), progress=progress)
     assert progress.total == progress.taken == 2 * 2 * 4 * 2
     assert [(row.batch, row.with_decoder) for row in report.rows] == [(1, False), (1, True), (2, False), (2, True)]
     priced = count_flops(CONFIG, TOKENIZER, {"plan": PLAN})
@@ -77,7 +77,7 @@ def test_sparse_against_dense(dense, sparse):
 
 
 def test_json_keeps_its_contract(dense, sparse):
-    report = benchmark_models(sparse, dense, batches=(1,), repeats=1, with_decoder=(True,))
+    report = benchmark_models(sparse, dense, Timing(batches=(1,), repeats=1, with_decoder=(True,)))
     given = json.loads(report.to_json())
     assert given["schema"] == "actvar.benchmark/1"
     expected = {"device", "dtype", "batch", "dense_ms", "sparse_ms", "speedup", "promised", "realised_over_promised"}
@@ -87,7 +87,9 @@ def test_json_keeps_its_contract(dense, sparse):
 
 @pytest.mark.parametrize("side", ["dense", "sparse"])
 def test_alone_only_its_own_time_is_filled(request, side):
-    report = benchmark_models(request.getfixturevalue(side), batches=(1,), repeats=1, with_decoder=(False,))
+    report = benchmark_models(
+        request.getfixturevalue(side), None, Timing(batches=(1,), repeats=1, with_decoder=(False,))
+    )
     row, other = report.rows[0], {"dense": "sparse", "sparse": "dense"}[side]
     assert getattr(row, f"{side}_ms") > 0 and getattr(row, f"{side}_images_per_second") > 0
     assert getattr(row, f"{other}_ms") is None
@@ -97,21 +99,21 @@ def test_alone_only_its_own_time_is_filled(request, side):
 
 def test_another_precision_is_measured_on_a_copy(dense, sparse):
     before = {name: (tensor.dtype, tensor.clone()) for name, tensor in sparse.state_dict().items()}
-    report = benchmark_models(sparse, dense, batches=(2,), dtypes=("fp32", "bf16"), repeats=1)
+    report = benchmark_models(sparse, dense, Timing(batches=(2,), dtypes=("fp32", "bf16"), repeats=1))
     assert [row.dtype for row in report.rows] == ["fp32", "fp32", "bf16", "bf16"]
     after = sparse.state_dict()
     assert all(after[name].dtype == dtype and after[name].equal(value) for name, (dtype, value) in before.items())
 
 
 def test_a_decoder_of_its_own_format_is_measured_on_both_sides(dense, sparse):
-    report = benchmark_models(sparse, dense, batches=(1,), decoder_dtype="bf16", repeats=1)
+    report = benchmark_models(sparse, dense, Timing(batches=(1,), decoder_dtype="bf16", repeats=1))
     assert {(row.dtype, row.decoder_dtype) for row in report.rows} == {("fp32", "bf16")}
     assert sparse.tokenizer.decoder_dtype == torch.float32
     low = cast(sparse, torch.float32, decoder=torch.float16)
-    own = benchmark_models(low, dense, batches=(1,), repeats=1, with_decoder=(True,))
+    own = benchmark_models(low, dense, Timing(batches=(1,), repeats=1, with_decoder=(True,)))
     assert [row.decoder_dtype for row in own.rows] == ["fp16"]
     with pytest.raises(InputError, match="decoder_dtype: bf8"):
-        benchmark_models(sparse, dense, decoder_dtype="bf8")
+        benchmark_models(sparse, dense, Timing(decoder_dtype="bf8"))
 
 
 def test_recordings_of_other_batches_are_gone_before_a_row(dense, sparse, monkeypatch):
@@ -119,19 +121,19 @@ def test_recordings_of_other_batches_are_gone_before_a_row(dense, sparse, monkey
     for side in (dense, sparse):
         monkeypatch.setattr(side.recordings, "clear", lambda: events.append("clear"))
     monkeypatch.setattr(latency, "reset_peak_memory", lambda device: events.append("reset"))
-    benchmark_models(sparse, dense, batches=(1, 2), repeats=1, with_decoder=(False,))
+    benchmark_models(sparse, dense, Timing(batches=(1, 2), repeats=1, with_decoder=(False,)))
     assert events == ["clear", "clear", *["reset"] * 4] * 2
 
 
 def test_all_problems_at_once(dense, sparse):
     other = VARModel(VARTransformer(TransformerConfig(**CONFIG.model_dump() | {"depth": 1})), dense.tokenizer)
     with pytest.raises(InputError) as error:
-        benchmark_models(sparse, other, batches=(0,), dtypes=("fp64",), repeats=0)
+        benchmark_models(sparse, other, Timing(batches=(0,), dtypes=("fp64",), repeats=0))
     assert len(error.value.problems) == 4
     for part in ("batches: [0]", "fp64", "repeats: 0", "depth differ"):
         assert part in str(error.value)
     with pytest.raises(InputError, match="made from"):
-        benchmark_models(sparse, sparse)
+        benchmark_models(sparse, sparse, Timing())
 
 
 def test_components_add_up_and_leave_no_trace(dense, sparse):
@@ -168,6 +170,6 @@ def test_clock_charges_the_innermost_component():
 
 
 def test_split_is_part_of_the_report(dense, sparse):
-    report = benchmark_models(sparse, dense, batches=(1,), repeats=1, with_decoder=(True,), split=True)
+    report = benchmark_models(sparse, dense, Timing(batches=(1,), repeats=1, with_decoder=(True,), split=True))
     assert [times.side for times in report.components] == ["sparse", "dense"]
     assert {times.dtype for times in report.components} == {"fp32"}

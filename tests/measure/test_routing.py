@@ -18,7 +18,7 @@ from ..show.test_tables import printed
 
 @pytest.fixture
 def report(tiny_sparse: SparseVARModel, tiny_model: VARModel) -> QualityReport:
-    return av.evaluate(tiny_sparse, teacher=tiny_model, images=0, held_out=6, plans=["all"])
+    return av.evaluate(tiny_sparse, teacher=tiny_model, settings=av.Evaluation(images=0, held_out=6, plans=["all"]))
 
 
 def test_every_choice_is_counted_once(report: QualityReport, tiny_sparse: SparseVARModel) -> None:
