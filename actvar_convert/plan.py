@@ -57,7 +57,6 @@ class SparsityPlan(BaseModel):
 
     experts: int = Field(ge=1, description="experts E per FFN; divides the hidden neurons H")
     blocks: tuple[BlockPlan, ...]
-    router_width: int = Field(0, ge=0, description="hidden units of the router beside its linear part; 0: linear only")
     reconstruction: ReconstructionKind = Field("mixture", description="how skipped tokens are filled in")
     reconstruction_rank: int = Field(16, ge=0, description="rank of the low-rank map of the reconstruction")
     skipped_kv: Literal["computed", "dropped"] = Field(
@@ -85,11 +84,6 @@ class SparsityPlan(BaseModel):
     def gated(self) -> bool:
         """Whether any block skips tokens."""
         return any(keep < 1 for block in self.blocks for keep in block.keep)
-
-    @property
-    def routing(self) -> bool:
-        """Whether any block has experts to choose."""
-        return any(self.router_experts(block) for block in range(len(self.blocks)))
 
     def block_gated(self, block: int) -> bool:
         """Whether one block skips tokens at any scale."""

@@ -63,7 +63,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "experts.importance=activation",
         "experts.inactive=none",
         "experts.inactive=mean",
-        "experts.router_width=32",
         "experts.count=8",
         "experts.count=32",
         "experts.compensation=least_squares",

@@ -69,7 +69,6 @@ def assemble_plan(
     return SparsityPlan(
         experts=recipe.experts.count,
         blocks=tuple(blocks),
-        router_width=recipe.experts.router_width,
         reconstruction=recipe.gate.reconstruction,
         reconstruction_rank=recipe.gate.rank,
         skipped_kv=recipe.gate.skipped_kv,

@@ -137,10 +137,6 @@ def start_router(ffn: ExpertFFN, x_TC: Tensor) -> None:
     weight, bias = moments.ridge()
     ffn.router.linear.weight.data.copy_(weight)
     ffn.router.linear.bias.data.copy_(bias)
-    if ffn.router.width:
-        generator = torch.Generator().manual_seed(ffn.block)
-        down = ffn.router.down.weight
-        down.data.copy_(torch.randn(down.shape, generator=generator) / down.shape[1] ** 0.5)
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def block_macs(config: TransformerConfig, plan: SparsityPlan, block: int, scale:
     """MACs of one block at one scale for one row, by component: the family's, then those of the method.
 
     With C the width, F the family's price of a token in the whole FFN, a of E experts active, k of L tokens kept: FFN
-    F k a / E, router (C E_r [+ C w + w E_r]) k over E_r routed experts, gate C L, reconstruction 2 C r (L - k).
+    F k a / E, router C E_r k over E_r routed experts, gate C L, reconstruction 2 C r (L - k).
     """
     costs, C, length = family_costs(config), config.width, config.pyramid.lengths[scale]
     kept = plan.blocks[block].kept(scale, length)
@@ -101,15 +101,11 @@ def block_macs(config: TransformerConfig, plan: SparsityPlan, block: int, scale:
     macs = costs.block(kept, context_tokens(config, plan, block, scale))
     if plan.skipped_kv == "computed":
         macs["attention_projections"] += 2 * C * C * skipped
-    router = 0
-    if plan.routes(block, scale):
-        scored, width = plan.router_experts(block), plan.router_width
-        router = kept * (C * scored + C * width + width * scored)
     low_rank = plan.reconstruction in ("low_rank", "mixture")
     return {
         **macs,
         "ffn": round(kept * plan.active(block, scale) * costs.ffn() / plan.experts),
-        "router": router,
+        "router": kept * C * plan.router_experts(block) if plan.routes(block, scale) else 0,
         "gate": length * C if skipped else 0,
         "reconstruction": 2 * C * plan.reconstruction_rank * skipped if low_rank else 0,
     }

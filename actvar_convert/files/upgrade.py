@@ -14,6 +14,7 @@ FORMAT_VERSION = 2
 
 KEPT: dict[str, object] = {
     "neighbourhood": 1,
+    "router_width": 0,
     "threshold": None,
     "mean_routed": None,
 }

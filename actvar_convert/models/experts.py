@@ -22,26 +22,17 @@ from actvar_convert.plan import SparsityPlan
 class Router(nn.Module):
     """Predicts the size of each expert's contribution, ||f_e(x) - m_e||, from the input of the FFN.
 
-    score(x) = W x + b (+ U relu(D x), a hidden layer beside the linear map, when ``width`` is not 0). A regression
-    instead of a classification suits a GELU (after D2DMoE, arXiv 2310.04361).
+    score(x) = W x + b. A regression instead of a classification suits a GELU (after D2DMoE, arXiv 2310.04361).
     """
 
-    def __init__(self, channels: int, experts: int, width: int) -> None:
+    def __init__(self, channels: int, experts: int) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, experts)
-        if width:
-            self.down = nn.Linear(channels, width)
-            self.up = nn.Linear(width, experts, bias=False)
-            nn.init.zeros_(self.up.weight)
-        self.width = width
 
     def forward(self, x_BLC: Tensor, last: int | None = None) -> Tensor:
         """Scores [B, L, F] of all experts that the router knows, or of the ``last`` ones only."""
         begin = 0 if last is None else self.linear.out_features - last
-        score = F.linear(x_BLC, self.linear.weight[begin:], self.linear.bias[begin:])
-        if self.width:
-            score = score + F.linear(F.relu(self.down(x_BLC)), self.up.weight[begin:])
-        return score
+        return F.linear(x_BLC, self.linear.weight[begin:], self.linear.bias[begin:])
 
 
 class ExpertFFN(nn.Module):
@@ -70,8 +61,7 @@ class ExpertFFN(nn.Module):
         self.register_buffer("permutation", torch.arange(config.hidden))
         self.inactive = nn.Parameter(torch.zeros(config.pyramid.num_scales, self.experts, config.width))
         self.scored = max(each.router_experts(block) for each in plans.values())
-        width = max(each.router_width for each in plans.values() if each.router_experts(block) == self.scored)
-        self.router = Router(config.width, self.scored, width) if self.scored else None
+        self.router = Router(config.width, self.scored) if self.scored else None
         self.plan = chosen
         self._derived = DerivedWeights()
 

@@ -192,9 +192,8 @@ class SparseVARTransformer(VARTransformer):
 
     Args:
         config: shape of the dense transformer.
-        plans: named plans; routers and gates are sized for all of them together. They share the number of experts,
-            what becomes of guidance, those that route the router's width, those that gate the kind and rank of the
-            reconstruction.
+        plans: named plans; routers and gates are sized for all of them together. They share the number of experts
+            and what becomes of guidance, those that gate the kind and rank of the reconstruction.
         default: name of the plan in force.
 
     Raises:
@@ -205,12 +204,10 @@ class SparseVARTransformer(VARTransformer):
         if default not in plans:
             raise RecipeError(f"plan {default!r} is not among the plans: {', '.join(plans)}")
         problems = [f"{name}: {problem}" for name, plan in plans.items() for problem in plan.problems(config)]
-        routing = {name: plan for name, plan in plans.items() if plan.routing}
         gating = {name: plan for name, plan in plans.items() if plan.gated}
         for field, concerned in (
             ("experts", plans),
             ("guidance", plans),
-            ("router_width", routing),
             ("reconstruction", gating),
             ("reconstruction_rank", gating),
         ):

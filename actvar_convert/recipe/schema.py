@@ -70,7 +70,6 @@ class ExpertsRecipe(Section):
         "output weights, each block by itself; or block after block, on the states that the sparse model has, with "
         "attention's output projections and the head. An export of such a model is no longer bit-equal to its source",
     )
-    router_width: int = Field(0, ge=0, description="hidden units of the router beside its linear part; 0: linear only")
 
 
 class GateRecipe(Section):
@@ -336,7 +335,7 @@ class Recipe(Section):
     plans: dict[str, SparsityPlan] | None = Field(
         None,
         min_length=1,
-        description="named plans instead of a search; they state what experts.router_width and gate say otherwise",
+        description="named plans instead of a search; they state what gate says otherwise",
     )
     default_plan: str | None = Field(None, description="which of the plans a model starts with; null: the first")
     data: DataRecipe = Field(DataRecipe(), description="the token pyramids that distillation replays")

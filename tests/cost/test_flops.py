@@ -124,7 +124,7 @@ def test_hand_count_sparse(skipped_kv, context, extra):
     # Block 0 is dense. Block 1 at scale 1: 2 of 4 tokens, 1 of 4 experts always, 1 of the other 3 routed, rank 3.
     dense = BlockPlan(prefix=(4, 4), routed=(0, 0), keep=(1.0, 1.0))
     sparse = BlockPlan(prefix=(4, 1), routed=(0, 1), keep=(1.0, 0.5))
-    plan = SparsityPlan(experts=4, blocks=(dense, sparse), router_width=5, reconstruction_rank=3, skipped_kv=skipped_kv)
+    plan = SparsityPlan(experts=4, blocks=(dense, sparse), reconstruction_rank=3, skipped_kv=skipped_kv)
     report = count_flops(TINY, None, {"only": plan}, guidance=False)
     block0, block1 = report.sparse.per_block
     assert {n: c.macs for n, c in block0.components.items()} == {
@@ -134,7 +134,7 @@ def test_hand_count_sparse(skipped_kv, context, extra):
         "attention_projections": (1 + 2) * 4 * 8 * 8 + 2 * extra,
         "attention_products": (1 * 1 + 2 * context) * 2 * 8,
         "ffn": 1 * 2 * 8 * 16 + 2 * (2 * 4) * 2 * 8,
-        "router": 2 * (8 * 3 + 8 * 5 + 5 * 3),
+        "router": 2 * 8 * 3,
         "gate": 4 * 8,
         "reconstruction": 2 * (2 * 8 * 3),
         "adaln": 8 * 48,

@@ -71,15 +71,13 @@ def test_decoder_convolutions(res_blocks, ch_mult):
 
 
 @pytest.mark.parametrize("skipped_kv", ["computed", "dropped"])
-@pytest.mark.parametrize("router_width", [0, 8])
 @pytest.mark.parametrize("kind", ["identity", "previous", "low_rank", "mixture"])
-def test_generation_of_the_sparse_model(tokenizer, skipped_kv, router_width, kind):
+def test_generation_of_the_sparse_model(tokenizer, skipped_kv, kind):
     first = BlockPlan(prefix=(8, 8, 3, 2), routed=(0, 0, 0, 3), keep=(1.0, 1.0, 1.0, 1.0))
     second = BlockPlan(prefix=(8, 8, 1, 2), routed=(0, 0, 2, 3), keep=(1.0, 1.0, 0.5, 0.6))
     plan = SparsityPlan(
         experts=8,
         blocks=(first, second),
-        router_width=router_width,
         reconstruction=kind,
         reconstruction_rank=4,
         skipped_kv=skipped_kv,

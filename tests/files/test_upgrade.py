@@ -13,7 +13,7 @@ from actvar_convert.files.sparse_folder import load_sparse, save_sparse
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 
-PLAN: dict[str, object] = {"neighbourhood": 1}
+PLAN: dict[str, object] = {"neighbourhood": 1, "router_width": 0}
 """Settings of a plan of version 1 at the values that became the rule."""
 BLOCK: dict[str, object] = {"threshold": None, "mean_routed": None}
 """The same of a block."""
@@ -48,6 +48,7 @@ def test_kept_values_are_dropped(
     ("plan", "block", "said"),
     [
         ({"neighbourhood": 2}, {}, "neighbourhood is 2, allowed: 1"),
+        ({"router_width": 8}, {}, "router_width is 8, allowed: 0"),
         ({}, {"threshold": [None, None, None, 0.5]}, "blocks.1.threshold is [None, None, None, 0.5], allowed: None"),
     ],
 )

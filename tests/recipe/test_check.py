@@ -90,9 +90,11 @@ def test_a_plan_for_another_depth_is_named_with_its_path() -> None:
     plans = {"fast": SparsityPlan.dense(deeper, experts=16), "good": SparsityPlan.dense(TINY, experts=16)}
     given = BASE.model_copy(update={"plans": plans})
     assert problems_for(given, TINY) == ["plans.fast.blocks: 3 blocks given, the model has 2"]
-    differing = {**plans, "good": plans["good"].model_copy(update={"router_width": 4})}
+    differing = {**plans, "good": plans["good"].model_copy(update={"reconstruction_rank": 4})}
     found = problems_for(BASE.model_copy(update={"plans": differing}))
-    assert found == ["plans: given {'fast': 0, 'good': 4} as router_width, allowed: the same for all plans of a model"]
+    assert found == [
+        "plans: given {'fast': 16, 'good': 4} as reconstruction_rank, allowed: the same for all plans of a model"
+    ]
 
 
 def test_a_rank_beyond_the_width_is_refused_where_tokens_are_skipped() -> None:
@@ -111,10 +113,9 @@ def test_a_rank_beyond_the_width_is_refused_where_tokens_are_skipped() -> None:
 def test_settings_that_plans_overrule_are_named() -> None:
     stated = {"reconstruction_rank": 8, "skipped_kv": "dropped"}
     plan = SparsityPlan.dense(TINY, experts=16).model_copy(update=stated)
-    sections = {"experts": {"router_width": 4}, "gate": {"rank": 4, "skipped_kv": "computed"}}
+    sections = {"gate": {"rank": 4, "skipped_kv": "computed"}}
     assert problems_for(recipe(**sections), TINY) == []
     assert problems_for(recipe(**sections, plans={"a": plan.model_dump()}), TINY) == [
-        "experts.router_width: given 4, but the plans say 0, and they decide; leave it out",
         "gate.skipped_kv: given computed, but the plans say dropped, and they decide; leave it out",
         "gate.rank: given 4, but the plans say 8, and they decide; leave it out",
     ]
