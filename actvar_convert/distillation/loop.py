@@ -1,8 +1,7 @@
 """The one training loop: runs the stages in order, keeps metrics and resumable state.
 
 A step depends on the weights, the seed and its own number alone (``schedule``), so a resumed run equals an
-uninterrupted one. How many processes share a step changes the order of sums and nothing else; where the student draws
-pyramids itself, rounding may so decide a token.
+uninterrupted one. How many processes share a step changes the order of sums and nothing else.
 """
 
 from __future__ import annotations
@@ -23,29 +22,31 @@ from torch import Tensor
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.lora import attach_lora, fold_lora
 from actvar_convert.distillation.optimizers import Optimizers
-from actvar_convert.distillation.schedule import (
-    drop_labels,
-    learning_rate,
-    noise_seed,
-    plan_of_step,
-    sampled_scales,
-    straight_through,
-)
+from actvar_convert.distillation.schedule import drop_labels, learning_rate, plan_of_step
 from actvar_convert.distillation.sharding import shard_student, split_like, whole, whole_student
-from actvar_convert.distillation.stages import STAGES, Stage, trainable_parameters
+from actvar_convert.distillation.stages import STAGES, Stage, lora_rank, trainable_parameters, trains_gates
 from actvar_convert.errors import CheckpointError, Diverged, InputError, Interrupted
 from actvar_convert.files.run_state import RunState, Scalar, load_run_state, save_run_state
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.recipe.check import split_problems
-from actvar_convert.recipe.schema import Recipe, StageRecipe
+from actvar_convert.recipe.schema import PlanTurns, Recipe, StageRecipe
 from actvar_convert.system.device import autocast_dtype
-from actvar_convert.system.processes import Processes, local
+from actvar_convert.system.processes import Processes
 from actvar_convert.system.progress import MetricsLog, Progress
 
 ECHO = 5.0
 """Seconds within which a launcher passes a signal on."""
+
+GRADIENT_CLIP = 1.0
+"""Largest norm of the gradient; a longer one is shortened to it."""
+
+SAVE_EVERY = 30.0
+"""Seconds between two saves of the state, at least."""
+
+SAVE_PAUSE = 20
+"""The same in units of what the last save took."""
 
 
 class StopRequest:
@@ -79,11 +80,12 @@ class StopRequest:
 
 
 class StageRun:
-    """One stage in progress: parameters, optimiser, averaged weights and the number of steps done.
+    """One stage in progress: parameters, optimiser and the number of steps done.
 
     Args:
         state: what an earlier run of the stage saved; None: the stage begins.
         processes: those that share the stage.
+        turns: plans that the steps train: the active one, or all of the model by turns.
     """
 
     def __init__(
@@ -94,13 +96,15 @@ class StageRun:
         seed: int,
         state: RunState | None = None,
         processes: Processes | None = None,
+        turns: PlanTurns = "default",
     ) -> None:
         self.model, self.stage, self.recipe, self.seed = model, stage, recipe, seed
         self.processes = processes or Processes(device=model.device)
-        self.plans = stage.plans(model, recipe)
+        self.plans = stage.plans(model, turns)
         self.objective: Callable[..., dict[str, Tensor]] = stage.objective
-        if recipe.trainable == "lora":
-            attach_lora(model.transformer, recipe.lora_rank, seed)
+        self.lora_rank = lora_rank(recipe)
+        if self.lora_rank is not None:
+            attach_lora(model.transformer, self.lora_rank, seed)
         if state is not None:
             model.transformer.load_state_dict(_below("model/", state.tensors))
         model.transformer.requires_grad_(False)
@@ -110,7 +114,8 @@ class StageRun:
             self.objective = shard_student(model.transformer, stage.objective, self.processes)
         self.parameters = trainable_parameters(model.transformer, recipe)
         self.optimizers = Optimizers(self.parameters, recipe)
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if recipe.ema else {}
+        for block in model.transformer.sparse_layers:
+            block.straight_through = trains_gates(recipe)
         self.step = 0
         if state is not None:
             self._restore(state)
@@ -120,24 +125,21 @@ class StageRun:
     ) -> dict[str, float]:
         """One optimiser step on this process's rows; returns losses, learning rate and gradient norm of all rows.
 
-        A step whose plan or pyramids give nothing to train changes nothing. It counts where those of others may. A
-        token weighs the same in every step: on the first scales alone the gradient is their share of a whole one.
+        A step whose plan gives nothing to train changes nothing. It counts if other plans take their turns.
         """
         recipe, processes = self.recipe, self.processes
         rate = learning_rate(recipe, self.step)
-        for block in self.model.transformer.sparse_layers:
-            block.straight_through = straight_through(recipe, self.step)
         with autocast:
             losses = self.objective(self.model, teacher, recipe, tokens_BL, labels_B, processes.total)
         shares = torch.stack(list(losses.values())) if losses else None
         if shares is None or not shares.requires_grad:
-            if len(self.plans) > 1 or recipe.on_policy:
+            if len(self.plans) > 1:
                 self.step += 1
             return {"loss": 0.0}
         self.optimizers.zero_grad()
-        torch.autograd.backward(shares.sum() * self._covered(tokens_BL))
+        torch.autograd.backward(shares.sum())
         processes.add_gradients(self.parameters.values())
-        norm = float(processes.clip_gradients(self.parameters.values(), recipe.gradient_clip))
+        norm = float(processes.clip_gradients(self.parameters.values(), GRADIENT_CLIP))
         if not math.isfinite(norm):
             raise Diverged(
                 f"{self.stage.name} diverged: the gradient of step {self.step + 1} is not finite, and nothing of that "
@@ -146,54 +148,29 @@ class StageRun:
             )
         self.optimizers.step(rate)
         self.step += 1
-        if self.average and recipe.ema is not None:
-            weight = min(recipe.ema, (self.step + 1) / (self.step + 10))
-            for name, parameter in self.parameters.items():
-                local(self.average[name]).lerp_(local(parameter.detach()), 1 - weight)
         totals = processes.total(shares)
         values = dict(zip(losses, totals.tolist(), strict=True))
         return {"loss": float(totals.sum()), **values, "learning_rate": rate, "gradient_norm": norm}
 
-    def _covered(self, tokens_BL: Tensor) -> float:
-        """Share of a pyramid's tokens that losses on these cover: the scales given, and the one that they lead to."""
-        pyramid = self.model.transformer.config.pyramid
-        scales = min(pyramid.scales_in(tokens_BL.shape[1]) + 1, pyramid.num_scales)
-        return pyramid.ends[scales - 1] / pyramid.total
-
-    def choose(self) -> dict[str, str | int]:
-        """Puts the plan of the step in force; returns what was chosen for the step, where there was a choice.
-
-        ``plan``: its name. ``sampled_scales``: how many scales of the pyramids the student draws; 0: none.
-        """
-        chosen: dict[str, str | int] = {}
-        if len(self.plans) > 1:
-            chosen["plan"] = plan_of_step(self.plans, self.seed, self.step)
-        self.model.use_plan(str(chosen.get("plan", self.plans[0])))
-        if self.recipe.on_policy:
-            sparse = self.stage.sparse_scales(self.model.plan)
-            scales = self.model.transformer.config.pyramid.num_scales
-            first = sparse[0] if sparse else scales
-            chosen["sampled_scales"] = sampled_scales(self.recipe.on_policy, first, scales, self.seed, self.step)
+    def choose(self) -> dict[str, str]:
+        """Activates the plan of the step; returns its name as ``plan`` if there was a choice."""
+        chosen = {"plan": plan_of_step(self.plans, self.seed, self.step)} if len(self.plans) > 1 else {}
+        self.model.use_plan(chosen.get("plan", self.plans[0]))
         return chosen
 
     def finish(self) -> None:
-        """Puts the averaged weights in force, folds low-rank updates and freezes the model again."""
+        """Folds low-rank updates and freezes the model again."""
         if self.processes.shard:
-            rank = self.recipe.lora_rank if self.recipe.trainable == "lora" else None
-            self.model.transformer = whole_student(self.model.transformer, self.average, rank)
+            self.model.transformer = whole_student(self.model.transformer, self.lora_rank)
         else:
-            with torch.no_grad():
-                for name, value in self.average.items():
-                    self.parameters[name].copy_(value)
             fold_lora(self.model.transformer)
             self.model.transformer.requires_grad_(False)
         for block in self.model.transformer.sparse_layers:
-            block.straight_through = 0.0
+            block.straight_through = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, whole; empty in all but the main process."""
         state = {f"model/{name}": value for name, value in self.model.transformer.state_dict().items()}
-        state |= {f"average/{name}": value for name, value in self.average.items()}
         for name, parameter in self.parameters.items():
             state |= {f"optimizer/{name}/{key}": value for key, value in self.optimizers.state(parameter).items()}
         saved = {}
@@ -204,10 +181,8 @@ class StageRun:
         return saved
 
     def _restore(self, state: RunState) -> None:
-        """Takes up averages, optimiser and step where ``tensors`` were saved."""
+        """Takes up optimiser and step where ``tensors`` were saved."""
         for name, parameter in self.parameters.items():
-            if self.average:
-                self.average[name] = split_like(state.tensors[f"average/{name}"], parameter)
             own = _below(f"optimizer/{name}/", state.tensors)
             if own:
                 self.optimizers.restore(
@@ -248,8 +223,7 @@ def distill_model(
         Interrupted: after Ctrl-C, with everything done so far on disk.
         Diverged: a gradient is not finite.
         CheckpointError: the state belongs to another recipe, teacher or converted model.
-        InputError: a batch has fewer pyramids than there are processes, or a student that is split would have to draw
-            pyramids.
+        InputError: a batch has fewer pyramids than there are processes, or Muon would train a student that is split.
     """
     if stages is None:
         stages = [(stage, getattr(recipe.distill, name)) for name, stage in STAGES.items()]
@@ -273,7 +247,7 @@ def distill_model(
     teacher.transformer.requires_grad_(False)
     with StopRequest().listening() as stop:
         for index, (stage, stage_recipe) in enumerate(stages[begin:], start=begin):
-            run = StageRun(model, stage, stage_recipe, recipe.seed + index, state, processes)
+            run = StageRun(model, stage, stage_recipe, recipe.seed + index, state, processes, recipe.distill.plans)
             if state is not None and log is not None:
                 log.rewind(run.step, stage=stage.name)
                 for later, _ in stages[index + 1 :]:
@@ -309,12 +283,12 @@ def _require_rows(stages: Sequence[tuple[Stage, StageRecipe]], store: TokenStore
 
 
 def require_whole_student(recipe: Recipe, processes: Processes) -> None:
-    """Raises InputError where a student that is split over the processes would have to be whole."""
+    """Raises InputError if a student that is split over the processes would have to be whole."""
     problems = split_problems(recipe)
     if processes.shard and problems:
         raise InputError(
-            "a student that is split over the processes draws no pyramids and has no whole matrices; start without "
-            "--shard, or change the recipe (--set):",
+            "a student that is split over the processes has no whole matrices; start without --shard, or change the "
+            "recipe (--set):",
             problems,
         )
 
@@ -348,32 +322,27 @@ def _run_stage(
 
     with progress.task(run.stage.task, steps) as task:
         task.advance(run.step)
-        saved_at = time.monotonic()
+        saved_at, took = time.monotonic(), 0.0
         while run.step < steps:
             step = run.step
             tokens, labels = store.batch(step, run.recipe.batch, run.seed)
             own, chosen = processes.part(len(tokens)), run.choose()
-            tokens, scales = tokens[own].to(device), int(chosen.get("sampled_scales", 0))
-            if scales:
-                with autocast():
-                    seed, paired = noise_seed(run.seed, step), run.model.transformer.rows_per_image > 1
-                    cfg = recipe.data.cfg if paired else None  # folded guidance has its strength already
-                    tokens = run.model.sample_prefix(labels, scales, cfg=cfg, seed=seed, rows=own)
             labels = drop_labels(
                 labels, teacher.transformer.null_class, recipe.data.null_share, run.seed * 1_000_003 + step
             )
-            values = run.train_step(teacher, tokens, labels[own].to(device), autocast())
+            values = run.train_step(teacher, tokens[own].to(device), labels[own].to(device), autocast())
             if run.step == step:
                 break
             if log is not None:
                 log.write(stage=run.stage.name, step=run.step, **chosen, **values)
             task.advance(1)
             task.note(f"loss {values['loss']:.4f}")
-            due = run.step % run.recipe.checkpoint_every == 0 and time.monotonic() - saved_at > 5
-            stopping, saving = processes.any(stop.asked, due)
-            if stopping or saving or run.step == steps:
+            begin = time.monotonic()
+            stopping, due = processes.any(stop.asked, begin - saved_at >= max(SAVE_EVERY, SAVE_PAUSE * took))
+            if stopping or due or run.step == steps:
                 save()
                 saved_at = time.monotonic()
+                took = saved_at - begin
             if stopping:
                 kept = "nothing" if state_path is None else "all"
                 raise Interrupted(f"stopped in {run.stage.name} after step {run.step} of {steps}; {kept} of it is kept")

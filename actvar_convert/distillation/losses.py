@@ -1,9 +1,10 @@
-"""Losses of both stages as small pure functions.
+"""Losses of both stages as small pure functions, and what each weighs.
 
-Where several processes share a batch, each loss is this process's share: ``total`` adds up over all of them what the
-loss divides by, so the shares add up to the loss of the whole batch.
+Every loss takes the weights [B, L] of its tokens; None: all 1. Where several processes share a batch, each loss is this
+process's share: ``total`` adds up over all of them what the loss divides by, so the shares add up to the loss of the
+whole batch.
 
-Shapes: B pyramids, L tokens, C width, V codebook, T tokens, F experts.
+Shapes: B pyramids, L tokens, C width, V codebook, F experts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 Total = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes that share a batch."""
 
+WEIGHTS = {"output": 1.0, "router": 1.0, "kl": 1.0, "hidden": 0.1, "gate": 0.1}
+"""What each loss counts in the sum that a step minimises: stage 1 has the first two, stage 2 the others."""
 
 LEAST_SPREAD = 1e-3
 """Share of a target's mean square that its variance has at least in a regression: targets may all be alike."""
@@ -28,42 +31,56 @@ def alone(value: Tensor) -> Tensor:
 
 
 def relative_error(
-    student_BLC: Tensor, teacher_BLC: Tensor, total: Total = alone, weight_L: Tensor | None = None
+    student_BLC: Tensor, teacher_BLC: Tensor, weights_BL: Tensor | None = None, total: Total = alone
 ) -> Tensor:
     """||student - teacher||^2 / ||teacher||^2 over everything: 0 when equal, 1 for a student that says zero.
 
-    Both squared norms count every token by its position's weight.
+    Both squared norms count every token by its weight.
     """
     teacher = teacher_BLC.float()
     error, size = (student_BLC.float() - teacher).square(), teacher.square()
-    if weight_L is not None:
-        error, size = error * weight_L.unsqueeze(-1), size * weight_L.unsqueeze(-1)
-    return error.sum() / total(size.sum()).clamp_min(1e-12)
+    return _weighted(error, weights_BL).sum() / total(_weighted(size, weights_BL).sum()).clamp_min(1e-12)
 
 
-def regression(prediction: Tensor, target: Tensor, total: Total = alone) -> Tensor:
+def regression(prediction: Tensor, target: Tensor, weights_BL: Tensor | None = None, total: Total = alone) -> Tensor:
     """Mean squared error in units of the target's variance: 1 for a constant guess at the mean.
 
     A variance below ``LEAST_SPREAD`` of the target's mean square counts as that much.
+
+    Args:
+        prediction, target: [B, L], or [B, L, F] where a token has several.
     """
     target = target.float()
-    sums = torch.stack((target.sum(), target.new_tensor(float(target.numel())), target.square().sum()))
+    count = target.new_tensor(float(target.numel()))
+    if weights_BL is not None:
+        count = _weighted(torch.ones_like(target), weights_BL).sum()
+    sums = torch.stack((_weighted(target, weights_BL).sum(), count, _weighted(target.square(), weights_BL).sum()))
     sum_, count, size = total(sums).unbind()
-    spread = total((target - sum_ / count).square().sum())
+    mean = sum_ / count.clamp_min(1e-12)
+    spread = total(_weighted((target - mean).square(), weights_BL).sum())
     floor = (LEAST_SPREAD * size).clamp_min(1e-12)
-    return (prediction.float() - target).square().sum() / torch.maximum(spread, floor)
+    return _weighted((prediction.float() - target).square(), weights_BL).sum() / torch.maximum(spread, floor)
 
 
-def kl_per_token(teacher_BLV: Tensor, student_BLV: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) [B, L] in nats of the two softmaxes, times temperature squared (Hinton et al., 2015)."""
-    teacher = F.log_softmax(teacher_BLV.float() / temperature, dim=-1)
-    student = F.log_softmax(student_BLV.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+def kl(teacher_BLV: Tensor, student_BLV: Tensor, weights_BL: Tensor | None = None, total: Total = alone) -> Tensor:
+    """Mean KL(teacher || student) of the tokens, in nats."""
+    return weighted_mean(kl_per_token(teacher_BLV, student_BLV), weights_BL, total)
 
 
-def weighted_mean(value_BL: Tensor, weight_L: Tensor | None, total: Total = alone) -> Tensor:
-    """Mean over tokens, each weighted by its position's weight; 0 where all weights are."""
-    rows = total(value_BL.new_tensor(float(len(value_BL))))
-    if weight_L is None:
-        return value_BL.sum() / (rows * value_BL.shape[1])
-    return (value_BL * weight_L).sum() / (weight_L.sum() * rows).clamp_min(1e-12)
+def kl_per_token(teacher_BLV: Tensor, student_BLV: Tensor) -> Tensor:
+    """KL(teacher || student) [B, L] of the two softmaxes, in nats."""
+    teacher = F.log_softmax(teacher_BLV.float(), dim=-1)
+    student = F.log_softmax(student_BLV.float(), dim=-1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def weighted_mean(value_BL: Tensor, weights_BL: Tensor | None = None, total: Total = alone) -> Tensor:
+    """Mean over tokens by their weights; 0 if all weights are."""
+    if weights_BL is None:
+        return value_BL.sum() / total(value_BL.new_tensor(float(value_BL.numel())))
+    return (value_BL * weights_BL).sum() / total(weights_BL.sum()).clamp_min(1e-12)
+
+
+def _weighted(value: Tensor, weights: Tensor | None) -> Tensor:
+    """Values [B, L, ...], each by its token's weight."""
+    return value if weights is None else value * weights.reshape(*weights.shape, *(1,) * (value.ndim - weights.ndim))

@@ -21,7 +21,7 @@ class Optimizers:
 
     Args:
         parameters: those that the stage trains, by name.
-        recipe: which optimiser, and its weight decay.
+        recipe: which optimiser.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: StageRecipe) -> None:
@@ -29,13 +29,11 @@ class Optimizers:
         rest = [p for name, p in parameters.items() if name not in matrices]
         kinds = [[p for p in rest if is_split(p) is split] for split in (False, True)]
         groups = [{"params": kind} for kind in kinds if kind] or [{"params": []}]
-        rate, decay = recipe.learning_rate, recipe.weight_decay
-        self.members: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=decay)
-        ]
+        rate = recipe.learning_rate
+        self.members: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=0.0)]
         if matrices:
             self.members.append(
-                torch.optim.Muon(matrices.values(), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(matrices.values(), lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
             )
         self._of = {p: self.members[name in matrices] for name, p in parameters.items()}
 

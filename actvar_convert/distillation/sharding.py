@@ -103,17 +103,14 @@ def split_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_student(
-    transformer: SparseVARTransformer, replaced: dict[str, Tensor], lora_rank: int | None
-) -> SparseVARTransformer:
+def whole_student(transformer: SparseVARTransformer, lora_rank: int | None) -> SparseVARTransformer:
     """A student of ordinary modules from one that was split.
 
     Args:
         transformer: the split one.
-        replaced: values that some parameters get instead of their own, by name; split as they are.
         lora_rank: rank of its low-rank updates, which are folded; None: it has none.
     """
-    state = {name: whole(replaced.get(name, tensor)).detach() for name, tensor in transformer.state_dict().items()}
+    state = {name: whole(tensor).detach() for name, tensor in transformer.state_dict().items()}
     with torch.device("meta"):
         fresh = SparseVARTransformer(transformer.config, transformer.plans, transformer.plan_name)
     if lora_rank is not None:

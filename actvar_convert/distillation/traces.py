@@ -18,13 +18,11 @@ class Trace:
     """One teacher-forcing pass.
 
     Attributes:
-        scales: how many, from the first on, the pass covers.
         hidden: D + 1 states [B, L, C]: before each block, and after the last.
         ffn_input, ffn_output: per block [B, L, C], when asked for.
         logits: [B, L, V] fp32; None when not asked for.
     """
 
-    scales: int
     hidden: list[Tensor] = field(default_factory=list)
     ffn_input: list[Tensor] = field(default_factory=list)
     ffn_output: list[Tensor] = field(default_factory=list)
@@ -34,13 +32,8 @@ class Trace:
 def trace(
     transformer: VARTransformer, labels_B: Tensor, inputs_BLz: Tensor, *, ffn: bool = False, logits: bool = True
 ) -> Trace:
-    """Runs teacher forcing and keeps the states; gradients flow as they would through ``transformer(...)``.
-
-    Inputs may end after any scale: states and logits are those of the tokens up to there.
-    """
-    pyramid = transformer.config.pyramid
-    tokens = pyramid.lengths[0] + inputs_BLz.shape[1]
-    kept = Trace(pyramid.scales_in(tokens))
+    """Runs teacher forcing and keeps the states; gradients flow as they would through ``transformer(...)``."""
+    kept = Trace()
     handles = []
     if ffn:
 

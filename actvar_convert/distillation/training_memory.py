@@ -13,11 +13,11 @@ from actvar_convert.conversion.conversion_memory import PROGRAM, MemoryEstimate,
 from actvar_convert.distillation.lora import lora_targets
 from actvar_convert.distillation.optimizers import hidden_matrices
 from actvar_convert.distillation.sparsify import one_expert_plans, stage_recipe
-from actvar_convert.distillation.stages import trainable_parameters
+from actvar_convert.distillation.stages import lora_rank, trainable_parameters
 from actvar_convert.files.skeleton import NoWeights
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.sparse import SparseVARTransformer
-from actvar_convert.recipe.schema import Recipe, StageRecipe
+from actvar_convert.recipe.schema import JointStage, Recipe, StageRecipe
 from actvar_convert.system.device import DTYPES
 
 FP32 = 4
@@ -56,10 +56,8 @@ def estimate_distill(
     - a stage: weights 4 (W_t + W_s), in half precision 2 W_s more for the copies that autocast keeps, with low-rank
       updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps;
       Muon 4 bytes for every number of its matrices instead, and 12 for every number of the largest while it steps;
-      averaged weights 4 T where the recipe has ``ema``; activations B L (a D C + h V + r C), with a, h, r bytes as in
-      this file: in stage 2 every block keeps about 28 C numbers per token for its backward pass.
-    - sampling from the student in a stage (``on_policy``): the same, ``sampling_memory`` in place of activations. On a
-      CPU, in fp32, the copies that sampling makes of the FFNs' second layers stay: 4 D H C, with H hidden neurons.
+      activations B L (a D C + h V + r C), with a, h, r bytes as in this file: in stage 2 every block keeps about 28 C
+      numbers per token for its backward pass.
 
     Args:
         config, tokenizer: shape of the dense model; images are tokenised before anything is trained.
@@ -82,19 +80,21 @@ def estimate_distill(
     for name, stage, table in (("stage1", recipe.distill.stage1, _LOCAL), ("stage2", recipe.distill.stage2, _JOINT)):
         if stage.steps:
             own = stage.model_copy(update={"batch": -(-stage.batch // processes)})
-            step = _forward(config, own, table[recipe.dtype])
-            parts = {**weights, **_training(student, stage, recipe.dtype), **step}
+            parts = {
+                **weights,
+                **_training(student, stage, recipe.dtype),
+                **_forward(config, own, table[recipe.dtype]),
+            }
             if sharded:
                 parts |= _split(student, parts, processes)
-            if stage.on_policy and device == "cpu" and recipe.dtype == "fp32":
-                parts["second layers by expert"] = FP32 * config.depth * config.hidden * config.width
-            lower = (f"distill.{name}.batch", f"distill.{name}.trainable (experts or lora)")
+            lower = (f"distill.{name}.batch", *_fewer(stage))
             phases.append(MemoryEstimate("distill", name, parts, lower))
-            if stage.on_policy:
-                drawn = sampling_memory(config, tokenizer, own.batch, FP32, device)
-                parts = {name: size for name, size in parts.items() if name not in step} | drawn
-                phases.append(MemoryEstimate("distill", f"{name}, sampling from the student", parts, lower[:1]))
     return fullest(*phases)
+
+
+def _fewer(stage: StageRecipe) -> tuple[str, ...]:
+    """What trains less in a stage."""
+    return ("distill.stage2.trainable (experts or lora)",) if isinstance(stage, JointStage) else ()
 
 
 def _data_phase(
@@ -155,7 +155,7 @@ def _split(student: SparseVARTransformer, parts: dict[str, int], processes: int)
     numbers = sum(tensor.numel() for tensor in student.state_dict().values())
     block = max(sum(tensor.numel() for tensor in each.state_dict().values()) for each in student.layers)
     gathered = 4 * block + 2 * (numbers - block * len(student.layers))
-    split = {name: parts[name] // processes for name in ("gradients", "optimiser", "averaged weights")}
+    split = {name: parts[name] // processes for name in ("gradients", "optimiser")}
     return {
         **split,
         "weights of teacher and student": FP32 * (numbers + numbers // processes),
@@ -170,14 +170,14 @@ def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> 
     trained = sum(parameter.numel() for parameter in parameters.values())
     matrices = [each.numel() for each in hidden_matrices(parameters).values()] if stage.optimizer == "muon" else []
     updated = 0
-    if stage.trainable == "lora":
+    rank = lora_rank(stage)
+    if rank is not None:
         shapes = [layer.weight.shape for layer in lora_targets(student)]
-        trained += sum(stage.lora_rank * sum(shape) for shape in shapes)
+        trained += sum(rank * sum(shape) for shape in shapes)
         updated = sum(shape.numel() for shape in shapes)
     return {
         "gradients": FP32 * trained,
         "optimiser": FP32 * (3 * trained - 2 * sum(matrices) + 3 * max(matrices, default=0)),
-        "averaged weights": FP32 * trained if stage.ema else 0,
         "weights in half precision": 0 if dtype == "fp32" else 2 * numbers,
         "weights with low-rank updates": FP32 * updated,
     }

@@ -78,15 +78,14 @@ def guided_as_sampled(model: VARModel, logits_2BLV: Tensor, sampling: Sampling |
     """Predictions [B, L, V] guided as in sampling, from those with and then those without the class.
 
     Args:
-        model: whose scales they are of; tokens may end after any scale.
+        model: whose scales they are of.
         logits_2BLV: B rows with the class, then the same without.
         sampling: that gives the strength; by default the model's own.
     """
     sampling = sampling or model.sampling
     pyramid = model.transformer.config.pyramid
-    scales = pyramid.scales_in(logits_2BLV.shape[1])
-    strengths = torch.tensor([sampling.strength(scale, pyramid.num_scales) for scale in range(scales)])
-    strength = strengths.repeat_interleave(torch.tensor(pyramid.lengths[:scales])).unsqueeze(-1)
+    strengths = torch.tensor([sampling.strength(scale, pyramid.num_scales) for scale in range(pyramid.num_scales)])
+    strength = strengths.repeat_interleave(torch.tensor(pyramid.lengths)).unsqueeze(-1)
     return guided(logits_2BLV, strength.to(logits_2BLV.device))
 
 
@@ -192,23 +191,6 @@ class VARModel(nn.Module):
         none = torch.zeros(0, self.transformer.config.pyramid.total, dtype=torch.int64, device=self.device)
         return torch.cat([none, *pieces])
 
-    @torch.no_grad()
-    def sample_prefix(
-        self, labels: Tensor | Sequence[int], scales: int, *, cfg: float | None = None, seed: int = 0, rows: slice
-    ) -> Tensor:
-        """Tokens [b, L'] int64 of the first scales of some images of a batch, for training with the weights in hand.
-
-        Args:
-            labels: of the whole batch, which draws together as one chunk of ``generate_tokens`` does.
-            scales: how many, from the first on.
-            cfg: as in ``generate``.
-            rows: images of the batch that are drawn here; at least one.
-        """
-        given, sampling, limit = self._labels(labels), self._sampling(cfg, None, None), self.images_at_once()
-        noise = Noise(seed, len(given), keep=rows.stop - rows.start > limit, device=self._noise_device("device"))
-        parts = [slice(begin, min(begin + limit, rows.stop)) for begin in range(rows.start, rows.stop, limit)]
-        return torch.cat([torch.cat(self._sample(given[p], sampling, noise, p, scales), dim=1) for p in parts])
-
     def images_at_once(self) -> int:
         """Images that generation and decoding keep under way at once: those that ``GENERATION_BYTES`` holds."""
         transformer, itemsize = self.transformer, self.dtype.itemsize
@@ -238,10 +220,8 @@ class VARModel(nn.Module):
         return list(torch.split(tokens_BL, list(self.transformer.config.pyramid.lengths), dim=1))
 
     def teacher_forcing_input(self, tokens_BL: Tensor) -> Tensor:
-        """Transformer inputs [B, L - L_0, z] of pyramids [B, L]; of their first scales, up to the scale after those."""
-        pyramid = self.transformer.config.pyramid
-        lengths = pyramid.lengths[: pyramid.scales_in(tokens_BL.shape[1])]
-        return self.tokenizer.quantize.teacher_forcing_input(torch.split(tokens_BL, list(lengths), dim=1))
+        """Transformer inputs [B, L - L_0, z] of pyramids [B, L]."""
+        return self.tokenizer.quantize.teacher_forcing_input(self.split(tokens_BL))
 
     def _sampling(self, cfg: float | None, top_k: int | None, top_p: float | None) -> Sampling:
         chosen = Sampling(
@@ -313,13 +293,11 @@ class VARModel(nn.Module):
         """What distinguishes the ways in which one set of weights can run."""
         return None
 
-    def _sample(
-        self, labels_B: Tensor, sampling: Sampling, noise: Noise, rows: slice, scales: int | None = None
-    ) -> list[Tensor]:
-        """Tokens [B, L_s] of every scale, or of the first ``scales``, for some rows of a chunk."""
+    def _sample(self, labels_B: Tensor, sampling: Sampling, noise: Noise, rows: slice) -> list[Tensor]:
+        """Tokens [B, L_s] of every scale for some rows of a chunk."""
         pyramid, vocab = self.transformer.config.pyramid, self.transformer.config.vocab
         under_way = Generation(self.transformer, self.tokenizer.quantize, labels_B, sampling)
         return [
             under_way.step(scale, noise.exponential(scale, length, vocab)[rows])
-            for scale, length in enumerate(pyramid.lengths[:scales])
+            for scale, length in enumerate(pyramid.lengths)
         ]

@@ -31,8 +31,8 @@ class SparseBlock(Block):
         skipped   y = x + reconstruction
 
     Attributes:
-        straight_through: strength, 0 to 1, of a gradient that kept tokens carry to their score, as if they were mixed
-            with their own reconstruction; the value stays that of the hard choice.
+        straight_through: whether kept tokens carry a gradient to their score, as if they were mixed with their own
+            reconstruction; the value stays that of the hard choice.
     """
 
     ffn: ExpertFFN
@@ -51,7 +51,7 @@ class SparseBlock(Block):
                 config.width, config.pyramid.num_scales, chosen.reconstruction, chosen.reconstruction_rank
             )
         self.plan = plans[plan]
-        self.straight_through = 0.0
+        self.straight_through = False
 
     def kept_counts(self, span: Span) -> tuple[int, ...]:
         """Tokens that the block computes at each scale of the span."""
@@ -104,7 +104,7 @@ class SparseBlock(Block):
                 if self.straight_through and torch.is_grad_enabled():
                     own = self._reconstruct(x, up, choice.kept, scale)
                     probability = torch.sigmoid(choice.score.gather(1, choice.kept)).unsqueeze(-1)
-                    y = y + self.straight_through * (probability - probability.detach()) * (y - own).detach()
+                    y = y + (probability - probability.detach()) * (y - own).detach()
                 y = merge(y, self._reconstruct(x, up, choice.skipped, scale), choice.kept, choice.skipped)
             outputs.append(y)
             update = y - x

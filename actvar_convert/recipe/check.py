@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.config import TransformerConfig
-from actvar_convert.recipe.schema import Recipe, RouterStage, StageRecipe
+from actvar_convert.recipe.schema import Recipe, StageRecipe
 
 
 def problems_for(recipe: Recipe, config: TransformerConfig | None = None) -> list[str]:
@@ -30,11 +30,9 @@ def check_recipe(recipe: Recipe, config: TransformerConfig | None = None) -> Non
 
 
 def split_problems(recipe: Recipe) -> list[str]:
-    """Why a recipe's student cannot be split over processes: it draws pyramids, or Muon needs whole matrices."""
+    """Why a recipe's student cannot be split over processes: Muon needs whole matrices."""
     found, reason = [], "where the model is split over processes (--shard)"
     for name, stage in _stages(recipe):
-        if stage.steps and stage.on_policy:
-            found.append(f"{name}.on_policy: given {stage.on_policy:g}, allowed: 0 {reason}")
         if stage.steps and stage.optimizer == "muon":
             found.append(f"{name}.optimizer: given muon, allowed: adamw {reason}")
     return found
@@ -74,16 +72,15 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     folded = [name for name, plan in (recipe.plans or {}).items() if plan.guidance == "folded"]
     given = f"plans.{folded[0]}.guidance" if folded else "budget.guidance"
     searched = recipe.plans is None and recipe.budget.guidance == "folded"
-    if (folded or searched) and not (joint.steps and joint.kl):
+    if (folded or searched) and not joint.steps:
         yield (
-            f"{given}: given folded, allowed: paired where distill.stage2 has 0 steps or kl 0; it is what teaches a "
-            "model to guide itself"
+            f"{given}: given folded, allowed: paired if distill.stage2 has 0 steps; it is what teaches a model to "
+            "guide itself"
         )
     if recipe.plans is not None and recipe.default_plan is not None and recipe.default_plan not in recipe.plans:
         yield f"default_plan: given {recipe.default_plan!r}, allowed: one of {', '.join(recipe.plans)}"
-    for name, stage in _stages(recipe):
-        yield from _idle(name, stage)
-        yield from _unused(name, stage)
+    if joint.steps and joint.trainable == "none" and joint.gate == "frozen":
+        yield "distill.stage2: trains nothing; set trainable or gate, or steps to 0"
     if recipe.checks is not None and not any(value is not None for value in recipe.checks.model_dump().values()):
         yield "checks: no limit given; give at least one of max_flops_ratio, max_kl, max_fid_increase, baseline"
 
@@ -101,31 +98,6 @@ def _beside_plans(recipe: Recipe) -> Iterator[str]:
         if values and given not in values and given != type(own).model_fields[name].default:
             listed = ", ".join(dict.fromkeys(map(str, values)))
             yield f"{section}.{name}: given {given}, but the plans say {listed}, and they decide; leave it out"
-
-
-def _idle(name: str, stage: StageRecipe) -> Iterator[str]:
-    """Problems of a stage that would train nothing, or train something against no loss."""
-    if stage.steps == 0:
-        return
-    if stage.trainable == "none" and stage.router == "frozen" and stage.gate == "frozen":
-        yield f"{name}: trains nothing; set trainable, router or gate, or steps to 0"
-    if not any((stage.kl, stage.hidden, stage.output, stage.router_loss, stage.gate_loss)):
-        yield f"{name}: all losses have weight 0; give kl, hidden, output, router_loss or gate_loss a weight"
-    if stage.router == "regress" and not stage.router_loss:
-        yield f"{name}.router_loss: given 0, allowed: more than 0 where {name}.router is regress"
-
-
-def _unused(name: str, stage: StageRecipe) -> Iterator[str]:
-    """Settings that a stage has no use for and that were given all the same."""
-    if stage.steps == 0:
-        return
-    local = isinstance(stage, RouterStage)
-    for loss in ("kl", "hidden", "gate_loss") if local else ("output",):
-        if getattr(stage, loss):
-            what = "a loss of stage 2, end to end" if local else "a loss of stage 1, every FFN apart"
-            yield f"{name}.{loss}: given {getattr(stage, loss):g}, allowed: 0; it weighs {what}"
-    if local and stage.gate == "train":
-        yield f"{name}.gate: given train, allowed: frozen; gates train in stage 2"
 
 
 def _misfits(recipe: Recipe, config: TransformerConfig) -> Iterator[str]:
@@ -149,11 +121,7 @@ def _misfits(recipe: Recipe, config: TransformerConfig) -> Iterator[str]:
             yield f"budget.gate_blocks: given {outside}, allowed: 0 to {config.depth - 1}, the blocks of the model"
     for name, plan in (recipe.plans or {}).items():
         yield from (problem.replace("plan.", f"plans.{name}.", 1) for problem in plan.problems(config))
-    for name, stage in _stages(recipe):
-        if stage.scale_weights is not None and len(stage.scale_weights) != scales:
-            yield (
-                f"{name}.scale_weights: given {len(stage.scale_weights)} values, allowed: {scales}, one for every "
-                "scale of the model"
-            )
-        if stage.trainable == "lora" and stage.lora_rank > config.width:
-            yield f"{name}.lora_rank: given {stage.lora_rank}, allowed: at most {config.width}, the width of the model"
+    joint = recipe.distill.stage2
+    if joint.trainable == "lora" and joint.lora_rank > config.width:
+        given = f"distill.stage2.lora_rank: given {joint.lora_rank}"
+        yield f"{given}, allowed: at most {config.width}, the width of the model"

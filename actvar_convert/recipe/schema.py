@@ -17,7 +17,6 @@ WARMUP = "steps over which the learning rate rises; in a stage that is shorter i
 Index = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
 
 FEWEST_IMAGES = 20
 """Images of an evaluation below which a covariance, a split or a jackknife group would be empty."""
@@ -143,83 +142,23 @@ class DataRecipe(Section):
     dtype: DtypeName = Field("fp32", description="number format in which the teacher draws")
 
 
-Trainable = Literal["none", "lora", "experts", "all"]
 Steps = Annotated[int, Field(ge=0, description="optimiser steps; 0 leaves the stage out")]
 Rate = Annotated[float, Field(gt=0, description="peak learning rate")]
 OptimizerName = Annotated[
     Literal["adamw", "muon"],
     Field(description="what takes the steps: AdamW, or Muon for the blocks' weight matrices and AdamW for the rest"),
 ]
-Trained = Annotated[
-    Trainable, Field(description="weights trained beside routers and gates: none, low-rank additions, experts, all")
-]
-RouterMode = Annotated[
-    Literal["frozen", "regress"],
-    Field(description="routers stay at their start, or are regressed on the output sizes of the experts"),
-]
-GateMode = Annotated[Literal["frozen", "train"], Field(description="gates and reconstruction stay still, or train")]
-KlWeight = Annotated[float, Field(ge=0, description="weight of KL(teacher to student) on the logits, nats per token")]
-HiddenWeight = Annotated[float, Field(ge=0, description="weight of the relative error of the hidden state")]
-OutputWeight = Annotated[float, Field(ge=0, description="weight of the relative error of every FFN's output")]
-RouterWeight = Annotated[float, Field(ge=0, description="weight of the routers' regression")]
-GateWeight = Annotated[float, Field(ge=0, description="weight of the gates' regression on the teacher's updates")]
+PlanTurns = Literal["default", "random"]
 
 
 class StageRecipe(Section):
-    """One stage of the training loop: what trains, which losses, how long."""
+    """How long a stage trains, and how. The defaults are those of stage 1: every FFN apart, on the teacher's inputs."""
 
     steps: Steps = 200
     batch: int = Field(32, ge=1, description="token pyramids per step")
     learning_rate: Rate = 1e-3
     warmup: int = Field(20, ge=0, description=WARMUP)
     optimizer: OptimizerName = "adamw"
-    trainable: Trained = "experts"
-    router: RouterMode = "frozen"
-    gate: GateMode = "frozen"
-    plans: Literal["default", "random"] = Field(
-        "default",
-        description="plans that the steps train: the default one, or all of the model by turns, in random order",
-    )
-    on_policy: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the steps whose pyramids the student itself draws, guided by data.cfg, up to a random "
-        "scale from its first sparse one on; they measure up to the next scale. Drawing costs up to twice the FLOPs of "
-        "the student's forward pass",
-    )
-    kl: KlWeight = 0.0
-    hidden: HiddenWeight = 0.0
-    output: OutputWeight = 0.0
-    router_loss: RouterWeight = 0.0
-    gate_loss: GateWeight = 0.0
-    temperature: float = Field(1.0, gt=0, description="temperature of both distributions in the KL")
-    scale_weights: tuple[Weight, ...] | None = Field(
-        None,
-        description="weight of a token of each scale in kl, hidden and output, coarse to fine; null: all the same",
-    )
-    straight_through: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="share of the straight-through gradient that gates in training get at the first step; 0: none",
-    )
-    straight_through_end: float = Field(
-        1.0, ge=0, le=1, description="the same share at the last step; linear in between"
-    )
-    lora_rank: int = Field(16, ge=1, description="rank of the low-rank additions, with trainable lora")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay per step of averaged weights; null: no averaging")
-    checkpoint_every: int = Field(50, ge=1, description="steps between two states that a resumed run goes on from")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-
-
-class RouterStage(StageRecipe):
-    """Stage 1: every FFN apart, against the teacher's activations. The defaults train routers and experts."""
-
-    router: RouterMode = "regress"
-    output: OutputWeight = 1.0
-    router_loss: RouterWeight = 1.0
 
 
 class JointStage(StageRecipe):
@@ -227,17 +166,21 @@ class JointStage(StageRecipe):
 
     steps: Steps = 400
     learning_rate: Rate = 3e-4
-    trainable: Trained = "all"
-    gate: GateMode = "train"
-    kl: KlWeight = 1.0
-    hidden: HiddenWeight = 0.1
-    gate_loss: GateWeight = 0.1
+    trainable: Literal["none", "lora", "experts", "all"] = Field(
+        "all", description="weights trained beside the gates: none, low-rank additions, experts, all"
+    )
+    lora_rank: int = Field(16, ge=1, description="rank of the low-rank additions, with trainable lora")
+    gate: Literal["frozen", "train"] = Field("train", description="gates and reconstruction stay still, or train")
 
 
 class DistillRecipe(Section):
     """Two-stage distillation from the dense model."""
 
-    stage1: RouterStage = Field(RouterStage(), description="routers and experts, every FFN apart")
+    plans: PlanTurns = Field(
+        "default",
+        description="plans that the steps train: the default one, or all of the model by turns, in random order",
+    )
+    stage1: StageRecipe = Field(StageRecipe(), description="routers and experts, every FFN apart")
     stage2: JointStage = Field(JointStage(), description="gates and all the rest, jointly")
 
 
@@ -255,7 +198,6 @@ class SparsifyRecipe(Section):
         description="weight of the share of neurons that a token uses, (sum |a|)^2 / (H sum a^2) of its H activations, "
         "beside the KL to the model before, in nats per token",
     )
-    checkpoint_every: int = Field(50, ge=1, description="steps between two states that a resumed run goes on from")
 
 
 class EvaluateRecipe(Section):

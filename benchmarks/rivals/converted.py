@@ -87,7 +87,7 @@ CONVERSIONS = (
     Conversion(
         "folded",
         "ours with guidance folded into the predictions, which saves half; what is asked beyond, experts and gate save",
-        ("budget.guidance=folded", "distill.stage2.hidden=0.0"),
+        ("budget.guidance=folded",),
         ("full",),
         0.5,
     ),

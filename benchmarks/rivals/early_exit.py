@@ -26,7 +26,7 @@ from actvar_convert.models.var import Block, Span
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
-from rivals.method import Built, Method, first_late_scale, joint_only, mark, mildest, sparse_from
+from rivals.method import Built, Method, first_late_scale, joint_only, logits_alone, mark, mildest, sparse_from
 
 Depths = tuple[int, ...]
 """Blocks that run at each scale, coarse to fine."""
@@ -90,7 +90,7 @@ class EarlyExit(Method):
     idea = "late scales run the first blocks only (FreqExit, SkipVAR)"
 
     def recipe(self, recipe: Recipe, cut: float, config: TransformerConfig) -> Recipe:
-        return joint_only(recipe, ["distill.stage2.hidden=0"])
+        return joint_only(recipe)
 
     def macs(self, config: TransformerConfig, depths: Depths) -> int:
         """MACs of the transformer per image, with guidance."""
@@ -114,4 +114,4 @@ class EarlyExit(Method):
         config = teacher.transformer.config
         depths = self.depths(config, cut)
         model = sparse_from(ExitTransformer(config, depths), teacher)
-        return Built(model, model, self.macs(config, depths))
+        return Built(model, model, self.macs(config, depths), logits_alone())

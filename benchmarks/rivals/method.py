@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from actvar_convert.cost import macs as costs
+from actvar_convert.distillation.losses import Total, alone, kl
+from actvar_convert.distillation.stages import STAGES, Losses, Stage
 from actvar_convert.errors import InputError
 from actvar_convert.files.run_state import Scalar
 from actvar_convert.models.config import TransformerConfig
@@ -19,10 +22,10 @@ from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
-from actvar_convert.recipe.schema import Recipe
+from actvar_convert.recipe.schema import Recipe, StageRecipe
 from actvar_convert.system.progress import Progress
 
-CODE = "2"
+CODE = "3"
 """Version of the methods and of how they are measured; a change of what a row would show changes it."""
 
 Level = Literal["none", "stage1", "full"]
@@ -43,12 +46,14 @@ class Built:
         model: what is measured.
         student: what the training loop trains; its weights are those that ``model`` runs.
         macs: of the transformer per image, with guidance.
+        joint: what trains it end to end.
         found: what was found out while it was made and its weights do not tell, for ``Method.build`` to make it again.
     """
 
     model: VARModel
     student: SparseVARModel
     macs: int
+    joint: Stage = STAGES["stage2"]
     found: Mapping[str, Scalar] = field(default_factory=dict)
 
 
@@ -90,6 +95,26 @@ class Method(ABC):
         Raises:
             OutOfReach: the method cannot save so much.
         """
+
+
+def logits_alone(weights_L: Tensor | None = None) -> Stage:
+    """Stage 2 with one loss, the KL to the teacher, in which every token counts by its position's weight."""
+
+    def objective(
+        model: SparseVARModel,
+        teacher: VARModel,
+        recipe: StageRecipe,
+        tokens_BL: Tensor,
+        labels_B: Tensor,
+        total: Total = alone,
+    ) -> Losses:
+        inputs = teacher.teacher_forcing_input(tokens_BL)
+        with torch.no_grad():
+            wanted = teacher.transformer(labels_B, inputs)
+        weights = None if weights_L is None else weights_L.to(tokens_BL.device).expand(len(tokens_BL), -1)
+        return {"kl": kl(wanted, model.transformer(labels_B, inputs), weights, total)}
+
+    return replace(STAGES["stage2"], objective=objective)
 
 
 def joint_only(recipe: Recipe, more: Sequence[str] = ()) -> Recipe:

@@ -7,9 +7,8 @@ Counted: the teacher's blocks, word embeddings and head at the early scales; the
 embeddings at all scales, for it reads the draft, and its head at the late ones; AdaLN of both.
 
 The small model starts from nothing, for no narrower model is at hand, so there is no row without training; its learning
-rate is that of stage 1. It is trained by the KL at the late scales alone, on the teacher's pyramids: its states are not
-of the teacher's width, and pyramids that it would draw alone (``on_policy``) are none that it will meet. With equal
-steps it is far from trained out, which ``--small-steps`` is for.
+rate is that of stage 1. It is trained by the KL at the late scales alone: its states are not of the teacher's width.
+With equal steps it is far from trained out, which ``--small-steps`` is for.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from actvar_convert.models.var import Block, Modulation, Span, VARTransformer
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
-from rivals.method import Built, Level, Method, first_late_scale, joint_only, mark, mildest
+from rivals.method import Built, Level, Method, first_late_scale, joint_only, logits_alone, mark, mildest
 
 
 class SideBySide(nn.Module):
@@ -174,15 +173,7 @@ class SmallModel(Method):
         self.steps = steps
 
     def recipe(self, recipe: Recipe, cut: float, config: TransformerConfig) -> Recipe:
-        first = max(1, first_late_scale(config))
-        weights = [0] * first + [1] * (config.pyramid.num_scales - first)
-        rate = recipe.distill.stage1.learning_rate
-        changes = [
-            "distill.stage2.hidden=0",
-            f"distill.stage2.scale_weights={weights}",
-            f"distill.stage2.learning_rate={rate}",
-            "distill.stage2.on_policy=0",
-        ]
+        changes = [f"distill.stage2.learning_rate={recipe.distill.stage1.learning_rate}"]
         if self.steps is not None:
             changes.append(f"distill.stage2.steps={self.steps}")
         return joint_only(recipe, changes)
@@ -210,7 +201,9 @@ class SmallModel(Method):
         large = copy.deepcopy(teacher.transformer)
         model = VARModel(DraftedTransformer(large, small, first), teacher.tokenizer, teacher.sampling).eval()
         student = SparseVARModel(small, teacher.tokenizer, teacher.sampling).eval()
-        return Built(model, student, self.macs(config, shape, first))
+        late = torch.ones(config.pyramid.total)
+        late[: config.pyramid.begins[first]] = 0.0
+        return Built(model, student, self.macs(config, shape, first), logits_alone(late))
 
 
 def _macs(config: TransformerConfig, run: range, speaks: range) -> int:

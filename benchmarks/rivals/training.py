@@ -13,6 +13,7 @@ from pathlib import Path
 
 from actvar_convert.distillation.data import TokenStore, store_from_images, store_from_teacher
 from actvar_convert.distillation.loop import distill_model
+from actvar_convert.distillation.stages import STAGES
 from actvar_convert.errors import InputError
 from actvar_convert.files.run_state import RunState, fingerprint_of, load_run_state, save_run_state
 from actvar_convert.models.fingerprint import state_fingerprint
@@ -54,6 +55,7 @@ class Workshop:
         fixed = [CODE, self.teacher_print, str(self.teacher.dtype), _text(shape), method.name, str(cut)]
         none = fingerprint_of(*fixed, _text({**start, "cfg": recipe.data.cfg}))
         trained = {"data": sections["data"], "dtype": recipe.dtype, "stage": sections["distill"]["stage1"]}
+        trained["plans"] = recipe.distill.plans
         stage1 = fingerprint_of(none, _text(trained))
         full = fingerprint_of(stage1, _text(sections["distill"]["stage2"]))
         return {"none": none, "stage1": stage1, "full": full}
@@ -115,6 +117,7 @@ class Workshop:
                 fingerprint=key,
                 log=log,
                 progress=self.progress,
+                stages=[(STAGES["stage1"], alone.distill.stage1), (built.joint, alone.distill.stage2)],
             )
 
     def store(self, recipe: Recipe) -> TokenStore:

@@ -20,7 +20,7 @@ from actvar_convert.recipe.schema import (
     GateRecipe,
     JointStage,
     Recipe,
-    RouterStage,
+    StageRecipe,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -38,7 +38,7 @@ def tiny_recipe() -> Recipe:
         budget=BudgetRecipe(search="uniform", reduction=0.2, gate_keep=0.75, gate_blocks=(1,)),
         gate=GateRecipe(rank=4),
         data=DataRecipe(pyramids=16, batch=16),
-        distill=DistillRecipe(stage1=RouterStage(steps=2, **short), stage2=JointStage(steps=3, **short)),
+        distill=DistillRecipe(stage1=StageRecipe(steps=2, **short), stage2=JointStage(steps=3, **short)),
         evaluate=EvaluateRecipe(images=20, held_out=8, batch=20),
     )
 

@@ -36,7 +36,7 @@ def test_trained_rows_share_their_conversion(tiny_model: VARModel, tiny_recipe: 
     small = load_recipe(tiny_recipe, ["distill.stage1.batch=4", "distill.stage2.batch=4"])
     made = Defaults(tiny_model, small, tmp_path)
     itself, longer, untrained = (
-        made.row("trained", change) for change in ("", "distill.stage2.hidden=1.0", "distill.stage2.trainable=none")
+        made.row("trained", change) for change in ("", "distill.stage2.gate=frozen", "distill.stage2.trainable=none")
     )
     assert len({row.kl for row in (itself, longer, untrained)}) == 3 and itself.cut == longer.cut
     stored = [path for path in (tmp_path / "models").glob("*.safetensors") if "state" not in path.name]
@@ -52,7 +52,7 @@ def test_every_change_is_one(base: str, change: str) -> None:
 
 
 def test_a_row_may_change_settings_that_belong_together() -> None:
-    both = "distill.stage2.optimizer=adamw + distill.stage2.scale_weights=[4, 3, 2, 1.5, 1, 1]"
+    both = "distill.stage2.optimizer=adamw + distill.stage2.learning_rate=0.0003"
     changed = load_recipe("fashion", settings_of(both)).distill.stage2
-    assert changed.optimizer == "adamw" and changed.scale_weights == (4, 3, 2, 1.5, 1, 1)
+    assert changed.optimizer == "adamw" and changed.learning_rate == 3e-4
     assert settings_of("") == []

@@ -114,7 +114,7 @@ def test_the_copy_as_one_expert_is_the_dense_model(tiny_model: VARModel, store: 
 def test_an_interrupted_training_ends_the_same(
     tiny_model: VARModel, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = recipe(checkpoint_every=4)
+    chosen = recipe()
     whole = sparser(tiny_model, chosen, store).transformer.state_dict()
 
     asked: list[loop.StopRequest] = []

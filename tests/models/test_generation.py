@@ -134,21 +134,6 @@ def test_where_noise_comes_from(tiny_model: VARModel) -> None:
         tiny_model.generate(LABELS, noise="gpu")
 
 
-@pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
-def test_a_sampled_prefix_is_the_beginning_of_the_pyramids(
-    request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, labels = request.getfixturevalue(kind), torch.arange(7) % 5
-    ends = model.transformer.config.pyramid.ends
-    whole = model.generate_tokens(labels, cfg=2.0, seed=4, chunk=7)
-    for scales in (1, 3):
-        found = model.sample_prefix(labels, scales, cfg=2.0, seed=4, rows=slice(0, 7))
-        assert torch.equal(found, whole[:, : ends[scales - 1]]) and not found.is_inference()
-    monkeypatch.setattr(model, "images_at_once", lambda: 2)
-    found = model.sample_prefix(labels, 3, cfg=2.0, seed=4, rows=slice(2, 7))
-    assert torch.equal(found, whole[2:, : ends[2]])
-
-
 def test_nothing_to_generate(tiny_model: VARModel) -> None:
     assert tiny_model.generate([]).shape == (0, 3, 8, 8)
     assert tiny_model.generate_tokens([]).shape == (0, 30)

@@ -111,16 +111,14 @@ def test_straight_through_keeps_the_value_and_reaches_the_gate(
     plan = SparsityPlan(experts=8, blocks=(block(),) * 2)
     sparse = sparse_from(tiny_model.transformer, {"sparse": plan}, "sparse").requires_grad_(True)
     expected = sparse(*pyramids)
-    grown = []
-    for strength in (0.5, 1.0):
-        for each in sparse.blocks:
-            each.straight_through = strength
-        logits = sparse(*pyramids)
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
-        sparse.zero_grad()
-        logits.square().mean().backward()
-        grown.append(sparse.blocks[1].gate.linear.weight.grad.clone())
-    torch.testing.assert_close(grown[1], 2 * grown[0], rtol=1e-4, atol=1e-7)
+    expected.square().mean().backward()
+    assert all(each.gate.linear.weight.grad is None for each in sparse.blocks)
+    for each in sparse.blocks:
+        each.straight_through = True
+    sparse.zero_grad()
+    logits = sparse(*pyramids)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    logits.square().mean().backward()
     for each in sparse.blocks:
         assert each.gate.linear.weight.grad.abs().sum() > 0
         assert each.reconstruction.up.weight.grad.abs().sum() > 0

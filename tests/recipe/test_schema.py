@@ -14,7 +14,7 @@ RECIPE = Recipe(name="r", model="m")
 
 def test_every_setting_says_what_it_means_and_what_is_allowed() -> None:
     paths = [setting.path for setting in settings()]
-    assert len(paths) == len(set(paths)) > 90
+    assert len(paths) == len(set(paths)) > 40
     for setting in settings():
         if not setting.path.startswith("plans.NAME.blocks"):
             assert setting.info.description, f"{setting.path} has no description"
@@ -39,8 +39,8 @@ def test_seeds_are_what_a_generator_takes() -> None:
 
 def test_the_stages_differ_in_what_trains() -> None:
     one, two = RECIPE.distill.stage1, RECIPE.distill.stage2
-    assert (one.router, one.gate, one.output > 0, one.kl) == ("regress", "frozen", True, 0)
-    assert (two.router, two.gate, two.output, two.kl > 0, two.trainable) == ("frozen", "train", 0, True, "all")
+    assert {*type(two).model_fields} - {*type(one).model_fields} == {"trainable", "lora_rank", "gate"}
+    assert (two.gate, two.trainable) == ("train", "all")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ from actvar_convert.recipe.schema import (
     GateRecipe,
     JointStage,
     Recipe,
-    RouterStage,
+    StageRecipe,
 )
 from actvar_convert.runs import run
 from actvar_convert.system.device import end_process
@@ -67,10 +67,9 @@ class Setting(NamedTuple):
     store: TokenStore
 
 
-def recipe(**stage2: object) -> Recipe:
-    """Both stages with every loss; 7 pyramids a step do not divide by two."""
+def recipe(plans: str = "default", **stage2: object) -> Recipe:
+    """Both stages; 7 pyramids a step do not divide by two."""
     short: dict[str, object] = {"steps": STEPS, "batch": 7, "warmup": 2, "learning_rate": 1e-3}
-    joint: dict[str, object] = {"router": "regress", "router_loss": 1.0, "ema": 0.9, "gradient_clip": 0.5}
     return Recipe(
         name="tiny",
         model="tiny",
@@ -79,15 +78,14 @@ def recipe(**stage2: object) -> Recipe:
         budget=BudgetRecipe(search="uniform", reduction=0.25, gate_keep=0.6, gate_blocks=(1,)),
         gate=GateRecipe(rank=4),
         data=DataRecipe(pyramids=14, batch=3),
-        distill=DistillRecipe(stage1=RouterStage(**short), stage2=JointStage(**(short | joint | stage2))),
+        distill=DistillRecipe(plans=plans, stage1=StageRecipe(**short), stage2=JointStage(**(short | stage2))),
     )
 
 
 RECIPES = {
     "all": recipe(),
-    "lora": recipe(trainable="lora", scale_weights=(1.0, 1.0, 2.0, 0.5)),
-    "elastic": recipe(plans="random", straight_through_end=0.0),
-    "on-policy": recipe(plans="random", on_policy=0.5),
+    "lora": recipe(trainable="lora"),
+    "elastic": recipe(plans="random"),
 }
 
 
@@ -113,7 +111,7 @@ def converted(name: str, shared_adaln: bool) -> Setting:
     store = TokenStore(teacher.generate_tokens(labels, seed=1), labels)
     chosen = RECIPES[name]
     plans = {"plan": uniform_plan(config, chosen)}
-    if chosen.distill.stage2.plans == "random":
+    if chosen.distill.plans == "random":
         gentle = chosen.model_copy(update={"budget": BudgetRecipe(reduction=0.1, first_scale=3)})
         plans["gentle"] = uniform_plan(config, gentle)
     student = convert_model(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
@@ -194,7 +192,6 @@ SCENARIOS = {
     "sharded": Scenario("all", shard=True),
     "sharded-lora-shared-adaln": Scenario("lora", shard=True, shared_adaln=True),
     "sharded-elastic": Scenario("elastic", shard=True),
-    "copied-on-policy": Scenario("on-policy"),
     **{f"copied-stop{n}": Scenario("all", stop_after=n) for n in STOPS},
     f"sharded-stop{STOPS[1]}": Scenario("all", shard=True, stop_after=STOPS[1]),
     **{f"copied-on{n}": Scenario("all") for n in STOPS},
@@ -226,8 +223,6 @@ def main(folder: Path) -> None:
     one = TokenStore(given.store.tokens[:1], given.store.labels[:1])
     with pytest.raises(InputError, match="2 processes share every batch"):
         train(given._replace(store=one), folder / "few", both)
-    with pytest.raises(InputError, match=r"draws no pyramids.*\n.*distill\.stage2\.on_policy: given 0\.5"):
-        train(setting("on-policy"), folder / "few", split)
     whole = given.recipe.distill.stage2.model_copy(update={"optimizer": "muon"})
     chosen = given.recipe.model_copy(update={"distill": given.recipe.distill.model_copy(update={"stage2": whole})})
     with pytest.raises(InputError, match=r"no whole matrices.*\n.*distill\.stage2\.optimizer: given muon"):
