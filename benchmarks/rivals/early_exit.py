@@ -114,4 +114,4 @@ class EarlyExit(Method):
         config = teacher.transformer.config
         depths = self.depths(config, cut)
         model = sparse_from(ExitTransformer(config, depths), teacher)
-        return Built(model, model, self.macs(config, depths), logits_alone())
+        return Built(model, model, self.macs(config, depths), joint=logits_alone())

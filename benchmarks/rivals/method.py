@@ -46,15 +46,15 @@ class Built:
         model: what is measured.
         student: what the training loop trains; its weights are those that ``model`` runs.
         macs: of the transformer per image, with guidance.
-        joint: what trains it end to end.
         found: what was found out while it was made and its weights do not tell, for ``Method.build`` to make it again.
+        joint: what trains it end to end.
     """
 
     model: VARModel
     student: SparseVARModel
     macs: int
-    joint: Stage = STAGES["stage2"]
     found: Mapping[str, Scalar] = field(default_factory=dict)
+    joint: Stage = STAGES["stage2"]
 
 
 class Method(ABC):

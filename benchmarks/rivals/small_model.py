@@ -203,7 +203,7 @@ class SmallModel(Method):
         student = SparseVARModel(small, teacher.tokenizer, teacher.sampling).eval()
         late = torch.ones(config.pyramid.total)
         late[: config.pyramid.begins[first]] = 0.0
-        return Built(model, student, self.macs(config, shape, first), logits_alone(late))
+        return Built(model, student, self.macs(config, shape, first), joint=logits_alone(late))
 
 
 def _macs(config: TransformerConfig, run: range, speaks: range) -> int:

@@ -213,7 +213,7 @@ def test_every_method_trains_as_many_steps(tiny_model: VARModel, tiny_recipe: Re
     for name, method in METHODS.items():
         stages = method.recipe(tiny_recipe, 0.15, config).distill
         assert stages.stage1.steps + stages.stage2.steps == 5, name
-        assert stages.stage2.batch == 8 and stages.stage2.trainable == "all" and stages.stage2.kl == 1, name
+        assert stages.stage2.batch == 8 and stages.stage2.trainable == "all", name
 
 
 def test_rows_of_other_runs_are_shown_beside_new_ones(tmp_path: Path) -> None:

@@ -111,10 +111,10 @@ def test_benchmark_compares_with_the_recorded_source(actvar: Actvar, converted: 
 
 
 def test_problems_with_the_model_and_the_recipe_are_named_together(actvar: Actvar, dense_file: Path) -> None:
-    settings = ["experts.count=24", "experts.cuont=1", "distill.stage2.scale_weights=[1]"]
+    settings = ["experts.count=24", "experts.cuont=1", "gate.rank=65"]
     result = actvar("convert", dense_file, *(part for setting in settings for part in ("--set", setting)))
     assert result.exit_code == 2
-    for said in ("a divisor of the 128 hidden neurons", "did you mean experts.count?", "given 1 values, allowed: 4"):
+    for said in ("a divisor of the 128 hidden neurons", "did you mean experts.count?", "gate.rank: given 65, allowed: at most 64"):
         assert said in result.stderr
     assert not Path("runs").exists()
 
