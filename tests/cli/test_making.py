@@ -114,7 +114,11 @@ def test_problems_with_the_model_and_the_recipe_are_named_together(actvar: Actva
     settings = ["experts.count=24", "experts.cuont=1", "gate.rank=65"]
     result = actvar("convert", dense_file, *(part for setting in settings for part in ("--set", setting)))
     assert result.exit_code == 2
-    for said in ("a divisor of the 128 hidden neurons", "did you mean experts.count?", "gate.rank: given 65, allowed: at most 64"):
+    for said in (
+        "a divisor of the 128 hidden neurons",
+        "did you mean experts.count?",
+        "gate.rank: given 65, allowed: at most 64",
+    ):
         assert said in result.stderr
     assert not Path("runs").exists()
 
