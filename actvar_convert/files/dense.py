@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,12 +17,12 @@ from actvar_convert.files.layout import (
     Parts,
     agreement_problems,
     chosen_ratio,
-    guess_model,
     infer_tokenizer,
     infer_transformer,
     missing_blocks,
     published_sampling,
     split_parts,
+    strip_wrappers,
 )
 from actvar_convert.files.skeleton import assign, common_dtype, compare, empty_dense, nonfinite_problems
 from actvar_convert.files.sparse_folder import is_sparse_folder
@@ -37,6 +38,23 @@ _MODEL = ("model", "var", "pytorch_model")
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", INDEX_SUFFIX)
 
+
+_GUESSES: tuple[tuple[str, str], ...] = (
+    (r"blocks\.0\.ffn\.permutation", "the weights of an actvar-sparse folder; give the folder itself"),
+    (r"body\.0\.weight\n(.*\n)*head\.weight", "the image classifier that measures generations"),
+    (r"(model\.)?diffusion_model\.|cond_stage_model\.", "a latent diffusion model (Stable Diffusion)"),
+    (r"down_blocks\.\d|up_blocks\.\d|time_embedding\.linear", "a diffusers U-Net or autoencoder"),
+    (r"(single_)?transformer_blocks\.\d|x_embedder\.|t_embedder\.", "a diffusion transformer (DiT)"),
+    (r".*lora_(A|B|up|down)", "a LoRA adapter, not a whole model"),
+    (r"text_proj_for_sos|unregistered_blocks|cfg_uncond", "an Infinity model (text to image), a relative of VAR"),
+    (r"(model\.)?(embed_tokens|layers\.\d+\.self_attn)|lm_head\.|transformer\.h\.\d|transformer\.wte", "an LLM"),
+    (r"text_model\.|vision_model\.|visual\.", "a CLIP model"),
+    (r"(bert\.|roberta\.)?encoder\.layer\.\d|shared\.weight", "a BERT or T5 model"),
+    (r"cls_token|patch_embed\.proj", "a vision transformer (ViT)"),
+    (r"layer1\.0\.conv1|layer1\.0\.bn1", "a ResNet"),
+    (r"loss\.discriminator|encoder\.mid\.attn_1\.q\.", "a VQGAN (taming transformers), another kind of tokenizer"),
+    (r"(.*\.)?exp_avg(_sq)?(\.|$)|state\.\d", "the state of an optimiser"),
+)
 
 DTypeChoice = torch.dtype | Literal["keep"] | None
 
@@ -191,6 +209,15 @@ def problems_of(path: Path) -> Iterator[None]:
         if str(path) in error.message:
             raise
         raise CheckpointError(f"{path}: {error.message}", error.problems) from error
+
+
+def guess_model(names: Iterable[str]) -> str | None:
+    """What kind of model the names of tensors belong to, in words; None when nothing is recognised."""
+    text = "\n".join(sorted(strip_wrappers(name) for name in names))
+    for pattern, what in _GUESSES:
+        if re.search(rf"^{pattern}", text, flags=re.MULTILINE):
+            return what
+    return None
 
 
 def what_instead(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +12,23 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError, counted, explain_os_errors
-from actvar_convert.files.layout import reference_tokenizer, sparse_addition
+from actvar_convert.files.layout import reference_tokenizer
 from actvar_convert.files.tensors import separate, size_of, write_tensors
 from actvar_convert.models.model import VARModel
 from actvar_convert.system.atomic import replacing
 from actvar_convert.system.device import require_space
 
 ENDINGS = (".safetensors", ".pth", ".pt")
+
+
+_ADDITIONS = {
+    "ffn.permutation": "order of neurons",
+    "ffn.inactive": "constants of inactive experts",
+    "ffn.router": "routers",
+    "gate": "token gates",
+    "reconstruction": "reconstructions of skipped tokens",
+}
+"""What a sparse block has beside the dense one, by the beginning of its tensors' names."""
 
 
 class Exported(NamedTuple):
@@ -50,6 +61,14 @@ def dense_skeleton(model: VARModel) -> tuple[dict[str, Tensor], tuple[str, ...]]
     blocks = Counter({what: len(indices) for what, indices in dropped.items()})
     blocks.pop("order of neurons", None)
     return out, tuple(f"{what} of {counted(count, 'block')}" for what, count in blocks.items())
+
+
+def sparse_addition(name: str) -> str | None:
+    """What a tensor of a sparse transformer belongs to that a dense one does not have; None: the dense one has it."""
+    match = re.match(r"blocks\.\d+\.(.+)$", name)
+    if match is None:
+        return None
+    return next((what for start, what in _ADDITIONS.items() if f"{match[1]}.".startswith(f"{start}.")), None)
 
 
 def _in_order(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from actvar_convert.errors import counted
 from actvar_convert.files.dense import DenseFiles, problems_of, read_dense, what_instead
 from actvar_convert.files.layout import (
-    GIVE_HEADS,
     OPTIONAL_SUFFIXES,
     Overrides,
     TokenizerShape,
     agreement_problems,
     chosen_ratio,
+    infer_incomplete,
     infer_tokenizer,
-    infer_transformer,
     missing_blocks,
     official_depth,
 )
@@ -38,12 +37,9 @@ from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.plan import SparsityPlan
 
-Kind = Literal["var", "vqvae", "sparse", "other"]
-
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-_USUAL_CLASSES = 1000
-"""Of the published models; taken for a file that lacks the only tensor that tells, to look at the rest of it."""
+Kind = Literal["var", "vqvae", "sparse", "other"]
 
 
 class Inspection(BaseModel):
@@ -146,19 +142,12 @@ def _parameters(tensors: Mapping[str, Tensor]) -> int:
 
 def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, values: bool) -> Inspection:
     assert files.transformer is not None
-    told, notes = dict(files.transformer), list(files.notes)
-    if "class_emb.weight" not in told:
-        told["class_emb.weight"] = torch.empty(_USUAL_CLASSES + 1, device="meta")
-        notes.append(f"class_emb.weight is missing, and nothing else tells the classes; {_USUAL_CLASSES} is a guess")
-    config = infer_transformer(told, overrides, files.hints)
+    config, assumed = infer_incomplete(files.transformer, overrides, files.hints)
     whole = missing_blocks(config, files.hints)
     needed = config if whole is None else config.model_copy(update={"depth": whole[0]})
     with NoWeights():
         parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = [("", VARTransformer(needed), files.transformer)]
-    if "lvl_1L" not in files.transformer and overrides.sides is None:
-        notes.append(f"the pyramid {','.join(map(str, config.sides))} was inferred from its size (lvl_1L is absent)")
-    if not config.l2_attention and overrides.heads is None:
-        notes.append(f"{config.heads} heads follow the rule width / 64; if they are others, {GIVE_HEADS}")
+    notes = [*files.notes, *assumed]
     published = official_depth(config)
     if whole is not None:
         notes.append(f"the file ends after {counted(config.depth, 'block')}; {whole[1]}: the rest is missing")

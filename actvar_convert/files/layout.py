@@ -48,15 +48,6 @@ _TOKENIZER = re.compile(
 _PHI = re.compile(r"^quantize\.quant_resi\.(?:qresi_ls\.)?(?P<index>\d+)\.(?P<leaf>weight|bias)$")
 _ENOUGH = 4
 
-_ADDITIONS = {
-    "ffn.permutation": "order of neurons",
-    "ffn.inactive": "constants of inactive experts",
-    "ffn.router": "routers",
-    "gate": "token gates",
-    "reconstruction": "reconstructions of skipped tokens",
-}
-"""What a sparse block has beside the dense one, by the beginning of its tensors' names."""
-
 
 class Parts(NamedTuple):
     """Transformer and tokenizer of a checkpoint, each None where the checkpoint has none.
@@ -145,14 +136,6 @@ def _unify_phis(tokenizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def sparse_addition(name: str) -> str | None:
-    """What a tensor of a sparse transformer belongs to that a dense one does not have; None: the dense one has it."""
-    match = re.match(r"blocks\.\d+\.(.+)$", name)
-    if match is None:
-        return None
-    return next((what for start, what in _ADDITIONS.items() if f"{match[1]}.".startswith(f"{start}.")), None)
-
-
 def reference_tokenizer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tokenizer's tensors as the reference names them: a single phi convolution is no list there."""
     lists = {match["index"] for match in map(_PHI.match, tensors) if match}
@@ -161,35 +144,11 @@ def reference_tokenizer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace(".qresi_ls.0.", ".qresi."): tensor for name, tensor in tensors.items()}
 
 
-_GUESSES: tuple[tuple[str, str], ...] = (
-    (r"blocks\.0\.ffn\.permutation", "the weights of an actvar-sparse folder; give the folder itself"),
-    (r"body\.0\.weight\n(.*\n)*head\.weight", "the image classifier that measures generations"),
-    (r"(model\.)?diffusion_model\.|cond_stage_model\.", "a latent diffusion model (Stable Diffusion)"),
-    (r"down_blocks\.\d|up_blocks\.\d|time_embedding\.linear", "a diffusers U-Net or autoencoder"),
-    (r"(single_)?transformer_blocks\.\d|x_embedder\.|t_embedder\.", "a diffusion transformer (DiT)"),
-    (r".*lora_(A|B|up|down)", "a LoRA adapter, not a whole model"),
-    (r"text_proj_for_sos|unregistered_blocks|cfg_uncond", "an Infinity model (text to image), a relative of VAR"),
-    (r"(model\.)?(embed_tokens|layers\.\d+\.self_attn)|lm_head\.|transformer\.h\.\d|transformer\.wte", "an LLM"),
-    (r"text_model\.|vision_model\.|visual\.", "a CLIP model"),
-    (r"(bert\.|roberta\.)?encoder\.layer\.\d|shared\.weight", "a BERT or T5 model"),
-    (r"cls_token|patch_embed\.proj", "a vision transformer (ViT)"),
-    (r"layer1\.0\.conv1|layer1\.0\.bn1", "a ResNet"),
-    (r"loss\.discriminator|encoder\.mid\.attn_1\.q\.", "a VQGAN (taming transformers), another kind of tokenizer"),
-    (r"(.*\.)?exp_avg(_sq)?(\.|$)|state\.\d", "the state of an optimiser"),
-)
-
-
-def guess_model(names: Iterable[str]) -> str | None:
-    """What kind of model the names of tensors belong to, in words; None when nothing is recognised."""
-    text = "\n".join(sorted(strip_wrappers(name) for name in names))
-    for pattern, what in _GUESSES:
-        if re.search(rf"^{pattern}", text, flags=re.MULTILINE):
-            return what
-    return None
-
-
 DEFAULT_RESIDUAL_RATIO = 0.5
 _HEAD_DIM = 64
+
+_USUAL_CLASSES = 1000
+"""Of the published models; taken for a file that lacks the only tensor that tells, to look at the rest of it."""
 
 GIVE_HEADS = (
     'give them with --heads (heads=, or heads in a recipe), or in a config.json beside the file: {"num_heads": ...}'
@@ -331,6 +290,22 @@ def infer_transformer(
         )
     except ValidationError as error:
         raise CheckpointError("the transformer's shapes contradict each other:", messages(error)) from error
+
+
+def infer_incomplete(
+    tensors: Mapping[str, Tensor], overrides: Overrides, hints: Mapping[str, Any]
+) -> tuple[TransformerConfig, list[str]]:
+    """The configuration, even without the only tensor that tells the classes; and what was assumed, a sentence each."""
+    notes = []
+    if "class_emb.weight" not in tensors:
+        tensors = {**tensors, "class_emb.weight": torch.empty(_USUAL_CLASSES + 1, device="meta")}
+        notes.append(f"class_emb.weight is missing, and nothing else tells the classes; {_USUAL_CLASSES} is a guess")
+    config = infer_transformer(tensors, overrides, hints)
+    if "lvl_1L" not in tensors and overrides.sides is None:
+        notes.append(f"the pyramid {_list(config.sides)} was inferred from its size (lvl_1L is absent)")
+    if not config.l2_attention and overrides.heads is None:
+        notes.append(f"{config.heads} heads follow the rule width / {_HEAD_DIM}; if they are others, {GIVE_HEADS}")
+    return config, notes
 
 
 def missing_blocks(config: TransformerConfig, hints: Mapping[str, Any]) -> tuple[int, str] | None:
