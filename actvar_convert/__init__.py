@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from actvar_convert._version import __version__
 
 if TYPE_CHECKING:
+    from actvar_convert.measure.cuts import SweepReport
     from actvar_convert.measure.evaluation import Evaluation
     from actvar_convert.measure.latency import Timing
-    from actvar_convert.measure.sweep_report import SweepReport
     from actvar_convert.preflight import ValidationResult, validate_recipe
     from actvar_convert.runs import RunResult, run
     from actvar_convert.sweeps import sweep
@@ -41,7 +41,7 @@ _VERBS = {
     "Evaluation": "actvar_convert.measure.evaluation",
     "RunResult": "actvar_convert.runs",
     "run": "actvar_convert.runs",
-    "SweepReport": "actvar_convert.measure.sweep_report",
+    "SweepReport": "actvar_convert.measure.cuts",
     "sweep": "actvar_convert.sweeps",
     "Timing": "actvar_convert.measure.latency",
     "ValidationResult": "actvar_convert.preflight",

@@ -22,12 +22,9 @@ from actvar_convert.conversion.search import Planned, plan_model, priced_by, sea
 from actvar_convert.cost.flops import count_flops
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.measure.agreement import agreement_quality, compare_logits, held_out_pyramids
-from actvar_convert.measure.extractors import FeatureExtractor
-from actvar_convert.measure.fid import frechet_inception_distance, paired_jackknife_error, relative_difference
-from actvar_convert.measure.image_features import Features, ImageSet, generated_features, model_fingerprint
-from actvar_convert.measure.sweep_report import SweepFid, SweepPoint, SweepReport, largest_within
-from actvar_convert.models.casting import cast
+from actvar_convert.measure.cuts import CutMeasurement, SweepPoint, SweepReport, largest_within
+from actvar_convert.measure.evaluation import Evaluation
+from actvar_convert.measure.image_features import model_fingerprint
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.origins import require_dense, work_folder
@@ -38,7 +35,7 @@ from actvar_convert.show.charts import sweep_picture
 from actvar_convert.show.tables import sweep_figures
 from actvar_convert.stores import calibration_store
 from actvar_convert.system.atomic import write_whole
-from actvar_convert.system.device import DTYPES, release_pages
+from actvar_convert.system.device import release_pages
 from actvar_convert.system.progress import Progress, SilentProgress
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -62,7 +59,6 @@ def sweep(
     *,
     recipe: verbs.RecipeLike,
     reductions: Sequence[float] = REDUCTIONS,
-    held_out: int | None = None,
     images: int = 0,
     max_kl: float | None = None,
     out: str | Path | None = None,
@@ -76,7 +72,6 @@ def sweep(
             are not used.
         reductions: shares of the transformer's FLOPs to save, within 0 to 1; one out of reach becomes a point that says
             so.
-        held_out: teacher pyramids for KL and agreement; the recipe's number by default.
         images: generated per model for FID; 0 leaves FID out.
         max_kl: a limit in nats per token; the report names the largest cut that stays within it.
         out: folder for ``sweep.json``, ``sweep.csv`` and ``sweep.png``; points of the same sweep that are there already
@@ -90,8 +85,8 @@ def sweep(
     require_dense(model)
     progress = progress or SilentProgress()
     chosen = _recipe(recipe, model)
-    held_out = chosen.evaluate.held_out if held_out is None else held_out
-    _check(reductions, held_out, images, max_kl)
+    held_out = chosen.evaluate.held_out
+    _check(reductions, images, max_kl)
     extractor = verbs.extractor_for(model, chosen.evaluate.reference) if images else None
     dense_print = model_fingerprint(model)
     method = chosen.model_dump_json(exclude=_UNUSED)
@@ -129,8 +124,10 @@ def sweep(
             work.mkdir(parents=True, exist_ok=True)
         path = None if work is None else work / f"calibration-{fingerprint[:12]}.bin"
         store = calibration_store(model, chosen, path=path, progress=progress)
-        measurement = _Measurement(
-            model, chosen, held_out, images, extractor, work=work, fingerprint=dense_print, progress=progress
+        settings = chosen.evaluate
+        evaluation = Evaluation(images, settings.seeds, settings.batch, held_out, dtype=settings.dtype)
+        measurement = CutMeasurement(
+            model, evaluation, extractor, work=work, fingerprint=dense_print, progress=progress
         )
         planned = _planned(model, chosen, targets, store, progress)
         for target in targets:
@@ -163,13 +160,11 @@ def _recipe(source: verbs.RecipeLike, model: VARModel) -> Recipe:
     return chosen
 
 
-def _check(reductions: Sequence[float], held_out: int, images: int, max_kl: float | None) -> None:
+def _check(reductions: Sequence[float], images: int, max_kl: float | None) -> None:
     problems = []
     outside = [value for value in reductions if not 0 < value < 1]
     if not reductions or outside:
         problems.append(f"reductions: {outside or 'none'} given, shares between 0 and 1 needed, such as 0.2")
-    if held_out < 2:
-        problems.append(f"held_out: {held_out} given, at least 2 needed")
     if images and images < FEWEST_IMAGES:
         problems.append(f"images: {images} given, 0 (no FID) or at least {FEWEST_IMAGES} needed")
     if max_kl is not None and not max_kl > 0:
@@ -239,88 +234,3 @@ def _converted(
             partitions=planned.partitions,
             on_block=task.advance,
         )
-
-
-class _Measurement:
-    """Makes the points of converted models; what they share is made once, at the start.
-
-    Args:
-        model: the dense model.
-        recipe: how quality is measured.
-        held_out, images: pyramids for KL and agreement; images for FID.
-        extractor: what judges images; None: there are none.
-        work: folder in which held-out pyramids and features are kept; None: nowhere.
-        fingerprint: of the dense model.
-    """
-
-    def __init__(
-        self,
-        model: VARModel,
-        recipe: Recipe,
-        held_out: int,
-        images: int,
-        extractor: FeatureExtractor | None,
-        *,
-        work: Path | None,
-        fingerprint: str,
-        progress: Progress,
-    ) -> None:
-        self.model, self.settings, self.images, self.extractor = model, recipe.evaluate, images, extractor
-        self.work, self.progress = work, progress
-        self.tokens, self.labels = held_out_pyramids(
-            model,
-            held_out,
-            self.settings.batch,
-            sampling=model.sampling,
-            progress=progress,
-            cache=work,
-            fingerprint=fingerprint,
-        )
-        self.dense = None if extractor is None else self._features(model, extractor, "dense model")
-        self.dense_fid = 0.0
-        if extractor is not None and self.dense is not None:
-            self.dense_fid = frechet_inception_distance(self.dense.features_NF, extractor.reference())
-
-    def point(self, target: float, sparse: SparseVARModel, expected: float | None) -> SweepPoint:
-        """Cost and quality of one cut, beside the KL that the search expected."""
-        config = self.model.transformer.config
-        counted = count_flops(config, self.model.tokenizer.config, {"plan": sparse.plan}, "plan")
-        assert counted.sparse is not None and counted.reduction is not None
-        with self.progress.task("agreement of the sparse model", len(self.tokens)) as task:
-            found = compare_logits(sparse, self.model, self.tokens, self.labels, task)
-        kl, agreement = agreement_quality(found)
-        return SweepPoint(
-            target=target,
-            reduction=counted.reduction.transformer,
-            reduction_end_to_end=counted.reduction.end_to_end,
-            flops=counted.sparse.transformer.flops,
-            macs=counted.sparse.transformer.macs,
-            kl=kl,
-            expected_kl=expected,
-            agreement=agreement,
-            fid=self._fid(sparse),
-        )
-
-    def _fid(self, sparse: SparseVARModel) -> SweepFid | None:
-        if self.extractor is None or self.dense is None:
-            return None
-        reference = self.extractor.reference()
-        found = self._features(sparse, self.extractor, "sparse model")
-        distance = frechet_inception_distance(found.features_NF, reference)
-        return SweepFid(
-            images=self.images,
-            dense=self.dense_fid,
-            sparse=distance,
-            increase=relative_difference(self.dense_fid, distance),
-            jackknife_error=paired_jackknife_error(self.dense.features_NF, found.features_NF, reference),
-        )
-
-    def _features(self, of: VARModel, extractor: FeatureExtractor, what: str) -> Features:
-        with self.progress.task(f"images of the {what}", self.images) as task:
-            return generated_features(
-                cast(of, DTYPES[self.settings.dtype]),
-                extractor,
-                ImageSet(self.images, self.settings.seeds[0], self.settings.batch, self.model.sampling),
-                task,
-                cache=self.work,
-            )

@@ -44,10 +44,6 @@ def sweep(
         float | None,
         typer.Option("--max-kl", metavar="NATS", help="Mark the largest cut whose KL per token is at most this."),
     ] = None,
-    held_out: Annotated[
-        int | None,
-        typer.Option("--held-out", min=2, help="Teacher pyramids to measure on. Default: evaluate.held_out."),
-    ] = None,
     images: Annotated[int, typer.Option("--images", min=0, help="Images per model for FID; 0: no FID.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Output folder. Default: runs/NAME-sweep.")
@@ -88,7 +84,6 @@ def sweep(
         dense,
         recipe=resolved,
         reductions=opt.several(reductions, "--reductions", float),
-        held_out=held_out,
         images=images,
         max_kl=max_kl,
         out=folder,

@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from actvar_convert.cost.flops import FlopsReport
 from actvar_convert.files.inspection import Inspection
 from actvar_convert.files.sparse_folder import SparseConfig
+from actvar_convert.measure.cuts import SweepPoint, SweepReport
 from actvar_convert.measure.latency import BenchmarkReport, BenchmarkRow
 from actvar_convert.measure.quality_report import FidQuality, KLQuality, QualityReport, RoutingLoad
-from actvar_convert.measure.sweep_report import SweepPoint, SweepReport
 from actvar_convert.measure.ways import WaysReport, WaysRow
 from actvar_convert.plan import BlockPlan, SparsityPlan
 

@@ -20,8 +20,8 @@ from actvar_convert import verbs
 from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.measure.agreement import HELD_OUT_SEED, compare_logits
+from actvar_convert.measure.cuts import SweepReport
 from actvar_convert.measure.extractors import ClassifierExtractor
-from actvar_convert.measure.sweep_report import SweepReport
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sampling import balanced_labels
@@ -172,9 +172,9 @@ def test_another_sweep_and_other_things_are_left_alone(tiny_model: VARModel, tmp
     out = tmp_path / "s"
     av.sweep(tiny_model, recipe=recipe(), reductions=(0.95,), out=out)
     before = (out / "sweep.json").read_bytes()
-    for given in ({"recipe": recipe(seed=1)}, {"recipe": recipe(), "held_out": 7}):
+    for given in (recipe(seed=1), recipe(evaluate={"held_out": 7, "batch": 4})):
         with pytest.raises(InputError, match=r"sweep\.json is a sweep of another model, with other settings"):
-            av.sweep(tiny_model, reductions=(0.95,), out=out, **given)  # type: ignore[arg-type]
+            av.sweep(tiny_model, recipe=given, reductions=(0.95,), out=out)
     drawing = copy.copy(tiny_model)
     drawing.sampling = tiny_model.sampling._replace(cfg=4.0)
     with pytest.raises(InputError, match="is a sweep of another model"):
@@ -207,9 +207,9 @@ def test_a_price_by_the_clock_is_one_of_a_number_format(tiny_model: VARModel, tm
 
 def test_problems_are_named_together_and_first(tiny_model: VARModel, tiny_sparse: SparseVARModel) -> None:
     with pytest.raises(InputError) as raised:
-        av.sweep(tiny_model, recipe=recipe(), reductions=(0.1, 0.0, 1.2), held_out=1, images=3, max_kl=-1.0)
-    assert len(raised.value.problems) == 4
-    for said in ("reductions: [0.0, 1.2]", "held_out: 1", "images: 3", "max_kl: -1.0"):
+        av.sweep(tiny_model, recipe=recipe(), reductions=(0.1, 0.0, 1.2), images=3, max_kl=-1.0)
+    assert len(raised.value.problems) == 3
+    for said in ("reductions: [0.0, 1.2]", "images: 3", "max_kl: -1.0"):
         assert said in str(raised.value)
     with pytest.raises(InputError, match="reductions: none"):
         av.sweep(tiny_model, recipe=recipe(), reductions=())

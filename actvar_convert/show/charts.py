@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from actvar_convert.measure.sweep_report import SweepReport
+from actvar_convert.measure.cuts import SweepReport
 
 
 class Series(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Any
 
 from actvar_convert.cost import flops as costs
 from actvar_convert.cost.flops import Cost, FlopsReport, ModelCost
+from actvar_convert.measure.cuts import SweepPoint, SweepReport
 from actvar_convert.measure.latency import BenchmarkReport, BenchmarkRow
 from actvar_convert.measure.quality_report import Paired, PlanQuality, QualityReport, RoutingLoad
 from actvar_convert.measure.routing import experts_per_token
-from actvar_convert.measure.sweep_report import SweepPoint, SweepReport
 from actvar_convert.show.figures import (
     MISSING,
     Cell,

@@ -43,7 +43,18 @@ def test_one_table_one_folder_and_the_same_line_again(actvar: Actvar, dense_file
 def test_json_and_a_recipe_that_names_the_model(actvar: Actvar, dense_file: Path) -> None:
     text = [f"model: {dense_file}", *(setting.replace("=", ": ", 1) for setting in SMALL[:1])]
     Path("mine.yaml").write_text("\n".join(text) + "\n")
-    given = ("--reductions", "0.2", "--held-out", 3, "--out", "s", "--format", "json", "--quiet", *small())
+    given = (
+        "--reductions",
+        "0.2",
+        "--out",
+        "s",
+        "--format",
+        "json",
+        "--quiet",
+        *small(),
+        "--set",
+        "evaluate.held_out=3",
+    )
     result = actvar("sweep", "mine.yaml", *given)
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     report = json.loads(result.stdout)
