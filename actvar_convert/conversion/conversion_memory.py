@@ -105,8 +105,6 @@ def estimate_convert(
       clustering: hidden activations, a copy of them and one fp64 slice, T (2 H + PROFILES * 8 bytes);
       the router's start: CHUNK tokens with four arrays of H, products of experts' weights, H^2 / E + C H, three fp64
       arrays of C^2;
-      refitting output weights: moments of H^2 in fp32 and twice in fp64, of C H in both, CHUNK tokens with six arrays
-      of H;
       the least squares of a gate: twelve fp64 arrays of C^2 and three of CHUNK tokens;
     - refitting block after block: the sparse weights and one dense block; P (L + 1) C of states and conditions of the
       dense model, twice in a block, and of the sparse one under each plan; moments of H^2 in fp32 and twice in fp64, of
@@ -128,7 +126,7 @@ def estimate_convert(
         transformer = SparseVARTransformer(config, plans, default)
     sparse = itemsize * sum(tensor.numel() for tensor in transformer.state_dict().values())
     block_weights = itemsize * sum(tensor.numel() for tensor in transformer.layers[0].state_dict().values())
-    wanted = [wanted_of(block, recipe.experts) for block in transformer.sparse_layers]
+    wanted = [wanted_of(block) for block in transformer.sparse_layers]
     calibration = recipe.calibration
     common = {"program": PROGRAM, "dense weights in memory": held}
 
@@ -226,9 +224,7 @@ def _steps(
     width, hidden, batch = config.width, config.hidden, min(recipe.calibration.batch, recipe.calibration.pyramids)
     sampled = max(_sampled(config, each, recipe.calibration.pyramids, per_scale) for each in wanted)
     router = CHUNK * 4 * hidden + hidden * hidden // recipe.experts.count + width * hidden
-    refit = 20 * hidden * hidden + 20 * hidden * width + 4 * 6 * CHUNK * hidden
     return {
-        "refit": refit if recipe.experts.compensation == "least_squares" else 0,
         "batch": batch * config.pyramid.total * (2 * hidden + 8 * width) * itemsize,
         "clustering": sampled * (2 * hidden * itemsize + min(PROFILES, hidden) * 8),
         "router": router * itemsize + 3 * 8 * width * width,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from actvar_convert.conversion.activations import BlockRecord, Wanted, record_blocks
-from actvar_convert.conversion.compensation import compensate
 from actvar_convert.conversion.experts import (
     Partition,
     calibrate_inactive,
@@ -28,7 +27,7 @@ from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
 from actvar_convert.models.var import FFN, Block
 from actvar_convert.plan import SparsityPlan
-from actvar_convert.recipe.schema import ExpertsRecipe, Recipe
+from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.device import release_pages
 from actvar_convert.system.processes import Processes
 
@@ -65,7 +64,7 @@ def convert_model(
         dense,
         tokens_PL,
         labels_P,
-        wanted=lambda index: wanted_of(transformer.sparse_layers[index], recipe.experts),
+        wanted=lambda index: wanted_of(transformer.sparse_layers[index]),
         batch=recipe.calibration.batch,
         tokens_per_scale=TOKENS_PER_SCALE,
         seed=recipe.seed,
@@ -113,11 +112,9 @@ def _partial_scales(block: SparseBlock) -> list[int]:
     return [s for s in scales if not all(plan.runs_all(block.index, s) for plan in plans)] or list(scales)
 
 
-def wanted_of(block: SparseBlock, recipe: ExpertsRecipe) -> Wanted:
+def wanted_of(block: SparseBlock) -> Wanted:
     """What the conversion of a block needs to see of the dense one."""
-    refits = recipe.compensation == "least_squares"
-    scales = range(len(block.config.sides)) if refits else _partial_scales(block)
-    return Wanted(frozenset(scales), first_needed_scale(block))
+    return Wanted(frozenset(_partial_scales(block)), first_needed_scale(block))
 
 
 def _convert_block(
@@ -135,8 +132,6 @@ def _convert_block(
     install_experts(ffn, block.ffn, partition)
     start_router(ffn, torch.cat([record.ffn_input[s] for s in routed]))
     calibrate_inactive(ffn, record.ffn_input, recipe.experts.inactive)
-    if recipe.experts.compensation == "least_squares":
-        compensate(ffn, record.ffn_input, centred=recipe.experts.inactive != "none")
     start_gate(sparse, record, sparse.config.pyramid)
 
 

@@ -63,11 +63,11 @@ class ExpertsRecipe(Section):
         "none",
         description="what an expert that is not run adds: nothing, its mean, or its mean over the tokens that skip it",
     )
-    compensation: Literal["none", "least_squares", "sequential"] = Field(
+    compensation: Literal["none", "sequential"] = Field(
         "none",
-        description="whether weights are refitted, by least squares, to make up for what is left out: not; the FFNs' "
-        "output weights, each block by itself; or block after block, on the states that the sparse model has, with "
-        "attention's output projections and the head. An export of such a model is no longer bit-equal to its source",
+        description="whether weights are refitted, by least squares, to make up for what is left out: not, or block "
+        "after block on the states that the sparse model has: output weights of FFNs, output projections of attention, "
+        "and the head. An export of such a model is no longer bit-equal to its source",
     )
 
 
