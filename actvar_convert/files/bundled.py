@@ -1,7 +1,7 @@
 """The models that the package carries, in ``actvar_convert/assets/NAME/``.
 
 config.json                     sampling defaults, names of the classes, shapes, figures; quadrants: labels of the four
-                                quadrants of every class, where the model makes 2 x 2 mosaics
+                                quadrants of every class, if the model makes 2 x 2 mosaics
 var*.safetensors, vae*.safetensors      transformer and tokenizer in half precision, sharded with an index
 classifier.safetensors          the classifier whose features measure generations
 reference_features.safetensors  its features of the test images

@@ -90,7 +90,7 @@ def load_dense(
 ) -> VARModel:
     """A dense VAR from files; its shape is inferred from names and shapes of the tensors.
 
-    Nothing in the files is executed. Weights stay in the mapped files until they are used where no conversion is
+    Nothing in the files is executed. Weights stay in the mapped files until they are used if no conversion is
     needed, so peak memory is that of the model itself.
 
     Args:

@@ -35,7 +35,7 @@ class Exported(NamedTuple):
     """What an export wrote.
 
     Attributes:
-        files: the transformer's file, and the tokenizer's where it was asked for.
+        files: the transformer's file, and the tokenizer's if it was asked for.
         left_out: what the reference has no place for, with the number of blocks that had it: "routers of 8 blocks".
     """
 

@@ -56,9 +56,9 @@ class Inspection(BaseModel):
     kind: Kind = Field(description="var: a transformer, with or without tokenizer; vqvae: a tokenizer alone")
     line: str = Field(description="everything important in one line")
     config: TransformerConfig | None = Field(None, description="shape of the transformer")
-    tokenizer: TokenizerConfig | None = Field(None, description="shape of the tokenizer, where its pyramid is known")
-    parameters: int = Field(0, description="values of all weights of the transformer (of the VQVAE where it is alone)")
-    dtype: str | None = Field(None, description="number format of most weights")
+    tokenizer: TokenizerConfig | None = Field(None, description="shape of the tokenizer, if its pyramid is known")
+    parameters: int = Field(0, description="values of all weights of the transformer (of the VQVAE if it is alone)")
+    dtype: str | None = Field(None, description="dtype of most weights")
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mis_shaped: tuple[str, ...] = Field((), description="name: shape in the file, shape needed")
@@ -67,7 +67,7 @@ class Inspection(BaseModel):
     guess: str | None = Field(None, description="what the file is when it is not a VAR")
     notes: tuple[str, ...] = Field((), description="what was assumed or is odd, one sentence each")
     plans: dict[str, float] = Field({}, description="sparse: share of the FFN work that every plan computes")
-    default_plan: str | None = Field(None, description="sparse: the plan in force")
+    default_plan: str | None = Field(None, description="sparse: the active plan")
     provenance: dict[str, Any] = Field({}, description="sparse: tool version, source and recipe with their hashes")
 
     @property

@@ -50,11 +50,11 @@ _ENOUGH = 4
 
 
 class Parts(NamedTuple):
-    """Transformer and tokenizer of a checkpoint, each None where the checkpoint has none.
+    """Transformer and tokenizer of a checkpoint, each None if the checkpoint has none.
 
     Attributes:
         rest: names that belong to neither.
-        notes: what was chosen where there was a choice, one sentence each.
+        notes: what was chosen if there was a choice, one sentence each.
     """
 
     transformer: dict[str, Tensor] | None
@@ -163,9 +163,9 @@ class Overrides(NamedTuple):
     """What the caller knows better than the file; None: read it from the file.
 
     Attributes:
-        heads: attention heads (needed where attention is not L2-normalised and head dimension is not 64).
+        heads: attention heads (needed if attention is not L2-normalised and head dimension is not 64).
         residual_ratio: share of the phi convolution in its output (no tensor tells it; 0.5 unless given).
-        sides: token pyramid (needed where ``lvl_1L`` is absent and the pyramid is not a published one).
+        sides: token pyramid (needed if ``lvl_1L`` is absent and the pyramid is not a published one).
     """
 
     heads: int | None = None
@@ -197,7 +197,7 @@ class TokenizerShape(NamedTuple):
     """What the tensors of a VQVAE tell; the pyramid is known to its transformer alone.
 
     Attributes:
-        scales: number of scales; None where the file does not say.
+        scales: number of scales; None if the file does not say.
     """
 
     ch: int

@@ -15,7 +15,7 @@ from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
 
 FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-"""Number formats that weights may have, with the names that people read."""
+"""Dtypes that weights may have, with the names that people read."""
 
 _SHOWN = 12
 
@@ -53,7 +53,7 @@ class Comparison(NamedTuple):
     Attributes:
         missing: needed and absent (optional buffers are not needed).
         unexpected: present and unknown.
-        mis_shaped: "name: shape in the file, shape needed"; number formats that are no weights too.
+        mis_shaped: "name: shape in the file, shape needed"; dtypes that are no weights too.
     """
 
     missing: list[str]

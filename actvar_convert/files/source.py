@@ -33,11 +33,11 @@ class ModelShape(NamedTuple):
     """Configurations of a model.
 
     Attributes:
-        tokenizer: None where none lies with the transformer.
+        tokenizer: None if none lies with the transformer.
         plans, default_plan: of a sparse model; none of a dense one.
         line: the model in words.
         parameters: values of the transformer's weights.
-        dtype: number format of most of them: fp32, fp16, bf16, fp64.
+        dtype: dtype of most of them: fp32, fp16, bf16, fp64.
     """
 
     transformer: TransformerConfig
@@ -66,7 +66,7 @@ def load_any(
 ) -> VARModel:
     """A model from its name or path; dense and sparse models are used alike.
 
-    A plain name means a bundled or published model even where a file has that name; write ``./NAME`` for the file.
+    A plain name means a bundled or published model even if a file has that name; write ``./NAME`` for the file.
 
     Args:
         source: bundled name ("fashion"), published name ("var-d16"), sparse folder, dense file or folder.
@@ -174,7 +174,7 @@ def is_sparse(source: str | Path) -> bool:
 
 
 def refuse_unneeded(source: str | Path, vae: str | Path | None, overrides: Overrides) -> None:
-    """Raises InputError where a tokenizer or a shape is given for a source that brings its own."""
+    """Raises InputError if a tokenizer or a shape is given for a source that brings its own."""
     bundled, sparse = isinstance(source, str) and source in bundled_names(), is_sparse(source)
     if vae is not None and (sparse or bundled):
         raise InputError(f"{source} brings its own tokenizer. Leave vae out.")
@@ -184,7 +184,7 @@ def refuse_unneeded(source: str | Path, vae: str | Path | None, overrides: Overr
 
 
 def require_known(source: str | Path) -> None:
-    """Raises InputError where nothing exists under this path; the message proposes names and files that look alike."""
+    """Raises InputError if nothing exists under this path; the message proposes names and files that look alike."""
     if isinstance(source, Path) or Path(source).exists() or Path(source).name != source or "." in source:
         require_exists(Path(source))
         return

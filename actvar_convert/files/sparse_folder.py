@@ -129,7 +129,7 @@ def save_sparse(
     """Writes a sparse folder, or replaces the model in an existing one and its reports, and leaves other files alone.
 
     Args:
-        model: what to write; a plan in force becomes the default one.
+        model: what to write; the active plan becomes the default one.
         folder: its parents are created.
         provenance: where the model came from (see ``provenance_of``); version and recipe hash are filled in. None: by
             ``model.origin``.
@@ -170,7 +170,7 @@ def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dty
 
     Args:
         folder: as written by ``save_sparse``; reports and cards in it may be missing or edited.
-        plan: name of the plan to put in force; None: the default.
+        plan: name of the plan to activate; None: the default.
         dtype: of the transformer's weights; None: float32.
 
     Raises:

@@ -23,7 +23,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file under a temporary name, flushes it to disk and renames it, so no reader ever sees half of it.
 
     Args:
-        path: the file; its folder is made when missing, and a file of that name is replaced, where it is a link the one
+        path: the file; its folder is made when missing, and a file of that name is replaced, if it is a link the one
             that it points to. A device or a pipe is written to as it is.
         content: text (written as UTF-8) or bytes.
 
