@@ -30,7 +30,7 @@ def own_flags(model: str, dense: opt.DenseFlags, other: str | None) -> opt.Dense
 def report_flops(
     model: opt.Model,
     guidance: Annotated[
-        bool, typer.Option("--guidance/--no-guidance", help="Count both halves of classifier-free guidance, or one.")
+        bool, typer.Option("--guidance/--no-guidance", help="With both rows of classifier-free guidance, or one.")
     ] = True,
     form: Annotated[opt.FlopsFormat, typer.Option("--format", help="How the report is printed.")] = (
         opt.FlopsFormat.table
@@ -42,7 +42,7 @@ def report_flops(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Count FLOPs and MACs per image, dense against sparse, per component, block and scale.
+    """FLOPs and MACs per image, dense against sparse, per component, block and scale.
 
     No weights are read; an official name such as var-d16 needs no file and no network.
     """
@@ -83,7 +83,7 @@ def evaluate(
         int, typer.Option("--held-out", min=2, help="Pyramids of the teacher that KL and agreement are measured on.")
     ] = 512,
     batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Images at once; another number draws other images.")
+        int, typer.Option("--batch", min=1, help="Images at once; another number gives other images.")
     ] = 64,
     cache: Annotated[
         Path | None,
@@ -135,7 +135,7 @@ def benchmark(
     ] = None,
     batches: Annotated[str, typer.Option("--batches", metavar="N,N,...", help="Images at once.")] = "1,4,16",
     dtypes: Annotated[
-        str, typer.Option("--dtype", metavar="NAME,...", help="Number formats: fp32, bf16, fp16.")
+        str, typer.Option("--dtype", metavar="NAME,...", help="fp32, bf16 or fp16, of the transformer.")
     ] = "fp32",
     decoder_dtype: opt.DecoderDtype = None,
     repeats: Annotated[
@@ -206,7 +206,7 @@ def inspect(
 ) -> None:
     """Say what is in a file: kind of model, shape, tensors that are missing, unexpected or mis-shaped.
 
-    Ends with exit code 2 where that is neither a VAR nor its tokenizer; problems of those are listed and change no exit
+    Ends with exit code 2 if that is neither a VAR nor its tokenizer; problems of those are listed and change no exit
     code.
     """
     from actvar_convert.show.tables import inspection_table

@@ -109,7 +109,7 @@ class FlopsReport(_Value):
         return self.model_dump_json(by_alias=True, exclude_none=True, indent=2)
 
     def promised_speedup(self, with_decoder: bool = False) -> float | None:
-        """Dense cost divided by sparse cost: the speed-up if time followed FLOPs; None where one is not known."""
+        """Dense cost divided by sparse cost: the speed-up if time followed FLOPs; None if one is not known."""
         dense, sparse = (
             None if each is None else each.end_to_end if with_decoder else each.transformer
             for each in (self.dense, self.sparse)

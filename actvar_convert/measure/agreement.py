@@ -32,7 +32,7 @@ class LogitsAgreement:
         kl_NS: KL(teacher || student) in nats per token, float64.
         top1_NS: share of the tokens whose likeliest code is the teacher's, float64.
         lengths: tokens of each scale.
-        guided_kl_NS: KL between guided predictions, float64; None where it was not asked for.
+        guided_kl_NS: KL between guided predictions, float64; None if it was not asked for.
     """
 
     kl_NS: Tensor
@@ -97,10 +97,10 @@ def held_out_pyramids(
     cache: Path | None,
     fingerprint: str,
 ) -> tuple[Tensor, Tensor]:
-    """Pyramids [N, L] that the teacher draws, apart from those of calibration and training, and their labels [N].
+    """Pyramids [N, L] that the teacher samples, apart from those of calibration and training, and their labels [N].
 
     Args:
-        count, batch: N, and pyramids drawn at once.
+        count, batch: N, and pyramids sampled at once.
         cache: folder in which they are kept and found again.
         fingerprint: ``model_fingerprint(teacher)``.
     """

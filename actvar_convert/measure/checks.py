@@ -43,7 +43,7 @@ class CheckRow(BaseModel):
     name: str
     given: float
     allowed: float
-    origin: str = Field(description="where the allowed value comes from")
+    origin: str = Field(description="source of the allowed value")
 
     @property
     def passed(self) -> bool:
@@ -99,7 +99,7 @@ def run_checks(
         baseline: earlier evaluation, with equal images, sampling, extractor and reference.
 
     Raises:
-        InputError: the baseline was measured in another way, or a limit needs what a report does not hold.
+        InputError: the baseline was measured otherwise, or a limit needs what a report does not hold.
     """
     rows = []
 

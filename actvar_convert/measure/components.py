@@ -22,7 +22,7 @@ from actvar_convert.models.var import Block
 from actvar_convert.system.device import DTYPES, synchronize
 
 SAMPLING = "sampling"
-"""What remains of generation: guidance, filtering, drawing, and the start-up of the cache."""
+"""What remains of generation: guidance, filters, sampling, and the start-up of the cache."""
 
 
 class ComponentTimes(BaseModel):
@@ -119,7 +119,7 @@ def split_components(model: VARModel, batch: int, *, repeats: int = 3, seed: int
         model: dense or sparse; only its instance attributes change, and only meanwhile.
         batch: images generated at once, labels in turn.
         repeats: runs after one to warm up; the one with the median total is reported.
-        seed: of the drawn tokens.
+        seed: of the sampled tokens.
     """
     labels = [index % model.transformer.config.classes for index in range(batch)]
     runs = []

@@ -51,7 +51,7 @@ class SweepPoint(_Value):
     kl: KLQuality | None = None
     expected_kl: float | None = Field(None, description="KL per token that the search expected; None without a search")
     agreement: AgreementQuality | None = None
-    fid: SweepFid | None = Field(None, description="None where no images were asked for")
+    fid: SweepFid | None = Field(None, description="None if no images were asked for")
 
 
 class SweepReport(_Value):
@@ -138,17 +138,17 @@ class CutMeasurement:
     def point(self, target: float, sparse: SparseVARModel, expected: float | None) -> SweepPoint:
         """Cost and quality of one cut, beside the KL that the search expected."""
         config = self.model.transformer.config
-        counted = count_flops(config, self.model.tokenizer.config, {"plan": sparse.plan}, "plan")
-        assert counted.sparse is not None and counted.reduction is not None
+        priced = count_flops(config, self.model.tokenizer.config, {"plan": sparse.plan}, "plan")
+        assert priced.sparse is not None and priced.reduction is not None
         with self.progress.task("agreement of the sparse model", len(self.tokens)) as task:
             found = compare_logits(sparse, self.model, self.tokens, self.labels, task)
         kl, agreement = agreement_quality(found)
         return SweepPoint(
             target=target,
-            reduction=counted.reduction.transformer,
-            reduction_end_to_end=counted.reduction.end_to_end,
-            flops=counted.sparse.transformer.flops,
-            macs=counted.sparse.transformer.macs,
+            reduction=priced.reduction.transformer,
+            reduction_end_to_end=priced.reduction.end_to_end,
+            flops=priced.sparse.transformer.flops,
+            macs=priced.sparse.transformer.macs,
             kl=kl,
             expected_kl=expected,
             agreement=agreement,

@@ -37,9 +37,9 @@ class Reference:
     Attributes:
         mean_F: mean feature vector, float64.
         covariance_FF: unbiased covariance of the features, float64.
-        features_NF: the feature vectors themselves, or None where only mean and covariance are known; precision and
+        features_NF: the feature vectors themselves, or None if only mean and covariance are known; precision and
             recall need them.
-        images: identifies the images, where the features were computed here; their last digits depend on the device.
+        images: identifies the images, if the features were computed here; their last digits depend on the device.
     """
 
     mean_F: Tensor
@@ -90,7 +90,7 @@ class FeatureExtractor(Protocol):
         """Why images of this model cannot be measured with this extractor; empty when they can."""
 
     def tokenizer_distance(self, tokenizer: nn.Module) -> float | None:
-        """FID of what the tokenizer makes of the real images, where that is known: what no transformer can pass."""
+        """FID of what the tokenizer makes of the real images, if that is known: what no transformer can pass."""
 
 
 class ClassifierExtractor:
@@ -155,7 +155,7 @@ class QuadrantExtractor(ClassifierExtractor):
 
     A class k fixes the label of each quadrant, l(k, q). With p_q the classifier's probabilities of quadrant q, its
     probability is prod_q p_q[l(k, q)]; what the classes leave of 1 is the probability of none of them, the last
-    logit. So a mosaic counts as its class where that is likelier than all else together.
+    logit. So a mosaic counts as its class if that is likelier than all else together.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class InceptionExtractor:
                 [2048, 2048] as published beside ImageNet models.
             weights: the network's weights as torch-fidelity names them; downloaded by it if not given.
             image_size: pixels per side that images of a folder are cropped and resized to.
-            device: where features of the folder's images are computed.
+            device: that computes the features of the folder's images.
 
         Raises:
             InputError: torch-fidelity is not installed, or the reference cannot be read.
@@ -280,7 +280,7 @@ class InceptionExtractor:
 
 
 def require_reference(reference: Path) -> None:
-    """Raises InputError where real images can be read from a path neither as a folder nor as an .npz."""
+    """Raises InputError if real images can be read from a path neither as a folder nor as an .npz."""
     if not reference.is_dir() and not (reference.is_file() and reference.suffix == ".npz"):
         raise InputError(f"{reference}: no folder of images and no .npz file with mu and sigma")
 

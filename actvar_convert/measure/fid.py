@@ -69,7 +69,7 @@ def precision_recall(generated_NF: Tensor, real_MF: Tensor, neighbours: int = 3,
     Args:
         generated_NF, real_MF: feature vectors.
         neighbours: k.
-        limit: at most so many vectors of each side are used, a subset drawn with a fixed seed.
+        limit: at most so many vectors of each side are used, a subset chosen with a fixed seed.
     """
     generated, real = (_subset(side, limit).cpu() for side in (generated_NF, real_MF))
     return PrecisionRecall(_covered(generated, real, neighbours), _covered(real, generated, neighbours))

@@ -114,7 +114,7 @@ def remembered(
 ) -> dict[str, Tensor]:
     """Tensors stored under ``key`` in the cache, else what ``make`` returns, stored whole or not at all.
 
-    ``task`` advances by ``count`` where the tensors come from the cache; ``make`` advances it itself.
+    ``task`` advances by ``count`` if the tensors come from the cache; ``make`` advances it itself.
     """
     if cache is None:
         return make()

@@ -31,7 +31,7 @@ class _Value(BaseModel):
 
 
 class BenchmarkRow(_Value):
-    """One batch size, precision and extent; the ratios need both sides."""
+    """One batch size, dtype and extent; the ratios need both sides."""
 
     device: str
     dtype: str

@@ -15,12 +15,12 @@ class _Value(BaseModel):
 
 
 class SamplingSettings(_Value):
-    """How the images were drawn."""
+    """How the images were sampled."""
 
     cfg: float = Field(description="strength of classifier-free guidance at the last scale")
     top_k: int = Field(description="0: all tokens")
     top_p: float = Field(description="0: all tokens")
-    chunk: int = Field(description="images drawn from one generator; equal images need an equal chunk")
+    chunk: int = Field(description="images sampled from one generator; equal images need an equal chunk")
 
 
 class Paired(_Value):
@@ -35,7 +35,7 @@ class Paired(_Value):
 class FidQuality(Paired):
     """Fréchet distance to the real images in the extractor's features."""
 
-    tokenizer: float | None = Field(description="of reconstructions of the real images; None where it is not known")
+    tokenizer: float | None = Field(description="of reconstructions of the real images; None if it is not known")
     increase: float = Field(description="mean over seed sets of (sparse - dense) / dense")
     standard_error: float | None = Field(description="of ``increase``, from its spread over seed sets; None with one")
     jackknife_error: float = Field(description="of ``increase``, from leaving out groups of images in each seed set")
@@ -65,34 +65,34 @@ class AgreementQuality(_Value):
 
 class RoutingLoad(_Value):
     """What the router of one block chose at one scale, over the computed tokens of the held-out pyramids, each of which
-    runs with its class and, where guided predictions are compared, without."""
+    runs with its class and, if guided predictions are compared, without."""
 
     block: int
     scale: int
-    tokens: int = Field(description="that were counted")
+    tokens: int = Field(description="that were seen")
     load: tuple[float, ...] = Field(description="share of the tokens that run each expert after the prefix")
     active: int = Field(description="experts after the prefix that a token runs")
     balance: float = Field(description="entropy of the load over its largest: 1 all alike, 0 one expert alone")
 
 
 class PlanQuality(_Value):
-    """Everything measured for one plan; where no images were, what is measured on images is None."""
+    """Everything measured for one plan; without images, what is measured on them is None."""
 
     fid: FidQuality | None = None
     inception_score: Paired | None = None
-    precision: Paired | None = Field(None, description="None also where the reference has no feature vectors")
+    precision: Paired | None = Field(None, description="None also if the reference has no feature vectors")
     recall: Paired | None = Field(None, description="as precision")
     label_agreement: Paired | None = Field(
-        None, description="share of images classified as their label; None also where the extractor knows other classes"
+        None, description="share of images classified as their label; None also if the extractor knows other classes"
     )
     kl: KLQuality
     guided_kl: KLQuality | None = Field(
         None,
-        description="of guided predictions, which images are drawn from; None where nothing is guided or guidance is "
+        description="of guided predictions, which images are sampled from; None if nothing is guided or guidance is "
         "folded in, and in older reports",
     )
     agreement: AgreementQuality
-    routing: tuple[RoutingLoad, ...] = Field((), description="by block and scale; empty where nothing is routed")
+    routing: tuple[RoutingLoad, ...] = Field((), description="by block and scale; empty if nothing is routed")
 
 
 class QualityReport(PlanQuality):
@@ -102,8 +102,8 @@ class QualityReport(PlanQuality):
     images: int = Field(description="generated per model and seed set; 0: none were measured")
     seeds: tuple[int, ...]
     sampling: SamplingSettings
-    dtype: str = Field(description="format that the images were generated in; KL and agreement are never cast")
-    extractor: str | None = Field(description="what judged the images; None where none were measured")
+    dtype: str = Field(description="that the images were generated in; KL and agreement are never cast")
+    extractor: str | None = Field(description="what judged the images; None if none were measured")
     reference: str | None = Field(
         None, description="identifies the real images that were compared with; None also in older reports"
     )

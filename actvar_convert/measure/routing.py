@@ -30,7 +30,7 @@ class RoutingWatch:
         self._chosen[key] = self._chosen[key] + counts if key in self._chosen else counts
 
     def loads(self, model: VARModel) -> tuple[RoutingLoad, ...]:
-        """What was counted, by block and scale; empty where nothing routes."""
+        """What was chosen, by block and scale; empty if nothing routes."""
         found = []
         for (block, scale), counts in sorted(self._chosen.items(), key=lambda item: item[0]):
             assert isinstance(model, SparseVARModel)

@@ -86,7 +86,7 @@ def plan_in_words(plan: SparsityPlan) -> list[str]:
     if plan.guidance == "folded":
         lines.append(
             "Guidance: folded into the predictions at the strength that the model samples with; an image takes one row "
-            "of the transformer where the dense model takes two."
+            "of the transformer instead of the dense model's two."
         )
     return lines or ["Nothing: the plan runs every expert for every token."]
 

@@ -19,7 +19,7 @@ class Series(NamedTuple):
 
 
 def line_chart(title: str, series: Sequence[Series], width: int = 360, height: int = 170) -> str:
-    """An SVG line chart with its own axes; the scale of y is logarithmic where all values are positive and spread far.
+    """An SVG line chart with its own axes; the scale of y is logarithmic if all values are positive and spread far.
 
     Lines are told apart by colour and by dash.
     """

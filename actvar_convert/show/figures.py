@@ -108,7 +108,7 @@ class Table:
         columns: the first names the line. A table whose columns have no names is shown without a heading.
         rows: in order.
         notes: sentences that belong below it.
-        bars: what the lengths of the bars mean, where the columns do not say it.
+        bars: what the lengths of the bars mean, if the columns do not say it.
         map: cells are coloured by ``Cell.bar`` instead of having bars beside them.
     """
 

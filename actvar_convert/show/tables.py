@@ -69,7 +69,7 @@ def flops_tables(report: FlopsReport) -> list[Table]:
 def flops_note(flops: FlopsReport) -> str:
     """The convention of a FLOPs report in one sentence."""
     convention = flops.convention
-    guided = "with classifier-free guidance (two rows, one where it is folded in)"
+    guided = "with classifier-free guidance (two rows, one if it is folded in)"
     guidance = guided if convention.guidance else "without guidance"
     return (
         f"Per image, {guidance}; one multiply-add (MAC) is {convention.flops_per_mac} FLOPs; AdaLN "
@@ -254,7 +254,7 @@ def quality_notes(quality: QualityReport) -> list[str]:
     """What a reader of the quality figures has to know, one sentence each."""
     fid, sampling = quality.fid, quality.sampling
     sampled = f"guidance {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, chunk {sampling.chunk}"
-    notes = [f"Held-out pyramids drawn with {sampled}."]
+    notes = [f"Held-out pyramids sampled with {sampled}."]
     if fid is not None:
         notes = [
             f"{quality.images} images per model and seed set, seeds {listed(quality.seeds)}; {sampled}; features of "

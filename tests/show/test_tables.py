@@ -127,7 +127,7 @@ def test_what_was_measured_without_images_is_shown_without_them(flops, quality):
         assert "None" not in text
     for text in (*shown[:1], *shown[2:]):
         said = " ".join(text.split())
-        assert "KL to the dense model 0.0345" in said and "Held-out pyramids drawn with guidance 1.5" in said
+        assert "KL to the dense model 0.0345" in said and "Held-out pyramids sampled with guidance 1.5" in said
     assert "<h3>Images" not in shown[2] and "| FID" not in shown[3] and "FID," not in shown[1]
 
 
