@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actvar_convert.measure.quality_report import RoutingLoad
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.var import Span
 
 
 class RoutingWatch:
@@ -62,25 +62,20 @@ def experts_per_token(loads: Sequence[RoutingLoad]) -> float:
 
 @contextmanager
 def watched_routing(model: VARModel) -> Iterator[RoutingWatch]:
-    """Counts the choices of a model's routers while the block runs."""
+    """Counts the choices of a model's routers while the block runs, by hooks in front of its FFNs."""
     watch = RoutingWatch()
     ffns = [layer.ffn for layer in model.transformer.sparse_layers] if isinstance(model, SparseVARModel) else []
+
+    def before(ffn: nn.Module, given: tuple[Tensor, Span]) -> None:
+        assert isinstance(ffn, ExpertFFN)
+        x_BLC, span = given
+        for scale, part in enumerate(torch.split(x_BLC, list(span.counts), dim=1), span.first):
+            if part.shape[1] and ffn.plan.routes(ffn.block, scale):
+                watch.add(ffn.block, scale, ffn.route(part, scale).flatten(0, 1))
+
+    hooks = [ffn.register_forward_pre_hook(before) for ffn in ffns]
     try:
-        for ffn in ffns:
-            ffn.scores = _watching(ffn, watch)  # type: ignore[method-assign]
         yield watch
     finally:
-        for ffn in ffns:
-            ffn.__dict__.pop("scores", None)
-
-
-def _watching(ffn: ExpertFFN, watch: RoutingWatch) -> Callable[..., Tensor]:
-    scores = ffn.scores
-
-    @functools.wraps(scores)
-    def watching(x_BLC: Tensor, scale: int) -> Tensor:
-        score = scores(x_BLC, scale)
-        watch.add(ffn.block, scale, ffn.select(score, scale).flatten(0, 1))
-        return score
-
-    return watching
+        for hook in hooks:
+            hook.remove()
