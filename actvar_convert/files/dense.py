@@ -24,7 +24,14 @@ from actvar_convert.files.layout import (
     split_parts,
     strip_wrappers,
 )
-from actvar_convert.files.skeleton import assign, common_dtype, compare, empty_dense, nonfinite_problems
+from actvar_convert.files.skeleton import (
+    assign,
+    common_dtype,
+    compare,
+    empty_tokenizer,
+    empty_transformer,
+    nonfinite_problems,
+)
 from actvar_convert.files.sparse_folder import is_sparse_folder
 from actvar_convert.files.tensors import INDEX_SUFFIX, read_json, read_tensors, require_exists, weight_file
 from actvar_convert.models.model import VARModel
@@ -155,7 +162,7 @@ def build_dense(
             "the transformer was trained with:",
             disagreements,
         )
-    transformer, tokenizer = empty_dense(config, tokenizer_config)
+    transformer, tokenizer = empty_transformer(config), empty_tokenizer(tokenizer_config)
     problems = [
         *_problems(path, transformer, files.transformer),
         *_problems(tokenizer_path, tokenizer, files.tokenizer),

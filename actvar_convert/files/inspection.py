@@ -23,7 +23,15 @@ from actvar_convert.files.layout import (
     missing_blocks,
     official_depth,
 )
-from actvar_convert.files.skeleton import FLOATS, Comparison, NoWeights, common_dtype, compare, count_nonfinite
+from actvar_convert.files.skeleton import (
+    FLOATS,
+    Comparison,
+    common_dtype,
+    compare,
+    count_nonfinite,
+    empty_tokenizer,
+    empty_transformer,
+)
 from actvar_convert.files.sparse_folder import (
     SparseConfig,
     checked_config,
@@ -33,8 +41,6 @@ from actvar_convert.files.sparse_folder import (
 )
 from actvar_convert.files.tensors import require_exists, sniff
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.plan import SparsityPlan
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -145,8 +151,7 @@ def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, va
     config, assumed = infer_incomplete(files.transformer, overrides, files.hints)
     whole = missing_blocks(config, files.hints)
     needed = config if whole is None else config.model_copy(update={"depth": whole[0]})
-    with NoWeights():
-        parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = [("", VARTransformer(needed), files.transformer)]
+    parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = [("", empty_transformer(needed), files.transformer)]
     notes = [*files.notes, *assumed]
     published = official_depth(config)
     if whole is not None:
@@ -157,8 +162,7 @@ def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, va
     if files.tokenizer is not None:
         shape = infer_tokenizer(files.tokenizer)
         tokenizer = shape.config(config.sides, chosen_ratio(overrides, files.hints))
-        with NoWeights():
-            parts.append(("tokenizer.", VQVAE(tokenizer), files.tokenizer))
+        parts.append(("tokenizer.", empty_tokenizer(tokenizer), files.tokenizer))
         disagreements = agreement_problems(config, shape)
         notes.append(describe_tokenizer(shape, _parameters(files.tokenizer), common_dtype(files.tokenizer.values())))
     parameters, dtype = _parameters(files.transformer), common_dtype(files.transformer.values())
@@ -180,8 +184,6 @@ def _inspect_tokenizer(path: Path, files: DenseFiles, values: bool) -> Inspectio
     assert files.tokenizer is not None
     shape = infer_tokenizer(files.tokenizer)
     parameters, dtype = _parameters(files.tokenizer), common_dtype(files.tokenizer.values())
-    with NoWeights():
-        needed = VQVAE(_any_pyramid(shape))
     return Inspection(
         path=str(path),
         kind="vqvae",
@@ -189,7 +191,7 @@ def _inspect_tokenizer(path: Path, files: DenseFiles, values: bool) -> Inspectio
         parameters=parameters,
         dtype=dtype_name(dtype),
         notes=("the pyramid is not in this file; it comes with the transformer", *files.notes),
-        **_findings(values, ("", needed, files.tokenizer)),
+        **_findings(values, ("", empty_tokenizer(_any_pyramid(shape)), files.tokenizer)),
     )
 
 

@@ -11,8 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 from actvar_convert.files.layout import DERIVED_SUFFIXES, OPTIONAL_SUFFIXES
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.sparse import SparseVARTransformer
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.plan import SparsityPlan
 
 FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 """Dtypes that weights may have, with the names that people read."""
@@ -41,10 +43,26 @@ class NoWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty_dense(config: TransformerConfig, tokenizer: TokenizerConfig) -> tuple[VARTransformer, VQVAE]:
-    """Transformer and tokenizer whose weights have shapes but no memory."""
+def empty_transformer(config: TransformerConfig) -> VARTransformer:
+    """A dense transformer whose weights have shapes but no memory."""
     with NoWeights():
-        return VARTransformer(config), VQVAE(tokenizer)
+        return VARTransformer(config)
+
+
+def empty_sparse(config: TransformerConfig, plans: Mapping[str, SparsityPlan], default: str) -> SparseVARTransformer:
+    """The same of a sparse transformer.
+
+    Raises:
+        RecipeError: the plans cannot be executed by one model.
+    """
+    with NoWeights():
+        return SparseVARTransformer(config, plans, default)
+
+
+def empty_tokenizer(config: TokenizerConfig) -> VQVAE:
+    """The same of a tokenizer."""
+    with NoWeights():
+        return VQVAE(config)
 
 
 class Comparison(NamedTuple):

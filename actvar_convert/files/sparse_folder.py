@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError, InputError, RecipeError, explain_os_errors
 from actvar_convert.files.layout import DERIVED_SUFFIXES, Overrides, messages
-from actvar_convert.files.skeleton import NoWeights, assign, compare, nonfinite_problems
+from actvar_convert.files.skeleton import assign, compare, empty_sparse, empty_tokenizer, nonfinite_problems
 from actvar_convert.files.tensors import (
     digest_of,
     read_json,
@@ -357,16 +357,16 @@ def read_sparse_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def sparse_skeleton(config: SparseConfig) -> tuple[SparseVARTransformer, VQVAE]:
-    """Modules of a sparse model whose weights have shapes but no memory.
+    """Transformer and tokenizer of a sparse model, whose weights have shapes but no memory.
 
     Raises:
         CheckpointError: the plans cannot be executed by one model.
     """
     try:
-        with NoWeights():
-            return SparseVARTransformer(config.transformer, config.plans, config.default_plan), VQVAE(config.tokenizer)
+        transformer = empty_sparse(config.transformer, config.plans, config.default_plan)
     except RecipeError as error:
         raise CheckpointError(f"config.json: {error.message}", error.problems) from error
+    return transformer, empty_tokenizer(config.tokenizer)
 
 
 def permutation_problems(tensors: Mapping[str, Tensor]) -> list[str]:
