@@ -14,7 +14,7 @@ from actvar_convert.errors import InputError
 SMALLEST_CELL = 96
 """Pixels per side that an image is shown with at least; smaller ones are enlarged by a whole factor."""
 
-GAP, HEADING, MARGIN = 4, 44, 56
+GAP, HEADING, MARGIN = 4, 52, 56
 """Pixels between images, above them for the class names, and left of them for the names of the models."""
 
 
