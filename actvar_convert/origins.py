@@ -6,7 +6,6 @@ import hashlib
 import os
 from pathlib import Path
 
-from actvar_convert.conversion.search import priced_by
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_config, bundled_names
 from actvar_convert.files.layout import Overrides
@@ -136,14 +135,13 @@ def refuse_other_state(out: Path, fingerprint: str) -> None:
 
 def run_fingerprint(teacher: VARModel, recipe: Recipe) -> str:
     """Identifies what a conversion and its distillation depend on: the teacher, its sampling, and the recipe's settings
-    of the method; where a search prices by the clock, what for."""
+    of the method."""
     method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "samples", "checks", "description", "device"})
     given = "".join(f"/{name}={text}" for name, text in Overrides.from_origin(teacher.origin).as_origin().items())
     weights = state_fingerprint(
         teacher,
         tokenizer=teacher.tokenizer.config.model_dump(mode="json"),
         sampling=teacher.sampling._asdict(),
-        priced_by=priced_by(recipe, teacher.device.type),
     )
     return hashlib.sha256(f"{weights}/{method}{given}".encode()).hexdigest()
 

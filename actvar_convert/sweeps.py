@@ -18,7 +18,7 @@ from actvar_convert import verbs
 from actvar_convert.conversion.budget import uniform_plan
 from actvar_convert.conversion.conversion_memory import require_memory
 from actvar_convert.conversion.converter import conversion_steps, convert_model
-from actvar_convert.conversion.search import Planned, plan_model, priced_by, search_steps, searches
+from actvar_convert.conversion.search import Planned, plan_model, search_steps, searches
 from actvar_convert.cost.flops import count_flops
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.errors import InputError, RecipeError
@@ -30,7 +30,7 @@ from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.origins import require_dense, work_folder
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import load_recipe
-from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe, SparsifyRecipe
+from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe
 from actvar_convert.show.charts import sweep_picture
 from actvar_convert.show.tables import sweep_figures
 from actvar_convert.stores import calibration_store
@@ -46,7 +46,7 @@ REPORT, TABLE, PICTURE = "sweep.json", "sweep.csv", "sweep.png"
 _UNUSED: dict[str, Any] = {
     **dict.fromkeys(("name", "description", "model", "vae", "device", "dtype"), True),
     **dict.fromkeys(("heads", "sides", "residual_ratio"), True),
-    **dict.fromkeys(("plans", "default_plan", "sparsify", "distill", "benchmark", "samples", "checks"), True),
+    **dict.fromkeys(("plans", "default_plan", "distill", "benchmark", "samples", "checks"), True),
     "budget": {"reduction", "plans", "guidance"},
     "data": {"source", "images", "pyramids", "null_share", "batch"},
     "evaluate": {"images", "held_out", "neighbours"},
@@ -90,7 +90,7 @@ def sweep(
     extractor = verbs.extractor_for(model, chosen.evaluate.reference) if images else None
     dense_print = model_fingerprint(model)
     method = chosen.model_dump_json(exclude=_UNUSED)
-    drawn = (tuple(model.sampling), *priced_by(chosen, model.device.type))
+    drawn = (tuple(model.sampling),)
     fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{drawn}".encode()).hexdigest()
     folder = None if out is None else Path(out)
     points = {} if folder is None else _stored(folder, fingerprint)
@@ -152,7 +152,6 @@ def _recipe(source: verbs.RecipeLike, model: VARModel) -> Recipe:
     chosen = given.model_copy(
         update={
             **{"plans": None, "default_plan": None, "distill": DistillRecipe(), "checks": None},
-            "sparsify": SparsifyRecipe(),
             "budget": given.budget.model_copy(update={"plans": {}, "guidance": "paired"}),
         }
     )

@@ -14,14 +14,13 @@ from typing import Literal
 import torch
 
 from actvar_convert.conversion.budget import recipe_plans
-from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, fullest, require_memory
+from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, require_memory
 from actvar_convert.conversion.converter import conversion_steps, convert_model, made_by_main
 from actvar_convert.conversion.search import measure_metrics, plan_model, search_steps, searches
 from actvar_convert.cost.flops import FlopsReport, count_flops
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.loop import distill_model, require_whole_student, student_print
-from actvar_convert.distillation.sparsify import mean_used_share, sparsify_model
-from actvar_convert.distillation.training_memory import estimate_distill, estimate_sparsify
+from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_folder, bundled_names
 from actvar_convert.files.export import Exported, export_reference
@@ -122,10 +121,9 @@ def _require_memory_by_shape(
             return
         held = shape.held_bytes(device.type)
         estimate = estimate_convert(shape.transformer, shape.tokenizer, chosen, held=held, device=device.type)
-        training = estimate_sparsify(shape.transformer, shape.tokenizer, chosen, device=device.type)
     except InputError:
         return
-    require_memory(fullest(estimate, training), device)
+    require_memory(estimate, device)
 
 
 def convert(
@@ -162,19 +160,17 @@ def convert(
             refuse_distilled(Path(out))
     config = model.transformer.config
     recipe_plans(config, chosen)
-    require_images(chosen, config.classes, data=bool(chosen.sparsify.steps))
+    require_images(chosen, config.classes, data=False)
     require_memory(conversion_memory(model, chosen, processes), model.device)
     origin = provenance(model, chosen) if out is not None else None
     release_pages(model.tokenizer.state_dict().values())
     kept = {}
     if work is not None:
         name = run_fingerprint(model, chosen)[:12]
-        kept = {what: Path(work) / f"{what}-{name}" for what in ("calibration", "search", "sparsify")}
-        kept["tokens"] = _data_path(Path(work), name)
+        kept = {what: Path(work) / f"{what}-{name}" for what in ("calibration", "search")}
     store = calibration_store(model, chosen, path=kept.get("calibration"), progress=progress, processes=processes)
 
     tokens, labels = store.tokens.long(), store.labels
-    dense, model = model, _sparsified(model, chosen, store, kept, progress, processes)
     planned = None
     reporter = progress if searches(chosen) else SilentProgress()
     with reporter.task("searching for a plan", search_steps(config, chosen)) as task:
@@ -211,7 +207,7 @@ def convert(
 
     sparse = made_by_main(make, model, processes)
     sparse.origin = {}
-    release_pages(dense.transformer.state_dict().values())
+    release_pages(model.transformer.state_dict().values())
     if out is not None and processes.main:
         save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
     return sparse
@@ -222,44 +218,13 @@ def _data_path(work: Path, name: str) -> Path:
     return work / f"tokens-{name}.bin"
 
 
-def _sparsified(
-    model: VARModel,
-    recipe: Recipe,
-    calibration: TokenStore,
-    kept: Mapping[str, Path],
-    progress: Progress,
-    processes: Processes,
-) -> VARModel:
-    """The dense model to convert: the given one, trained for sparser activations where the recipe says so."""
-    if not recipe.sparsify.steps:
-        return model
-    store = distillation_store(model, recipe, path=kept.get("tokens"), progress=progress, processes=processes)
-    if "sparsify" in kept:
-        kept["sparsify"].parent.mkdir(parents=True, exist_ok=True)
-    result = sparsify_model(
-        model,
-        recipe,
-        store,
-        state_path=kept.get("sparsify"),
-        fingerprint=run_fingerprint(model, recipe),
-        progress=progress,
-        processes=processes,
-    )
-    few = slice(recipe.calibration.batch)
-    tokens, labels = calibration.tokens[few].long(), calibration.labels[few]
-    shares = [mean_used_share(each, tokens, labels) for each in (model, result)]
-    progress.say(f"neurons that a token uses: {100 * shares[0]:.1f} % before, {100 * shares[1]:.1f} % after")
-    return result
-
-
 def conversion_memory(model: VARModel, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
     """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
     transformer, weights = model.transformer, list(model.transformer.state_dict().values())
     config, tokenizer, device = transformer.config, model.tokenizer.config, model.device.type
     size = size_of(model.transformer.state_dict())
-    held = 2 * size if recipe.sparsify.steps else size - mapped_bytes(weights)
-    converting = estimate_convert(config, tokenizer, recipe, held=held, itemsize=model.dtype.itemsize, device=device)
-    return fullest(converting, estimate_sparsify(config, tokenizer, recipe, processes=processes.count, device=device))
+    held = size - mapped_bytes(weights)
+    return estimate_convert(config, tokenizer, recipe, held=held, itemsize=model.dtype.itemsize, device=device)
 
 
 def distill(

@@ -74,7 +74,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "experts.inactive=none",
         "experts.count=32",
         "experts.compensation=sequential",
-        "budget.search=uniform",
         "budget.pyramids=32",
         "budget.gate_keep=1.0",
         "budget.gate_keep=0.5",

@@ -126,7 +126,7 @@ def random_dense(name: str, device: torch.device, dtype: torch.dtype, *, depth: 
 
 def recipe_plan(config: TransformerConfig, recipe: str, overrides: Sequence[str]) -> SparsityPlan:
     """The uniform plan that a shipped recipe leads to for a model's shape: random weights give a search no clue."""
-    return uniform_plan(config, load_recipe(recipe, ("budget.search=uniform", *overrides)))
+    return uniform_plan(config, load_recipe(recipe, overrides))
 
 
 def random_sparse(dense: VARModel, plan: SparsityPlan, *, skewed: bool = False) -> SparseVARModel:

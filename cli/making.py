@@ -87,7 +87,7 @@ def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseF
 
 
 SETTLED = (
-    *("model", "vae", "heads", "sides", "residual_ratio", "sparsify"),
+    *("model", "vae", "heads", "sides", "residual_ratio"),
     *("experts", "gate", "budget", "plans", "default_plan"),
 )
 """Sections of a recipe that say how a model is converted: once it is, they change nothing."""

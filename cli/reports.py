@@ -144,9 +144,6 @@ def benchmark(
     split: Annotated[
         bool, typer.Option("--split", help="Also the time by component: attention, FFN, router, decoder and others.")
     ] = False,
-    ways: Annotated[
-        bool, typer.Option("--ways", help="Time nothing: say how each expert FFN would be computed here, and why.")
-    ] = False,
     plan: opt.Plan = None,
     vae: opt.Vae = None,
     heads: opt.Heads = None,
@@ -161,22 +158,9 @@ def benchmark(
     from actvar_convert.show.tables import benchmark_tables
     from actvar_convert.show.terminal import render
 
-    timing = {"--against": against, "--decoder-dtype": decoder_dtype, "--repeats": repeats, "--split": split or None}
-    idle = [name for name, value in timing.items() if value is not None]
-    if ways and idle:
-        raise typer.BadParameter("it says something of what is timed, and --ways times nothing", param_hint=idle)
     sizes, formats = opt.several(batches, "--batches", int), opt.several(dtypes, "--dtype", str)
     flags = opt.dense_flags(vae, heads, sides, residual_ratio)
     sparse = av.load(model, device=device, plan=plan, **own_flags(model, flags, against))
-    if ways:
-        from actvar_convert.measure.ways import render_ways, ways_report
-
-        found = ways_report(sparse, sizes, formats)
-        if form is opt.Format.json:
-            show_text(found.to_json())
-        else:
-            show(render_ways(found))
-        return
     other = av.load(against, device=device, **flags) if against is not None else None
     report = av.benchmark(
         sparse,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -19,6 +19,19 @@ from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.plan import BlockPlan, SparsityPlan
 
 SIDES = (1, 2, 3, 4)
+
+
+def gated_plan(
+    plan: SparsityPlan, keep: float = 0.6, *, blocks: Iterable[int] = (1,), scales: Iterable[int] = (-1,)
+) -> SparsityPlan:
+    """A plan whose named blocks keep a share of the tokens at the named scales, and all tokens elsewhere."""
+    changed = list(plan.blocks)
+    for block in blocks:
+        row = [1.0] * len(plan.blocks[block].keep)
+        for scale in scales:
+            row[scale] = keep
+        changed[block] = plan.blocks[block].model_copy(update={"keep": tuple(row)})
+    return plan.model_copy(update={"blocks": tuple(changed)})
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from actvar_convert.files.sparse_folder import SparseConfig
 from actvar_convert.measure.cuts import SweepPoint, SweepReport
 from actvar_convert.measure.latency import BenchmarkReport, BenchmarkRow
 from actvar_convert.measure.quality_report import FidQuality, KLQuality, QualityReport, RoutingLoad
-from actvar_convert.measure.ways import WaysReport, WaysRow
 from actvar_convert.plan import BlockPlan, SparsityPlan
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
@@ -28,7 +27,6 @@ SECTIONS = {part.split("\n", 1)[0]: part for part in TEXT.split("\n## ")[1:]}
         ("`flops.json`: `actvar.flops/1`", (FlopsReport,)),
         ("`eval.json`: `actvar.eval/1`", (QualityReport, FidQuality, KLQuality)),
         ("`benchmark.json`: `actvar.benchmark/1`", (BenchmarkReport, BenchmarkRow)),
-        ("`actvar benchmark X --ways --format json`: `actvar.ways/1`", (WaysReport, WaysRow)),
         ("`sweep.json`: `actvar.sweep/1`", (SweepReport, SweepPoint)),
         ("`actvar inspect X --format json`: `actvar.inspect/1`", (Inspection,)),
     ],

@@ -27,7 +27,7 @@ TINY = {
     "model": "tiny",
     "experts": {"count": 8},
     "gate": {"rank": 4},
-    "budget": {"search": "uniform", "reduction": 0.1},
+    "budget": {"reduction": 0.1},
     "calibration": {"pyramids": 4, "batch": 4},
     "data": {"pyramids": 4, "batch": 4},
     "distill": {"stage1": {"steps": 1, "batch": 4}, "stage2": {"steps": 1, "batch": 4}},
@@ -200,7 +200,7 @@ def test_a_folder_may_be_named_from_within(
 
 
 def test_an_interrupted_conversion_goes_on_from_what_is_kept(tiny_model: VARModel, tmp_path: Path) -> None:
-    budget = {"search": "sensitivity", "reduction": 0.1, "pyramids": 4}
+    budget = {"reduction": 0.1, "pyramids": 4}
     recipe = Recipe.model_validate(TINY | {"budget": budget, "calibration": {"pyramids": 6, "batch": 2}})
     whole, stopped = av.convert(tiny_model, recipe=recipe), Listener()
     searching = stopped.task

@@ -1,4 +1,4 @@
-"""From a FLOPs target to a SparsityPlan: what a recipe fixes, and the uniform plan, the baseline of every search."""
+"""From a FLOPs target to a SparsityPlan: what a recipe fixes, and the uniform plan, by which a search is estimated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 
 Gates = Literal["all", "inner", "none"]
-"""Where a plan skips tokens, of all places that a recipe allows: "inner" is inner blocks at the last scale alone."""
+"""Blocks that skip tokens at the scales that a recipe allows: "inner" is inner blocks at the last scale alone."""
 
 
 class Choice(NamedTuple):
@@ -24,28 +24,9 @@ class Choice(NamedTuple):
     routed: int
 
 
-def first_sparse_scale(config: TransformerConfig, recipe: Recipe) -> int:
-    """The recipe's first sparse scale; by default 0 for a search, else where the last 3/4 of the tokens begin."""
-    if recipe.budget.first_scale is not None:
-        return recipe.budget.first_scale
-    if recipe.budget.search == "sensitivity":
-        return 0
-    pyramid = config.pyramid
-    held, scale = 0, pyramid.num_scales
-    while held < 0.75 * pyramid.total:
-        scale -= 1
-        held += pyramid.lengths[scale]
-    return scale
-
-
-def may_skip(config: TransformerConfig, recipe: Recipe, block: int, scale: int) -> bool:
-    """Whether a recipe lets a block skip tokens at a scale."""
-    budget = recipe.budget
-    if budget.gate_blocks is not None:
-        inside = block in budget.gate_blocks
-    else:
-        inside = budget.search == "sensitivity" or 0 < block < config.depth - 1
-    return budget.gate_keep < 1 and inside and scale >= config.pyramid.num_scales - budget.gate_scales
+def may_skip(config: TransformerConfig, recipe: Recipe, scale: int) -> bool:
+    """Whether a recipe lets blocks skip tokens at a scale."""
+    return recipe.budget.gate_keep < 1 and scale >= config.pyramid.num_scales - recipe.budget.gate_scales
 
 
 def assemble_plan(
@@ -77,14 +58,14 @@ def assemble_plan(
 
 
 def make_plan(config: TransformerConfig, recipe: Recipe, active: list[int], *, gates: Gates = "all") -> SparsityPlan:
-    """The plan of a recipe in which block b runs ``active[b]`` experts per token at the sparse scales.
+    """The plan of a recipe in which block b runs ``active[b]`` experts per token at all scales.
 
-    Of the blocks and scales that may skip tokens those that ``gates`` names do, and keep ``budget.gate_keep`` of them.
+    Of the scales that may skip tokens the blocks that ``gates`` names keep ``budget.gate_keep`` of them.
     """
-    experts, first = recipe.experts.count, first_sparse_scale(config, recipe)
+    experts = recipe.experts.count
 
     def choice(block: int, scale: int) -> Choice:
-        if scale < first or active[block] == experts:
+        if active[block] == experts:
             return Choice(experts, 0)
         always = round(recipe.budget.prefix_share * active[block])
         return Choice(always, active[block] - always)
@@ -92,7 +73,7 @@ def make_plan(config: TransformerConfig, recipe: Recipe, active: list[int], *, g
     def keep(block: int, scale: int) -> float:
         inner = scale == config.pyramid.num_scales - 1 and 0 < block < config.depth - 1
         named = gates == "all" or (gates == "inner" and inner)
-        return recipe.budget.gate_keep if named and may_skip(config, recipe, block, scale) else 1.0
+        return recipe.budget.gate_keep if named and may_skip(config, recipe, scale) else 1.0
 
     return assemble_plan(config, recipe, choice, keep)
 
@@ -101,8 +82,8 @@ def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None
     """The plan with the most active experts that still saves the target share of the transformer's FLOPs.
 
     Every block runs the same number of experts, up to one: the last one to go leaves blocks spread over the depth.
-    Where a search decides, whose gates are fewer, only inner blocks skip tokens, and at the last scale, as long as that
-    reaches the target; none do where that would save more than is asked for and experts alone save enough.
+    It stands for the plan that a search will find, whose gates are few: inner blocks skip tokens, at the last scale, as
+    long as that reaches the target; none do if that saves more than is asked for and experts alone save enough.
 
     Args:
         target: share to save; by default the recipe's.
@@ -119,7 +100,7 @@ def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None
         return reduction(config, make_plan(config, recipe, [active] * depth, gates=gates))
 
     gates: Gates = "all"
-    if recipe.budget.search == "sensitivity" and saved(0, "inner") >= target:
+    if saved(0, "inner") >= target:
         gates = "none" if saved(experts, "inner") > target and saved(0, "none") >= target else "inner"
     require_reach(recipe, target, saved(0, gates))
     low, high = 0, experts * depth
@@ -138,9 +119,8 @@ def require_reach(recipe: Recipe, target: float, reached: float) -> None:
     if reached < target:
         where = "budget.reduction" if target == recipe.budget.reduction else "budget.plans"
         raise RecipeError(
-            f"{where}: {target:.3f} is out of reach, {reached:.3f} is what removing every expert from the sparse "
-            "scales saves; lower the target, start at an earlier scale (budget.first_scale) or gate more tokens "
-            "(budget.gate_keep, gate_scales, gate_blocks)"
+            f"{where}: {target:.3f} is out of reach, {reached:.3f} is what removing every expert saves; lower the "
+            "target, or gate more tokens (budget.gate_keep, gate_scales)"
         )
 
 
@@ -154,8 +134,7 @@ def targets(recipe: Recipe) -> tuple[dict[str, float], str]:
 def recipe_plans(config: TransformerConfig, recipe: Recipe) -> tuple[dict[str, SparsityPlan], str]:
     """The plans that a recipe asks for as far as shapes alone tell, and the default's name.
 
-    Those that it states, or uniform ones of its budget: for a search they stand for the plans to be found, which save
-    as much.
+    Those that it states, or uniform ones of its budget, which stand for the plans that a search will find.
     """
     if recipe.plans:
         return dict(recipe.plans), recipe.default_plan or next(iter(recipe.plans))

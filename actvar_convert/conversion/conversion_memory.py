@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from actvar_convert.conversion.activations import Wanted
-from actvar_convert.conversion.budget import first_sparse_scale, recipe_plans
+from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.clustering import PROFILES
 from actvar_convert.conversion.converter import TOKENS_PER_SCALE, wanted_of
 from actvar_convert.conversion.least_squares import CHUNK
@@ -174,7 +174,7 @@ def _searching(config: TransformerConfig, recipe: Recipe, itemsize: int) -> dict
     gated = recipe.budget.gate_keep < 1 and recipe.budget.gate_scales > 0
     dropped = recipe.gate.skipped_kv == "dropped"
     begin = 0 if dropped else max(0, pyramid.num_scales - recipe.budget.gate_scales - 1)
-    every = Wanted(frozenset(range(first_sparse_scale(config, recipe), pyramid.num_scales)), begin if gated else None)
+    every = Wanted(frozenset(range(pyramid.num_scales)), begin if gated else None)
     records = _records(config, [every], pyramids, itemsize, SEARCH_TOKENS)
     measured = 4 * max(MEASURED_TOKENS, *pyramid.lengths) * recipe.experts.count * width
     work = max(_steps(config, recipe, [every], itemsize, SEARCH_TOKENS).values()) + measured

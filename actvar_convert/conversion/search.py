@@ -1,6 +1,6 @@
 """The search for a plan: experts and tokens rest where the model's predictions feel it least.
 
-Every (block, scale) offers the same settings of active experts and keep ratio; each has a price, in MACs or seconds,
+Every (block, scale) offers the same settings of active experts and keep ratio; each has a price in multiply-adds
 and a damage in nats (``sensitivity``). Damages are taken to add up, so the best plan for a budget is found exactly on
 the convex hull: one exchange rate between damage and price, and every cell takes the setting with the smallest sum. The
 rate is bisected until the plan meets the target, and what the plan saves beyond it is given back. After the
@@ -21,7 +21,6 @@ from actvar_convert.conversion.activations import Wanted, record_blocks
 from actvar_convert.conversion.budget import (
     Choice,
     assemble_plan,
-    first_sparse_scale,
     may_skip,
     recipe_plans,
     reduction,
@@ -31,15 +30,13 @@ from actvar_convert.conversion.budget import (
 from actvar_convert.conversion.experts import Partition
 from actvar_convert.conversion.fisher import BlockMetrics, output_metrics
 from actvar_convert.conversion.sensitivity import BlockSensitivity, expert_damage, gate_damage
-from actvar_convert.cost import macs as costs
 from actvar_convert.cost.macs import block_macs
-from actvar_convert.kernels.ways import FFNShape, ffn_seconds, product_flops
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.var import FFN
 from actvar_convert.plan import SparsityPlan, kept_tokens
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.system.device import DTYPES, autocast_dtype, release_pages
+from actvar_convert.system.device import autocast_dtype, release_pages
 
 TOKENS_PER_SCALE = 512
 """FFN inputs per scale and block on which experts are formed and choices are measured; all scales take part."""
@@ -100,8 +97,7 @@ def plan_model(
         return Planned(plans, default, None, {})
     sensitivities = measure_sensitivity(model, recipe, tokens_PL, labels_P, metrics=metrics, on_step=on_step)
     wanted, default = targets(recipe)
-    device = model.device.type
-    found = {name: search_plan(config, recipe, sensitivities, share, device) for name, share in wanted.items()}
+    found = {name: search_plan(config, recipe, sensitivities, share) for name, share in wanted.items()}
     return Planned(
         {name: plan for name, (plan, _) in found.items()},
         default,
@@ -112,7 +108,7 @@ def plan_model(
 
 def searches(recipe: Recipe) -> bool:
     """Whether a recipe's plans are found by a search on the model."""
-    return not recipe.plans and recipe.budget.search == "sensitivity"
+    return not recipe.plans
 
 
 def search_steps(config: TransformerConfig, recipe: Recipe) -> int:
@@ -166,10 +162,10 @@ def measure_sensitivity(
     config, batch = model.transformer.config, recipe.calibration.batch
     tokens_PL, labels_P = tokens_PL[: recipe.budget.pyramids], labels_P[: recipe.budget.pyramids]
     pyramid, levels = config.pyramid, keep_levels(recipe)
-    scales = range(first_sparse_scale(config, recipe), pyramid.num_scales)
+    scales = range(pyramid.num_scales)
 
     def gates(block: int) -> dict[int, list[float]]:
-        return {s: levels for s in range(pyramid.num_scales) if may_skip(config, recipe, block, s)}
+        return {s: levels for s in scales if may_skip(config, recipe, s)}
 
     def wanted(block: int) -> Wanted:
         gated = gates(block)
@@ -217,7 +213,6 @@ def search_plan(
     recipe: Recipe,
     sensitivities: Sequence[BlockSensitivity],
     target: float,
-    device: str = "cpu",
 ) -> tuple[SparsityPlan, float]:
     """The plan of least summed damage that saves at least ``target`` of the transformer's FLOPs, and that damage.
 
@@ -229,7 +224,6 @@ def search_plan(
         recipe: experts and gates.
         sensitivities: of every block, measured for this recipe.
         target: share of the transformer's FLOPs, with guidance.
-        device: kind of device that a price by the clock is counted for.
 
     Returns:
         The plan, and its damage in nats per token.
@@ -238,7 +232,7 @@ def search_plan(
         RecipeError: the target is out of reach.
     """
     settings = [Setting(c, keep) for keep in keep_levels(recipe) for c in _offered(sensitivities)]
-    cost, price = _tables(config, recipe, sensitivities, settings, device)
+    cost, price = _tables(config, recipe, sensitivities, settings)
 
     def plan_of(picks: Picks) -> SparsityPlan:
         return assemble_plan(
@@ -277,7 +271,6 @@ def _tables(
     recipe: Recipe,
     sensitivities: Sequence[BlockSensitivity],
     settings: Sequence[Setting],
-    device: str,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Damage and price [blocks, scales, settings]; an impossible setting has infinite damage."""
     lengths = config.pyramid.lengths
@@ -291,42 +284,15 @@ def _tables(
                     share = kept_tokens(keep, length) / length
                     cost[block, scale, index] = skipping[keep] + share * damage[choice]
     scales = range(len(lengths))
-    by_scale = [[setting_price(config, recipe, each, scale, device) for each in settings] for scale in scales]
+    by_scale = [[setting_price(config, recipe, each, scale) for each in settings] for scale in scales]
     price = np.array(by_scale, np.float64)
     return cost, np.broadcast_to(price, cost.shape)
 
 
-def priced_by(recipe: Recipe, device: str) -> tuple[str, ...]:
-    """What a search's prices depend on beside the recipe's budget, on a kind of device."""
-    return (recipe.benchmark.dtypes[0], device) if searches(recipe) and recipe.budget.price == "clock" else ()
-
-
-def setting_price(
-    config: TransformerConfig, recipe: Recipe, setting: Setting, scale: int, device: str = "cpu"
-) -> float:
-    """Price of one block at one scale under a setting, the same at all scales.
-
-    MACs of one row; with ``budget.price`` clock seconds of ``price_batch`` images with guidance on that kind of device,
-    in the first number format that the recipe times: products at full rate, the FFN as ``kernels.ways`` counts it.
-    """
+def setting_price(config: TransformerConfig, recipe: Recipe, setting: Setting, scale: int) -> int:
+    """Multiply-adds of one row in any block at one scale under a setting, the same at all scales."""
     plan = assemble_plan(config, recipe, lambda b, s: setting.choice, lambda b, s: setting.keep)
-    macs = block_macs(config, plan, 0, scale)
-    if recipe.budget.price == "flops":
-        return sum(macs.values())
-    rows, dtype = plan.rows * recipe.budget.price_batch, DTYPES[recipe.benchmark.dtypes[0]]
-    ffn = FFNShape(
-        device=device,
-        dtype=dtype,
-        rows=rows * plan.blocks[0].kept(scale, config.pyramid.lengths[scale]),
-        width=config.width,
-        neurons=config.hidden // plan.experts,
-        experts=plan.experts,
-        prefix=setting.choice.prefix,
-        routed=setting.choice.routed,
-    )
-    others = sum(value for name, value in macs.items() if name != "ffn")
-    products = costs.FLOPS_PER_MAC * rows * others / product_flops(device, dtype)
-    return products + ffn_seconds(ffn, triton=device == "cuda")
+    return sum(block_macs(config, plan, 0, scale).values())
 
 
 def _give_back(

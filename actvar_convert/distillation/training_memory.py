@@ -12,7 +12,6 @@ from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import PROGRAM, MemoryEstimate, fullest, sampling_memory
 from actvar_convert.distillation.lora import lora_targets
 from actvar_convert.distillation.optimizers import hidden_matrices
-from actvar_convert.distillation.sparsify import one_expert_plans, stage_recipe
 from actvar_convert.distillation.stages import lora_rank, trainable_parameters
 from actvar_convert.files.skeleton import NoWeights
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
@@ -33,8 +32,6 @@ class _Activations(NamedTuple):
 
 _JOINT = {"fp32": _Activations(110, 30, 8), "bf16": _Activations(71, 30, 8), "fp16": _Activations(71, 30, 8)}
 _LOCAL = {"fp32": _Activations(62, 0, 32), "bf16": _Activations(41, 0, 32), "fp16": _Activations(41, 0, 32)}
-_MEASURED = {"fp32": 16, "bf16": 12, "fp16": 12}
-"""Bytes per token, block and hidden neuron of the activations that sparsify measures."""
 
 
 def estimate_distill(
@@ -117,34 +114,6 @@ def _data_phase(
         **sampling_memory(config, tokenizer, batch, itemsize, device),
     }
     return MemoryEstimate(work, "sampling from the teacher", sampling, ("data.batch",))
-
-
-def estimate_sparsify(
-    config: TransformerConfig, tokenizer: TokenizerConfig, recipe: Recipe, *, processes: int = 1, device: str = "cpu"
-) -> MemoryEstimate:
-    """Peak memory of the training for sparse activations; nothing where the recipe has none.
-
-    As in stage 2 of ``estimate_distill`` with all weights, and the hidden activations once more: B L D H numbers in
-    fp32 beside those in the number format of the recipe.
-    """
-    chosen = stage_recipe(recipe.sparsify)
-    if not chosen.steps:
-        return MemoryEstimate("convert", "nothing", {}, ())
-    with NoWeights():
-        student = SparseVARTransformer(config, *one_expert_plans(config))
-    numbers = sum(tensor.numel() for tensor in student.state_dict().values())
-    weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
-    own = chosen.model_copy(update={"batch": -(-chosen.batch // processes)})
-    measured = own.batch * config.pyramid.total * config.depth * config.hidden * _MEASURED[recipe.dtype]
-    parts = {
-        **weights,
-        **_training(student, chosen, recipe.dtype),
-        **_forward(config, own, _JOINT[recipe.dtype]),
-        "measured activations": measured,
-    }
-    phases = [_data_phase("convert", config, tokenizer, recipe, weights, numbers, device)]
-    phases.append(MemoryEstimate("convert", "sparsify", parts, ("sparsify.batch",)))
-    return fullest(*phases)
 
 
 def _split(student: SparseVARTransformer, parts: dict[str, int], processes: int) -> dict[str, int]:

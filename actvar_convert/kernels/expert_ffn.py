@@ -5,17 +5,16 @@ F = E - n experts after a prefix of n, K of them chosen per row.
 
     y = b2 + sum over active e of f_e(x) + sum over inactive e of m_e,   f_e(x) = W2[:, P_e] gelu(W1[P_e] x + b1[P_e])
 
-In ``prefix``, ``masked``, ``grouped`` and ``triton`` nothing is read back from the device and no branch depends on
-data: one of them runs on a CUDA device, and what routes nothing everywhere. ``loop`` does read
-how many rows each expert has. On a CPU that waits for nothing, the numbers lie in the memory that the program itself
-works in, and the alternative costs more: with the counts kept in a tensor (``grouped``) 2,048 rows of ``fashion`` take
-17.1 ms in fp32 against 9.1 ms, in bf16 5.7 against 5.6 (docs/experiments.md, 2026-11-23). Room for a fixed number of
-rows per expert would have to be that of all rows, which is ``masked``, or drop some.
+In ``prefix``, ``masked`` and ``triton`` nothing is read back from the device and no branch depends on data: one of them
+runs on a CUDA device, and whatever routes nothing takes ``prefix`` everywhere. ``loop`` does read how many rows each
+expert has. On a CPU that waits for nothing, the numbers lie in the memory that the program itself works in; a grouped
+product that keeps the counts in a tensor cost more (docs/experiments.md, 2026-11-23).
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,26 @@ from torch import Tensor
 
 from actvar_convert.kernels.expert_weights import ExpertWeights
 from actvar_convert.kernels.linear import linear, linear_gelu, linear_gelu_reference, watched
-from actvar_convert.kernels.ways import FFNShape, Observer, Way, choose
+
+Backend = Literal["reference", "prefix", "masked", "loop", "triton"]
+
+CPU_FLOPS = {torch.float32: 200e9, torch.bfloat16: 350e9}
+"""Arithmetic per second of a dense FFN on two cores with AVX-512, fitted like the next two (docs/experiments.md)."""
+CPU_EXPERT_SECONDS = 70e-6
+"""What starting the products of one routed expert costs on a CPU."""
+CPU_CHANNEL_SECONDS = 0.66e-9
+"""What gathering and adding one channel of one row for one routed expert costs on a CPU."""
+MAX_FREE = 63
+"""Experts after the prefix whose choice the fused kernels can hold as one integer."""
+GPU_ROWS = 2048
+"""Rows from which on the fused kernels are taken on a GPU; estimated, not measured."""
 
 
-def choose_way(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed: int) -> Way:
-    """How to compute an expert FFN, by gradients, device, number format and shape.
+def pick_backend(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed: int) -> Backend:
+    """How to compute an expert FFN, by gradients, device, dtype and shape.
+
+    On a CPU skipping experts (``loop``) is weighed against computing all of them (``masked``) by measured rates. On a
+    GPU tiles of rows that chose alike (``triton``) share their reading of the weights, if the kernels run there.
 
     Args:
         x_RC: rows.
@@ -35,12 +49,22 @@ def choose_way(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed: int) -
         prefix: experts n that every row runs.
         routed: experts K that every row runs beyond them.
     """
-    shape = FFNShape(
-        x_RC.device.type, x_RC.dtype, len(x_RC), x_RC.shape[1], weights.neurons, weights.experts, prefix, routed
-    )
-    observer: Observer = "compiler" if torch.compiler.is_compiling() else "counter" if watched() else "nobody"
-    triton = observer == "nobody" and x_RC.is_cuda and triton_works(x_RC.device)
-    return choose(shape, gradients=torch.is_grad_enabled(), observer=observer, triton=triton).way
+    if torch.is_grad_enabled():
+        return "reference"
+    if not routed:
+        return "prefix"
+    free, R, C = weights.experts - prefix, len(x_RC), x_RC.shape[1]
+    if watched() and not torch.compiler.is_compiling():  # a counter has to see the products that the plan promises
+        return "loop"
+    if x_RC.is_cuda:
+        fits = x_RC.dtype in (torch.bfloat16, torch.float16) and weights.neurons >= 16 and free <= MAX_FREE
+        large = R >= GPU_ROWS and not torch.compiler.is_compiling()
+        return "triton" if fits and large and triton_works(x_RC.device) else "masked"
+    rate = CPU_FLOPS.get(x_RC.dtype)
+    if rate is None or x_RC.device.type != "cpu" or torch.compiler.is_compiling():
+        return "loop"
+    saved = (free - routed) * 4 * R * C * weights.neurons / rate
+    return "loop" if saved > free * CPU_EXPERT_SECONDS + routed * R * C * CPU_CHANNEL_SECONDS else "masked"
 
 
 @functools.cache
@@ -79,14 +103,12 @@ def expert_ffn(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Ten
     if _autocasts(x_RC):
         with torch.autocast(x_RC.device.type, enabled=False):
             return expert_ffn(*_lowered(x_RC, weights), prefix, chosen_RK)
-    way = choose_way(x_RC, weights, prefix, chosen_RK.shape[1])
-    if way == "prefix":
+    backend = pick_backend(x_RC, weights, prefix, chosen_RK.shape[1])
+    if backend == "prefix":
         return expert_ffn_prefix(x_RC, weights, prefix)
-    if way == "grouped":
-        return expert_ffn_grouped(x_RC, weights, prefix, chosen_RK)
-    if way == "triton":
+    if backend == "triton":
         return expert_ffn_triton(x_RC, weights, prefix, chosen_RK)
-    return _by_mask(way, x_RC, weights, prefix, selection_mask(chosen_RK, weights.experts - prefix))
+    return _by_mask(backend, x_RC, weights, prefix, selection_mask(chosen_RK, weights.experts - prefix))
 
 
 def _autocasts(x_RC: Tensor) -> bool:
@@ -105,11 +127,11 @@ def selection_mask(chosen_RK: Tensor, free: int) -> Tensor:
     return mask.scatter_(-1, chosen_RK, True)
 
 
-def _by_mask(way: Way, x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
-    if way == "reference":
+def _by_mask(backend: Backend, x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
+    if backend == "reference":
         always = routed_RF.new_ones(len(x_RC), prefix)
         return expert_ffn_reference(x_RC, weights, torch.cat((always, routed_RF), dim=1))
-    if way == "masked":
+    if backend == "masked":
         return expert_ffn_masked(x_RC, weights, prefix, routed_RF)
     return expert_ffn_loop(x_RC, weights, prefix, routed_RF)
 
@@ -167,29 +189,6 @@ def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF
             hidden = linear_gelu(x_RC.index_select(0, own_rows), weights.w1[own], weights.b1[own])
             y.index_add_(0, own_rows, linear(hidden, weights.expert_columns(expert), None))
     return y
-
-
-def expert_ffn_grouped(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Tensor) -> Tensor:
-    """The same with one sort of all (row, expert) pairs, one gather, and two grouped products; static shapes.
-
-    The number of rows of an expert stays on the device, nothing waits for it. Every output row is the sum of its own K
-    partial rows in a fixed order. Returns [R, C].
-    """
-    N, K, free = weights.neurons, chosen_RK.shape[1], weights.experts - prefix
-    constants = weights.inactive[prefix:].to(x_RC.dtype)
-    y = expert_ffn_prefix(x_RC, weights, prefix)
-    if chosen_RK.numel() == 0:
-        return y
-    expert, order = chosen_RK.flatten().sort(stable=True)
-    ends = torch.searchsorted(expert, torch.arange(free, device=expert.device), right=True, out_int32=True)
-    w1_FCN = weights.w1.reshape(weights.experts, N, -1)[prefix:].transpose(1, 2)
-    w2_FNC = weights.w2.reshape(-1, weights.experts, N)[:, prefix:].permute(1, 2, 0)
-    hidden = F.grouped_mm(x_RC.index_select(0, order // K), w1_FCN, offs=ends)
-    hidden = hidden.add_(weights.b1.reshape(weights.experts, N)[prefix:].index_select(0, expert))
-    partial = F.grouped_mm(F.gelu(hidden, approximate="tanh"), w2_FNC, offs=ends)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(chosen_RK)
-    y = y.add_(F.embedding_bag(place, partial, mode="sum"))
-    return y.sub_(F.embedding_bag(chosen_RK, constants, mode="sum"))
 
 
 def expert_ffn_triton(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class ExpertFFN(nn.Module):
         inactive: [S, E, C], the constants m.
 
     With gradients enabled inactive experts are multiplied by zero (static shapes); without, they are not computed
-    wherever that is faster (``kernels.expert_ffn.choose_way``).
+    wherever that is faster (``kernels.expert_ffn.pick_backend``).
     """
 
     permutation: Tensor

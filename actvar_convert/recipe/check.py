@@ -55,7 +55,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     further = recipe.budget.plans or {}
     if "default" in further and (recipe.default_plan is None or recipe.default_plan in further):
         yield "budget.plans.default: that is the name of the plan that budget.reduction makes; give this one another"
-    trained = (recipe.sparsify, recipe.distill.stage1, recipe.distill.stage2)
+    trained = (recipe.distill.stage1, recipe.distill.stage2)
     if recipe.dtype == "fp16" and any(each.steps for each in trained):
         yield "dtype: given fp16, allowed: fp32 or bf16 where something is trained; gradients vanish in fp16"
     if len(set(recipe.evaluate.seeds)) < len(recipe.evaluate.seeds):
@@ -111,14 +111,8 @@ def _misfits(recipe: Recipe, config: TransformerConfig) -> Iterator[str]:
         )
     if recipe.gate.rank > config.width:
         yield f"gate.rank: given {recipe.gate.rank}, allowed: at most {config.width}, the width of the model"
-    if recipe.plans is None:
-        if budget.first_scale is not None and budget.first_scale >= scales:
-            yield f"budget.first_scale: given {budget.first_scale}, allowed: 0 to {scales - 1}, the scales of the model"
-        if budget.gate_scales > scales:
-            yield f"budget.gate_scales: given {budget.gate_scales}, allowed: 0 to {scales}, the scales of the model"
-        outside = [block for block in budget.gate_blocks or () if block >= config.depth]
-        if outside:
-            yield f"budget.gate_blocks: given {outside}, allowed: 0 to {config.depth - 1}, the blocks of the model"
+    if recipe.plans is None and budget.gate_scales > scales:
+        yield f"budget.gate_scales: given {budget.gate_scales}, allowed: 0 to {scales}, the scales of the model"
     for name, plan in (recipe.plans or {}).items():
         yield from (problem.replace("plan.", f"plans.{name}.", 1) for problem in plan.problems(config))
     joint = recipe.distill.stage2

@@ -99,35 +99,16 @@ class BudgetRecipe(Section):
         "folded runs it once and learns the combined predictions, which halves the FLOPs and fixes the strength. A "
         "folded model is of no use before stage 2 has trained it",
     )
-    search: Literal["sensitivity", "uniform"] = Field(
-        "sensitivity",
-        description="where experts are saved: where the predictions feel it least, or everywhere alike (the baseline)",
-    )
     pyramids: int = Field(
         128, ge=1, description="calibration pyramids, at most all of them, on which the search measures sensitivity"
     )
     prefix_share: float = Field(
         0.5, ge=0, le=1, description="share of the active experts that every token runs; of a search, the least share"
     )
-    first_scale: int | None = Field(
-        None,
-        ge=0,
-        description="first sparse scale, from 0; null: all scales for a search, else the last with 3/4 of all tokens",
-    )
-    price: Literal["flops", "clock"] = Field(
-        "flops",
-        description="what a search weighs damage against: FLOPs, or the time that each choice takes as counted for the "
-        "model's device (actvar benchmark --ways); the target stays a share of the FLOPs",
-    )
-    price_batch: int = Field(16, ge=1, description="images at once for which a search counts time")
     gate_keep: float = Field(
         1.0, gt=0, le=1, description="share of the tokens computed at gated scales; of a search, the least; 1: no gate"
     )
     gate_scales: int = Field(1, ge=0, description="how many of the last scales are gated, or may be")
-    gate_blocks: tuple[Index, ...] | None = Field(
-        None,
-        description="blocks that are gated, or may be, from 0; null: all for a search, else all but the first and last",
-    )
 
 
 class DataRecipe(Section):
@@ -182,22 +163,6 @@ class DistillRecipe(Section):
     )
     stage1: StageRecipe = Field(StageRecipe(), description="routers and experts, every FFN apart")
     stage2: JointStage = Field(JointStage(), description="gates and all the rest, jointly")
-
-
-class SparsifyRecipe(Section):
-    """A short fine-tune of the dense model before its neurons are clustered, for fewer active neurons per token."""
-
-    steps: int = Field(0, ge=0, description="optimiser steps, on the pyramids of data; 0 leaves the model as it is")
-    batch: int = Field(32, ge=1, description="token pyramids per step")
-    learning_rate: Rate = 3e-4
-    warmup: int = Field(20, ge=0, description=WARMUP)
-    optimizer: OptimizerName = "adamw"
-    weight: float = Field(
-        1.0,
-        gt=0,
-        description="weight of the share of neurons that a token uses, (sum |a|)^2 / (H sum a^2) of its H activations, "
-        "beside the KL to the model before, in nats per token",
-    )
 
 
 class EvaluateRecipe(Section):
@@ -281,11 +246,6 @@ class Recipe(Section):
     )
     default_plan: str | None = Field(None, description="which of the plans a model starts with; null: the first")
     data: DataRecipe = Field(DataRecipe(), description="the token pyramids that distillation replays")
-    sparsify: SparsifyRecipe = Field(
-        SparsifyRecipe(),
-        description="a fine-tune for sparser activations, before neurons are clustered. An export of such a model is "
-        "no longer bit-equal to its source",
-    )
     distill: DistillRecipe = Field(DistillRecipe(), description="two-stage distillation from the dense model")
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="how quality is measured")
     benchmark: BenchmarkRecipe = Field(BenchmarkRecipe(), description="what is timed")

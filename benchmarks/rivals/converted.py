@@ -27,13 +27,17 @@ from rivals.method import Built, Level, Method, OutOfReach
 
 @dataclass(frozen=True)
 class Conversion(Method):
-    """The recipe of the comparison, with its budget set to the cut and ``settings`` changed."""
+    """The recipe of the comparison, with its budget set to the cut and ``settings`` changed.
+
+    ``uniform``: its plan is the same in every block and at every scale instead of searched for.
+    """
 
     name: str
     idea: str
     settings: tuple[str, ...] = ()
     levels: tuple[Level, ...] = ("none", "full")
     least: float = 0.0
+    uniform: bool = False
     calibrated: ClassVar[bool] = True
 
     def recipe(self, recipe: Recipe, cut: float, config: TransformerConfig) -> Recipe:
@@ -48,10 +52,11 @@ class Conversion(Method):
             raise OutOfReach(f"{self.name}: a cut of {cut:.3f} is out of reach, it saves {self.least:.3f} at least")
         if found is None:
             try:
-                recipe_plans(config, recipe)
+                plans, _ = recipe_plans(config, recipe)
             except RecipeError as error:
                 raise OutOfReach(f"{self.name}: {error}") from error
-            model = av.convert(teacher, recipe=recipe, progress=progress)
+            stated = {"plans": plans} if self.uniform else {}
+            model = av.convert(teacher, recipe=recipe.model_copy(update=stated), progress=progress)
         else:
             plan = SparsityPlan.model_validate_json(str(found["plan"]))
             transformer = SparseVARTransformer(config, {"default": plan}, "default")
@@ -77,7 +82,8 @@ CONVERSIONS = (
     Conversion(
         "uniform-width",
         "the most important neurons, as many in every block and at every scale; no router, no gate",
-        ("budget.search=uniform", "budget.first_scale=0", "budget.prefix_share=1.0", "budget.gate_keep=1.0"),
+        ("budget.prefix_share=1.0", "budget.gate_keep=1.0"),
+        uniform=True,
     ),
     Conversion(
         "refitted",

@@ -25,9 +25,8 @@ from rivals.method import CODE, Built, Level, Method
 LEVELS: tuple[Level, ...] = ("none", "stage1", "full")
 """In the order of training."""
 
-START = ("seed", "calibration", "sparsify", "experts", "gate", "budget", "plans", "default_plan")
-"""Sections of a recipe that a model without training depends on, beside the guidance of the teacher's samples;
-with ``sparsify``, on the pyramids of ``data`` too."""
+START = ("seed", "calibration", "experts", "gate", "budget", "plans", "default_plan")
+"""Sections of a recipe that a model without training depends on, beside the guidance of the teacher's samples."""
 
 
 class Workshop:
@@ -50,8 +49,6 @@ class Workshop:
         sections = recipe.model_dump(mode="json")
         shape = self.teacher.transformer.config.model_dump()
         start = {name: sections[name] for name in START}
-        if recipe.sparsify.steps:
-            start |= {name: sections[name] for name in ("data", "dtype")}
         fixed = [CODE, self.teacher_print, str(self.teacher.dtype), _text(shape), method.name, str(cut)]
         none = fingerprint_of(*fixed, _text({**start, "cfg": recipe.data.cfg}))
         trained = {"data": sections["data"], "dtype": recipe.dtype, "stage": sections["distill"]["stage1"]}

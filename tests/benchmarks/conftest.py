@@ -35,7 +35,7 @@ def tiny_recipe() -> Recipe:
         model="tiny",
         experts=ExpertsRecipe(count=8),
         calibration=CalibrationRecipe(pyramids=16, batch=8),
-        budget=BudgetRecipe(search="uniform", reduction=0.2, gate_keep=0.75, gate_blocks=(1,)),
+        budget=BudgetRecipe(reduction=0.2, gate_keep=0.75),
         gate=GateRecipe(rank=4),
         data=DataRecipe(pyramids=16, batch=16),
         distill=DistillRecipe(stage1=StageRecipe(steps=2, **short), stage2=JointStage(steps=3, **short)),

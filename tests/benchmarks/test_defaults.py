@@ -17,7 +17,7 @@ from actvar_convert.recipe.schema import Recipe
 def test_rows_are_measured_once(
     tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe(tiny_recipe, ["budget.search=sensitivity", "budget.pyramids=16"])
+    recipe = load_recipe(tiny_recipe, ["budget.pyramids=16"])
     made = Defaults(tiny_model, recipe, tmp_path)
     rows = [made.row("routed", change) for change in ("", "experts.clustering=random", "experts.inactive=skipped_mean")]
     assert len({row.kl for row in rows}) == 3

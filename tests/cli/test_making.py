@@ -287,15 +287,3 @@ def test_a_part_of_a_sparse_folder_is_no_model_and_the_folder_needs_no_tokenizer
     for model in (converted, "fashion"):
         needless = actvar("inspect", model, "--vae", dense_file.with_name("vae.safetensors"))
         assert needless.exit_code == 2 and "brings its own tokenizer. Leave vae out." in needless.stderr
-
-
-def test_the_ways_of_a_model_as_json(actvar: Actvar, converted: Path, dense_file: Path) -> None:
-    result = actvar("benchmark", converted, "--ways", "--batches", "2", "--format", "json")
-    assert json.loads(result.stdout)["schema"] == "actvar.ways/1"
-    timing = ("--against", dense_file), ("--split",), ("--repeats", 5), ("--decoder-dtype", "bf16")
-    for given, said in (
-        *((flags, f"'{flags[0]}': it says something of what is timed") for flags in timing),
-        (("--batches=-4",), "batches: [-4] given"),
-    ):
-        refused = actvar("benchmark", converted, "--ways", *given)
-        assert (refused.exit_code, refused.stdout) == (2, "") and said in refused.stderr, refused.output

@@ -15,7 +15,6 @@ SMALL = [
     "name=tiny",
     "experts.count=8",
     "gate.rank=4",
-    "budget.search=uniform",
     "calibration={pyramids: 8, batch: 8}",
     "evaluate={held_out: 4, batch: 4}",
 ]

@@ -32,13 +32,13 @@ def model(width: int, depth: int, vocab: int = 256) -> VARModel:
     return VARModel(VARTransformer(config), VQVAE(tokenizer)).eval().requires_grad_(False)
 
 
-def recipe(pyramids: int, batch: int, search: Any = "uniform", **calibration: Any) -> Recipe:
+def recipe(pyramids: int, batch: int, **calibration: Any) -> Recipe:
     return Recipe(
         name="x",
         model="x",
         calibration=CalibrationRecipe(pyramids=pyramids, batch=batch, **calibration),
         experts=ExpertsRecipe(count=8),
-        budget=BudgetRecipe(reduction=0.2, gate_keep=0.8, search=search),
+        budget=BudgetRecipe(reduction=0.2, gate_keep=0.8),
     )
 
 
@@ -47,7 +47,7 @@ def recipe(pyramids: int, batch: int, search: Any = "uniform", **calibration: An
     [
         ("converting", 64, 3, 32, 4),
         ("converting", 128, 2, 64, 16),
-        ("refitting", 64, 2, 256, 4),
+        ("refitting", 128, 3, 64, 32),
         ("refitting", 128, 2, 64, 32),
     ],
 )
@@ -58,6 +58,7 @@ def test_converting_takes_what_was_estimated(
     if phase == "refitting":
         chosen = chosen.model_copy(update={"experts": ExpertsRecipe(count=8, compensation="sequential")})
     config = dense.transformer.config
+    chosen = chosen.model_copy(update={"plans": recipe_plans(config, chosen)[0]})
     estimate = estimate_convert(config, dense.tokenizer.config, chosen)
     assert estimate.phase == phase
     tokens = torch.randint(0, config.vocab, (pyramids, config.pyramid.total))
@@ -71,7 +72,7 @@ def test_converting_takes_what_was_estimated(
 def test_searching_takes_what_was_estimated(
     memory_watch: Any, width: int, depth: int, pyramids: int, batch: int
 ) -> None:
-    dense, chosen = model(width, depth), recipe(pyramids, batch, "sensitivity")
+    dense, chosen = model(width, depth), recipe(pyramids, batch)
     config = dense.transformer.config
     estimate = estimate_convert(config, dense.tokenizer.config, chosen)
     assert estimate.phase == "searching"
@@ -108,9 +109,7 @@ def test_published_sizes_with_their_own_recipes() -> None:
             assert totals[depth] < 2 * file
     assert totals[30] < 14 * 2**30
     config, tokenizer = official_config("var-d16")
-    large = estimate_convert(
-        config, tokenizer, load_recipe("var_d16", ["calibration.batch=64", "budget.search=uniform"])
-    )
+    large = estimate_convert(config, tokenizer, load_recipe("var_d16", ["calibration.batch=64"]))
     assert large.phase == "converting" and large.lower[0] == "calibration.batch"
     assert large.parts["one block at work"] == 64 * 680 * (2 * 4096 + 8 * 1024) * 4
 

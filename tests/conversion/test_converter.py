@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from actvar_convert.conversion.budget import first_sparse_scale, reduction, uniform_plan
+from actvar_convert.conversion.budget import reduction, uniform_plan
 from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.model import VARModel
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
+
+from ..conftest import gated_plan
 
 
 def recipe(**changes: object) -> Recipe:
@@ -18,7 +20,7 @@ def recipe(**changes: object) -> Recipe:
         "model": "tiny",
         "experts": ExpertsRecipe(count=8),
         "calibration": CalibrationRecipe(pyramids=24, batch=8),
-        "budget": BudgetRecipe(reduction=0.25, search="uniform", gate_keep=0.6, gate_blocks=(1,)),
+        "budget": BudgetRecipe(reduction=0.25, gate_keep=0.6),
         "gate": GateRecipe(rank=4),
     }
     return Recipe(**(settings | changes))
@@ -35,7 +37,7 @@ def test_conversion_with_everything_on_is_the_dense_model(
 ) -> None:
     config = tiny_model.transformer.config
     chosen = recipe()
-    plans = {"plan": uniform_plan(config, chosen), "all": SparsityPlan.dense(config, 8)}
+    plans = {"plan": gated_plan(uniform_plan(config, chosen)), "all": SparsityPlan.dense(config, 8)}
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
@@ -55,7 +57,7 @@ def test_conversion_with_everything_on_is_the_dense_model(
 
 def test_conversion_is_repeatable(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
     chosen = recipe()
-    plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+    plans = {"plan": gated_plan(uniform_plan(tiny_model.transformer.config, chosen))}
     first = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
     second = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -63,7 +65,7 @@ def test_conversion_is_repeatable(tiny_model: VARModel, calibration: tuple[torch
 
 def test_the_result_has_memory_of_its_own(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
     chosen = recipe()
-    plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+    plans = {"plan": gated_plan(uniform_plan(tiny_model.transformer.config, chosen))}
     sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in tiny_model.transformer.state_dict().values()}
     for name, tensor in sparse.transformer.state_dict().items():
@@ -80,10 +82,10 @@ def test_the_size_of_calibration_batches_changes_nothing(
     for batch in (24, 7):
         chosen = recipe(
             calibration=CalibrationRecipe(pyramids=24, batch=batch),
-            budget=BudgetRecipe(reduction=0.25, search="uniform", gate_keep=0.6, gate_scales=2, gate_blocks=(0, 1)),
+            budget=BudgetRecipe(reduction=0.25, gate_keep=0.6, gate_scales=2),
             gate=GateRecipe(rank=4, reconstruction=kind),
         )
-        plans = {"plan": uniform_plan(tiny_model.transformer.config, chosen)}
+        plans = {"plan": gated_plan(uniform_plan(tiny_model.transformer.config, chosen), blocks=(0, 1), scales=(2, 3))}
         states.append(convert_model(tiny_model, plans, "plan", chosen, *calibration).transformer)
     whole, parts = (model.state_dict() for model in states)
     for name, tensor in whole.items():
@@ -99,29 +101,15 @@ def test_the_size_of_calibration_batches_changes_nothing(
 @pytest.mark.parametrize("target", [0.05, 0.2, 0.35])
 def test_budget_is_met_and_not_overspent(tiny_model: VARModel, target: float) -> None:
     config = tiny_model.transformer.config
-    chosen = recipe(budget=BudgetRecipe(reduction=target, first_scale=1))
+    chosen = recipe(budget=BudgetRecipe(reduction=target))
     plan = uniform_plan(config, chosen)
     assert not plan.problems(config)
     assert target <= reduction(config, plan) < target + 0.05
 
 
-def test_gated_blocks_keep_the_share_of_tokens(tiny_model: VARModel) -> None:
-    plan = uniform_plan(tiny_model.transformer.config, recipe())
-    assert plan.blocks[0].keep == (1, 1, 1, 1)
-    assert plan.blocks[1].keep == (1, 1, 1, 0.6)
-
-
 def test_a_target_out_of_reach_says_what_is_in_reach(tiny_model: VARModel) -> None:
     with pytest.raises(RecipeError, match=r"out of reach.*lower the target"):
         uniform_plan(tiny_model.transformer.config, recipe(budget=BudgetRecipe(reduction=0.9)))
-
-
-def test_first_sparse_scale_by_share_of_tokens(tiny_model: VARModel) -> None:
-    config = tiny_model.transformer.config
-    uniform = BudgetRecipe(search="uniform")
-    assert first_sparse_scale(config, recipe(budget=uniform)) == 2  # sides 1 to 4: 16 + 9 of 30 tokens exceed 3/4
-    assert first_sparse_scale(config, recipe(budget=BudgetRecipe())) == 0
-    assert first_sparse_scale(config, recipe(budget=BudgetRecipe(first_scale=1))) == 1
 
 
 def test_shipped_fashion_recipe_meets_the_published_cut() -> None:

@@ -14,6 +14,7 @@ from actvar_convert.errors import CheckpointError, Diverged, Interrupted
 from actvar_convert.files.run_state import RunState, load_run_state
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import (
     BudgetRecipe,
     CalibrationRecipe,
@@ -26,6 +27,8 @@ from actvar_convert.recipe.schema import (
 )
 from actvar_convert.system.progress import MetricsLog, SilentProgress
 
+from ..conftest import gated_plan
+
 
 def recipe(
     stage1: dict[str, object] | None = None, stage2: dict[str, object] | None = None, plans: str = "default"
@@ -36,7 +39,7 @@ def recipe(
         model="tiny",
         experts=ExpertsRecipe(count=8),
         calibration=CalibrationRecipe(pyramids=24, batch=8),
-        budget=BudgetRecipe(search="uniform", reduction=0.25, gate_keep=0.6, gate_blocks=(1,)),
+        budget=BudgetRecipe(reduction=0.25, gate_keep=0.6),
         gate=GateRecipe(rank=4),
         distill=DistillRecipe(
             plans=plans,
@@ -53,11 +56,11 @@ def store(tiny_model: VARModel) -> TokenStore:
 
 
 def converted(teacher: VARModel, chosen: Recipe, store: TokenStore) -> SparseVARModel:
-    """The student; where plans are trained by turns it has a second one, that spares less, later, and gates nothing."""
-    plans = {"plan": uniform_plan(teacher.transformer.config, chosen)}
+    """The student; where plans are trained by turns it has a second one, that saves less and gates nothing."""
+    plans = {"plan": gated_plan(uniform_plan(teacher.transformer.config, chosen))}
     if chosen.distill.plans == "random":
-        gentle = chosen.model_copy(update={"budget": BudgetRecipe(reduction=0.1, first_scale=3)})
-        plans["gentle"] = uniform_plan(teacher.transformer.config, gentle)
+        block = BlockPlan(prefix=(8, 8, 8, 2), routed=(0, 0, 0, 2), keep=(1.0,) * 4)
+        plans["gentle"] = SparsityPlan(experts=8, blocks=(block,) * 2)
     return convert_model(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
 
 

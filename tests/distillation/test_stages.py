@@ -82,7 +82,7 @@ def test_a_gate_learns_only_where_tokens_are_skipped(tiny_model: VARModel, rows:
             "experts": {"count": 8},
             "gate": {"rank": 4},
             "calibration": {"pyramids": 24, "batch": 8},
-            "budget": {"search": "uniform", "gate_keep": 0.6, "gate_scales": 4, "gate_blocks": [0, 1]},
+            "budget": {"gate_keep": 0.6, "gate_scales": 4},
         }
     )
     labels = torch.tensor([0, 0, 3, 5])

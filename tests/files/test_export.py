@@ -24,6 +24,8 @@ from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
 
+from ..conftest import gated_plan
+
 SHAPES: dict[str, dict[str, object]] = {
     "own AdaLN": {},
     "shared AdaLN": {"shared_adaln": True, "depth": 3},
@@ -44,18 +46,19 @@ def dense_model(**changes: object) -> VARModel:
 
 
 def converted(dense: VARModel) -> SparseVARModel:
-    blocks = tuple(range(dense.transformer.config.depth))
     recipe = Recipe(
         name="x",
         model="x",
         experts=ExpertsRecipe(count=8),
         calibration=CalibrationRecipe(pyramids=6, batch=4),
-        budget=BudgetRecipe(reduction=0.25, search="uniform", gate_keep=0.9, gate_blocks=blocks, first_scale=1),
+        budget=BudgetRecipe(reduction=0.25, gate_keep=0.9),
         gate=GateRecipe(rank=2),
     )
     config = dense.transformer.config
     tokens = torch.randint(0, config.vocab, (6, config.pyramid.total), generator=torch.Generator().manual_seed(0))
-    return convert_model(dense, *recipe_plans(config, recipe), recipe, tokens, torch.arange(6) % config.classes)
+    plans, default = recipe_plans(config, recipe)
+    plans = {name: gated_plan(plan, 0.9, blocks=range(config.depth)) for name, plan in plans.items()}
+    return convert_model(dense, plans, default, recipe, tokens, torch.arange(6) % config.classes)
 
 
 def assert_equal(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from actvar_convert.kernels.expert_ffn import (
-    choose_way,
     expert_ffn,
-    expert_ffn_grouped,
     expert_ffn_loop,
     expert_ffn_masked,
     expert_ffn_prefix,
     expert_ffn_reference,
+    pick_backend,
     selection_mask,
 )
 from actvar_convert.kernels.expert_weights import DerivedWeights, ExpertWeights
@@ -104,7 +103,7 @@ def expected(x: torch.Tensor, weights: ExpertWeights, prefix: int, chosen: torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("derived", [False, True])
-def test_every_way_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, derived: bool) -> None:
+def test_every_backend_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, derived: bool) -> None:
     x, weights, chosen = made(shape, dtype)
     prefix = shape[4]
     want = expected(x, weights, prefix, chosen)
@@ -117,7 +116,6 @@ def test_every_way_equals_the_reference(shape: tuple[int, ...], dtype: torch.dty
             "prefix": expert_ffn_prefix(x, weights, prefix) if shape[5] == 0 else want.to(dtype),
             "masked": expert_ffn_masked(x, weights, prefix, routed),
             "loop": expert_ffn_loop(x, weights, prefix, routed),
-            "grouped": expert_ffn_grouped(x, weights, prefix, chosen),
             "chosen by shape": expert_ffn(x, weights, prefix, chosen),
         }
         with torch.autocast("cpu", torch.bfloat16):
@@ -128,26 +126,14 @@ def test_every_way_equals_the_reference(shape: tuple[int, ...], dtype: torch.dty
     torch.testing.assert_close(mixed.double(), want, rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:4])
-def test_gradients_of_the_grouped_way(shape: tuple[int, ...]) -> None:
-    x, weights, chosen = made(shape, torch.float32)
-    gradients = []
-    for way in (expert_ffn_grouped, expert_ffn):
-        inputs = [t.detach().clone().requires_grad_() for t in (x, *weights[:5])]
-        way(inputs[0], ExpertWeights(*inputs[1:]), shape[4], chosen).square().sum().backward()
-        gradients.append([t.grad for t in inputs])
-    for got, want in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-
-
-def test_the_choice_of_the_way() -> None:
+def test_the_choice_of_the_backend() -> None:
     weights = ExpertWeights(*(tensor.float() for tensor in make_weights(256, 16, 64)[:5]))
     few, many = torch.zeros(2, 256), torch.zeros(4096, 256)
-    assert choose_way(many, weights, 4, 5) == "reference", "gradients are wanted"
+    assert pick_backend(many, weights, 4, 5) == "reference", "gradients are wanted"
     with torch.no_grad():
-        assert choose_way(few, weights, 4, 5) == "masked"
-        assert choose_way(many, weights, 4, 5) == "loop"
-        assert choose_way(few.double(), weights, 4, 5) == "loop"
+        assert pick_backend(few, weights, 4, 5) == "masked"
+        assert pick_backend(many, weights, 4, 5) == "loop"
+        assert pick_backend(few.double(), weights, 4, 5) == "loop"
 
 
 @torch.inference_mode()

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from actvar_convert.kernels.expert_ffn import (
-    choose_way,
     expert_ffn,
     expert_ffn_reference,
     expert_ffn_triton,
+    pick_backend,
     selection_mask,
     triton_works,
 )
@@ -119,7 +119,7 @@ def test_the_kernels_are_tried_once_before_they_are_used() -> None:
 @torch.inference_mode()
 def test_large_shapes_take_it_and_wait_for_nothing() -> None:
     x, weights, chosen = made(16384, 1024, 8, 512, 2, 3, torch.bfloat16)
-    assert triton_works(x.device) and choose_way(x, weights, 2, 3) == "triton"
+    assert triton_works(x.device) and pick_backend(x, weights, 2, 3) == "triton"
     expert_ffn(x, weights, 2, chosen)
     torch.cuda.set_sync_debug_mode("error")
     try:

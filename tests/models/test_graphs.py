@@ -43,14 +43,11 @@ def steps(model: VARModel, device: str) -> None:
         assert drawn.shape == (3, length) and drawn.device.type == device
 
 
-@pytest.mark.parametrize("way", ["masked", "grouped"])
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
-def test_no_step_reads_a_value_back(
-    request: pytest.FixtureRequest, kind: str, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_step_reads_a_value_back(request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: VARModel = request.getfixturevalue(kind)
     model.transformer.to(torch.bfloat16)
-    monkeypatch.setattr(expert_ffn, "choose_way", lambda *_: way)
+    monkeypatch.setattr(expert_ffn, "pick_backend", lambda *_: "masked")
     with torch.inference_mode(), FakeTensorMode():
         without_values(model)
         steps(model, "cpu")
@@ -67,7 +64,9 @@ def test_no_step_of_a_static_plan_reads_a_value_back(tiny_sparse: SparseVARModel
 
 
 def test_the_check_sees_a_value_that_is_read(tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_ffn, "choose_way", lambda *_: "loop")  # one product per expert: counts rows on the host
+    monkeypatch.setattr(
+        expert_ffn, "pick_backend", lambda *_: "loop"
+    )  # one product per expert: counts rows on the host
     read = pytest.raises((DynamicOutputShapeException, DataDependentOutputException))
     with torch.inference_mode(), FakeTensorMode(), read:
         without_values(tiny_sparse)
@@ -166,7 +165,7 @@ def test_nothing_waits_for_the_gpu(request: pytest.FixtureRequest, kind: str) ->
 @needs_gpu
 def test_a_plan_that_waits_is_refused(tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_sparse.cuda()
-    monkeypatch.setattr(expert_ffn, "choose_way", lambda *_: "loop")
+    monkeypatch.setattr(expert_ffn, "pick_backend", lambda *_: "loop")
     with pytest.raises(InputError, match="waits for the device"):
         model.generate_tokens(LABELS, compile=True)
     assert torch.cuda.get_sync_debug_mode() == 0

@@ -45,7 +45,7 @@ def without_weights(name: str, kind: str) -> VARModel:
         if kind == "dense":
             return VARModel(VARTransformer(config), tokenizer).eval()
         guidance = {"sparse": "paired", "folded": "folded"}[kind]
-        settings = ("budget.search=uniform", f"budget.guidance={guidance}", *(D16_PLAN if name == "d16" else ()))
+        settings = (f"budget.guidance={guidance}", *(D16_PLAN if name == "d16" else ()))
         plan = uniform_plan(config, load_recipe("fashion" if name == "fashion" else f"var_{name}", settings))
         return SparseVARModel(SparseVARTransformer(config, {"plan": plan}, "plan"), tokenizer).eval()
 
@@ -79,9 +79,9 @@ def peak_of(model: VARModel, dtype: torch.dtype, images: int, watch: Any, monkey
     """Bytes that ``generate`` of so many images in one chunk takes at most on a CPU, weights not counted."""
     monkeypatch.setattr(Noise, "exponential", drawn)
     monkeypatch.setattr(model, "_labels", lambda given: torch.zeros(len(given), dtype=torch.int64))
-    choose_way = expert_ffn.choose_way
+    pick_backend = expert_ffn.pick_backend
     masked = {"loop": "masked"}  # the loop reads values; masking keeps more in memory than it
-    monkeypatch.setattr(expert_ffn, "choose_way", lambda *given: masked.get(way := choose_way(*given), way))
+    monkeypatch.setattr(expert_ffn, "pick_backend", lambda *given: masked.get(way := pick_backend(*given), way))
     made: list[int] = []
 
     def ready(count: int) -> None:

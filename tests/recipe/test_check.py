@@ -61,9 +61,7 @@ def test_a_stage_that_is_left_out_contradicts_nothing() -> None:
     [
         ({"experts": {"count": 24}}, "experts.count: given 24, allowed: a divisor of the 128 hidden neurons of an FFN"),
         ({"gate": {"rank": 65}}, "gate.rank: given 65, allowed: at most 64"),
-        ({"budget": {"first_scale": 4}}, "budget.first_scale: given 4, allowed: 0 to 3"),
         ({"budget": {"gate_scales": 5}}, "budget.gate_scales: given 5, allowed: 0 to 4"),
-        ({"budget": {"gate_blocks": [0, 2, 9]}}, "budget.gate_blocks: given [2, 9], allowed: 0 to 1"),
         ({"distill": {"stage2": {"trainable": "lora", "lora_rank": 65}}}, "distill.stage2.lora_rank: given 65"),
     ],
 )

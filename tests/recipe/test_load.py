@@ -58,7 +58,6 @@ def test_overrides_split_at_the_first_equals_sign() -> None:
             "checks.max_kl=0.1",
             "evaluate.seeds=[1, 3]",
             "evaluate.seeds.1=2",
-            "budget.gate_blocks=null",
         ],
     )
     assert recipe.model == "a=b"
@@ -87,7 +86,7 @@ def test_overrides_reach_into_plans() -> None:
         ("distill.stage2.stpes=3", "distill.stage2.stpes: unknown setting; did you mean distill.stage2.steps?"),
         (
             "steps=3",
-            "steps: unknown setting; did you mean sparsify.steps or distill.stage1.steps or distill.stage2.steps?",
+            "steps: unknown setting; did you mean distill.stage1.steps or distill.stage2.steps?",
         ),
         ("distill.stage2", "--set distill.stage2: give it as path=value, such as distill.stage2.steps=500"),
         ("experts.count.x=1", "experts.count.x: unknown setting; did you mean experts.count?"),

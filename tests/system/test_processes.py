@@ -52,6 +52,8 @@ from actvar_convert.system.device import end_process
 from actvar_convert.system.processes import ALONE, Processes, join
 from actvar_convert.system.progress import MetricsLog, SilentProgress
 
+from ..conftest import gated_plan
+
 STEPS = 5
 STOPS = (3, 8)
 """Steps after which runs are stopped: in the first stage, in the second."""
@@ -75,7 +77,7 @@ def recipe(plans: str = "default", **stage2: object) -> Recipe:
         model="tiny",
         experts=ExpertsRecipe(count=8),
         calibration=CalibrationRecipe(pyramids=14, batch=7),
-        budget=BudgetRecipe(search="uniform", reduction=0.25, gate_keep=0.6, gate_blocks=(1,)),
+        budget=BudgetRecipe(reduction=0.25, gate_keep=0.6),
         gate=GateRecipe(rank=4),
         data=DataRecipe(pyramids=14, batch=3),
         distill=DistillRecipe(plans=plans, stage1=StageRecipe(**short), stage2=JointStage(**(short | stage2))),
@@ -110,9 +112,9 @@ def converted(name: str, shared_adaln: bool) -> Setting:
     labels = torch.arange(14) % 5
     store = TokenStore(teacher.generate_tokens(labels, seed=1), labels)
     chosen = RECIPES[name]
-    plans = {"plan": uniform_plan(config, chosen)}
+    plans = {"plan": gated_plan(uniform_plan(config, chosen))}
     if chosen.distill.plans == "random":
-        gentle = chosen.model_copy(update={"budget": BudgetRecipe(reduction=0.1, first_scale=3)})
+        gentle = chosen.model_copy(update={"budget": BudgetRecipe(reduction=0.1)})
         plans["gentle"] = uniform_plan(config, gentle)
     student = convert_model(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
     return Setting(teacher, student, chosen, store)
