@@ -88,23 +88,34 @@ class _Lines:
         self.description, self.total, self.interval, self.write, self.clock = description, total, interval, write, clock
         self.done, self.words = 0, ""
         self.started = self.written = clock()
+        self.first: tuple[float, int] | None = None
+        self.last_line = ""
 
     def advance(self, n: int = 1) -> None:
         self.done += n
         now = self.clock()
-        if now - self.written >= self.interval:
-            self.written = now
-            self.write(self.line())
+        self.first = self.first or (now, self.done)
+        if now - self.written >= self.interval and self.done != self.total:
+            self.written, self.last_line = now, self.line()
+            self.write(self.last_line)
+
+    def end(self) -> None:
+        """Says how far the task was, unless the last line has said just that."""
+        if self.line(over=True) != self.last_line:
+            self.write(self.line(over=True))
 
     def note(self, text: str) -> None:
         self.words = text
 
     def line(self, over: bool = False) -> str:
         """How far the task is, or was when it ended, in one line."""
-        elapsed = self.clock() - self.started
-        parts = [f"{self.done}/{self.total}" if self.total is not None else str(self.done), duration(elapsed)]
-        if self.total and 0 < self.done < self.total and not over:
-            parts.append(f"about {duration(elapsed / self.done * (self.total - self.done))} left")
+        now = self.clock()
+        count = f"{self.done}/{self.total}" if self.total is not None else str(self.done)
+        parts = [count, duration(now - self.started)]
+        if self.total and self.first is not None and self.first[1] < self.done < self.total and not over:
+            since, before = self.first  # the first advance may be what an earlier run did, in no time
+            left = (now - since) / (self.done - before) * (self.total - self.done)
+            parts.append(f"about {duration(left)} left")
         if self.words:
             parts.append(self.words)
         return f"{self.description}: {', '.join(parts)}"
@@ -156,7 +167,7 @@ class TerminalProgress:
                 self.open -= 1
                 if self.open == 0:
                     self.bars.stop()
-            self.say(lines.line(over=True))
+            lines.end()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

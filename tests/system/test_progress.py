@@ -39,12 +39,32 @@ def test_plain_lines_come_every_few_seconds_with_the_remaining_time() -> None:
     assert [line.split(",")[0] for line in lines] == [f"training [stage 1]: {n}/40" for n in (5, 10, 15, 20, 20)]
 
 
+def test_steps_of_an_earlier_run_do_not_count_as_speed() -> None:
+    progress, out, clock = plain()
+    with progress.task("training", 220) as task:
+        task.advance(80)
+        for _ in range(12):
+            clock.now += 5
+            task.advance()
+    assert out.getvalue().splitlines()[1] == "training: 82/220, 10.0 s, about 11 min 30 s left"
+
+
+def test_a_finished_task_says_so_once() -> None:
+    progress, out, clock = plain()
+    with progress.task("training", 2) as task:
+        clock.now += 6
+        task.advance()
+        clock.now += 6
+        task.advance()
+    assert out.getvalue().splitlines() == ["training: 1/2, 6.0 s", "training: 2/2, 12.0 s"]
+
+
 def test_a_task_of_unknown_length() -> None:
     progress, out, clock = plain()
     with progress.task("reading") as task:
         clock.now += 6
         task.advance(3)
-    assert out.getvalue() == "reading: 3, 6.0 s\nreading: 3, 6.0 s\n"
+    assert out.getvalue() == "reading: 3, 6.0 s\n"
 
 
 def test_the_last_line_comes_when_the_work_fails_too() -> None:
