@@ -54,7 +54,7 @@ def figures(root: Path) -> dict[str, int | str]:
 
 
 def settings(schema: ast.Module) -> int:
-    """Settings of a recipe: fields of its sections that are no section themselves, each section as often as it is used."""
+    """Settings of a recipe: fields of its sections that are no section, each section as often as it is used."""
     sections = {node.name: node for node in schema.body if isinstance(node, ast.ClassDef)}
 
     def fields(name: str) -> dict[str, str]:
