@@ -10,7 +10,6 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ReconstructionKind = Literal["identity", "previous", "low_rank", "mixture"]
 GuidanceKind = Literal["paired", "folded"]
 
 
@@ -50,17 +49,16 @@ class SparsityPlan(BaseModel):
     """All sparsity settings of a model.
 
     A token at scale s of block l runs the first ``prefix[s]`` experts and ``routed[s]`` more, chosen by the router
-    among the rest; the block computes ``ceil(keep[s] * L_s)`` tokens and reconstructs the others.
+    among the rest; the block computes ``ceil(keep[s] * L_s)`` tokens and reconstructs the others, whose keys and values
+    are left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     experts: int = Field(ge=1, description="experts E per FFN; divides the hidden neurons H")
     blocks: tuple[BlockPlan, ...]
-    reconstruction: ReconstructionKind = Field("mixture", description="how skipped tokens are filled in")
-    reconstruction_rank: int = Field(16, ge=0, description="rank of the low-rank map of the reconstruction")
-    skipped_kv: Literal["computed", "dropped"] = Field(
-        "computed", description="keys and values of skipped tokens: computed from their input, or left out"
+    reconstruction_rank: int = Field(
+        16, ge=0, description="rank of the low-rank map of the reconstruction; 0: the previous scale's update alone"
     )
     guidance: GuidanceKind = Field(
         "paired",
@@ -132,8 +130,7 @@ class SparsityPlan(BaseModel):
                     )
                 if not 0 <= block.keep[s] <= 1:
                     found.append(f"{where}.keep[{s}]: {block.keep[s]} is not within 0 to 1")
-        low_rank = self.gated and self.reconstruction in ("low_rank", "mixture")
-        if low_rank and self.reconstruction_rank > config.width:
+        if self.gated and self.reconstruction_rank > config.width:
             found.append(
                 f"plan.reconstruction_rank: {self.reconstruction_rank} exceeds the width of the model, {config.width}"
             )

@@ -50,9 +50,7 @@ def assemble_plan(
     return SparsityPlan(
         experts=recipe.experts.count,
         blocks=tuple(blocks),
-        reconstruction=recipe.gate.reconstruction,
         reconstruction_rank=recipe.gate.rank,
-        skipped_kv=recipe.gate.skipped_kv,
         guidance=recipe.budget.guidance,
     )
 

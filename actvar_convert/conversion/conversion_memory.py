@@ -172,9 +172,7 @@ def _searching(config: TransformerConfig, recipe: Recipe, itemsize: int) -> dict
     rows = min(recipe.calibration.batch, pyramids) * pyramid.total
     backwards = 4 * rows * ((depth + 12) * width + 8 * config.hidden + 4 * config.vocab)
     gated = recipe.budget.gate_keep < 1 and recipe.budget.gate_scales > 0
-    dropped = recipe.gate.skipped_kv == "dropped"
-    begin = 0 if dropped else max(0, pyramid.num_scales - recipe.budget.gate_scales - 1)
-    every = Wanted(frozenset(range(pyramid.num_scales)), begin if gated else None)
+    every = Wanted(frozenset(range(pyramid.num_scales)), 0 if gated else None)
     records = _records(config, [every], pyramids, itemsize, SEARCH_TOKENS)
     measured = 4 * max(MEASURED_TOKENS, *pyramid.lengths) * recipe.experts.count * width
     work = max(_steps(config, recipe, [every], itemsize, SEARCH_TOKENS).values()) + measured

@@ -50,8 +50,8 @@ def fit_gate(
     gate: TokenGate, reconstruction: Reconstruction, record: BlockRecord, pyramid: TokenPyramid, scales: Sequence[int]
 ) -> None:
     """The same for a gate and a reconstruction of their own, used at some scales."""
-    low_rank, width = reconstruction.kind in ("low_rank", "mixture"), gate.linear.in_features
-    if low_rank:
+    width = gate.linear.in_features
+    if reconstruction.rank:
         reconstruction.up.weight.data.zero_()
     moments = Moments(width, 1 + width, record.states[0].after.device)
     for scale in scales:
@@ -64,15 +64,15 @@ def fit_gate(
     weight, bias = moments.columns(slice(0, 1)).ridge()
     gate.linear.weight.data.copy_(weight)
     gate.linear.bias.data.copy_(bias)
-    if low_rank:
-        down, up = moments.columns(slice(1, None)).reduced_rank(reconstruction.down.out_features)
+    if reconstruction.rank:
+        down, up = moments.columns(slice(1, None)).reduced_rank(reconstruction.rank)
         reconstruction.down.weight.data.copy_(down)
         reconstruction.up.weight.data.copy_(up)
 
 
 def _start_alpha(reconstruction: Reconstruction, record: BlockRecord, pyramid: TokenPyramid, scale: int) -> None:
     """Fits, channel by channel, the share of the previous scale's update that a token's own update has."""
-    if reconstruction.kind not in ("previous", "mixture") or scale == 0:
+    if scale == 0:
         return
     sums: list[Tensor] = []
     for states in record.states:

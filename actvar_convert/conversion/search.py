@@ -168,9 +168,7 @@ def measure_sensitivity(
         return {s: levels for s in scales if may_skip(config, recipe, s)}
 
     def wanted(block: int) -> Wanted:
-        gated = gates(block)
-        begin = 0 if recipe.gate.skipped_kv == "dropped" else max(0, min(gated, default=0) - 1)
-        return Wanted(frozenset(scales), begin if gated else None)
+        return Wanted(frozenset(scales), 0 if gates(block) else None)
 
     found = []
     for block, record in record_blocks(
@@ -194,7 +192,7 @@ def measure_sensitivity(
             pyramid=pyramid,
             seed=recipe.seed,
         )
-        skipping = gate_damage(block, record, own.block, recipe.gate, keeps=gates(record.index), pyramid=pyramid)
+        skipping = gate_damage(block, record, own.block, recipe.gate.rank, keeps=gates(record.index), pyramid=pyramid)
         found.append(BlockSensitivity(partition, damage, skipping))
         del record
         release_pages(block.state_dict().values())

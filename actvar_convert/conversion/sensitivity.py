@@ -23,7 +23,7 @@ from actvar_convert.models.config import TokenPyramid
 from actvar_convert.models.gate import Reconstruction, TokenGate
 from actvar_convert.models.var import FFN, Block
 from actvar_convert.plan import kept_tokens
-from actvar_convert.recipe.schema import ExpertsRecipe, GateRecipe
+from actvar_convert.recipe.schema import ExpertsRecipe
 
 TOKENS = 512
 """Tokens per scale on which the damage of a choice is measured."""
@@ -108,22 +108,21 @@ def gate_damage(
     block: Block,
     record: BlockRecord,
     metric: OutputMetric,
-    recipe: GateRecipe,
+    rank: int,
     *,
     keeps: Mapping[int, Sequence[float]],
     pyramid: TokenPyramid,
 ) -> dict[int, dict[float, float]]:
     """The damage of skipping tokens by scale and keep ratio, with gate and reconstruction as the conversion fits them.
 
-    That is what reconstructions miss of the skipped tokens' outputs, and, where keys and values of skipped tokens are
-    dropped, what those who would attend to them miss.
+    That is what reconstructions miss of the skipped tokens' outputs, and what those who would attend to the skipped
+    tokens' keys and values miss.
 
     Args:
         block: dense.
-        record: with the states of all scales in ``keeps`` and of the one before the first; where keys and values are
-            dropped, of all scales.
+        record: with the states of all scales.
         metric: at the block's output.
-        recipe: kind of reconstruction and its rank, and what becomes of keys and values.
+        rank: of the reconstruction.
         keeps: keep ratios to try at each scale; empty: nothing is fitted.
         pyramid: of the model.
     """
@@ -132,7 +131,7 @@ def gate_damage(
     like = record.states[0].after
     width = like.shape[-1]
     gate = TokenGate(width).to(like)
-    reconstruction = Reconstruction(width, pyramid.num_scales, recipe.reconstruction, recipe.rank).to(like)
+    reconstruction = Reconstruction(width, pyramid.num_scales, rank).to(like)
     fit_gate(gate, reconstruction, record, pyramid, list(keeps))
     damage = {}
     for scale, ratios in keeps.items():
@@ -146,9 +145,8 @@ def gate_damage(
             error_BL = (missing.float() @ metric.root).square().sum(-1)
             order_BL = gate(before).argsort(dim=1, descending=True, stable=True)
             lost += error_BL.gather(1, order_BL).sum(0, dtype=torch.float64)
-            if recipe.skipped_kv == "dropped":
-                missed = _missed_context(block, states, order_BL, ratios, metric, scale, pyramid)
-                context = [sum(pair) for pair in zip(context, missed, strict=True)]
+            missed = _missed_context(block, states, order_BL, ratios, metric, scale, pyramid)
+            context = [sum(pair) for pair in zip(context, missed, strict=True)]
             pyramids += len(before)
         after_first = 0.5 * float(metric.scales[scale]) / pyramids * lost.flip(0).cumsum(0).flip(0)
         totals = [*after_first.tolist(), 0.0]

@@ -13,9 +13,8 @@ Convention, the only place that states it:
 - Guidance runs every row twice, with the condition and without, and doubles all of the transformer but what is the same
   for both, such as VAR's word embedding. A plan that folds guidance into the predictions runs one row. The decoder sees
   one row either way.
-- A token that a block skips pays for its share of the gate, for its key and value projections if the plan computes
-  them (4 C^2 FLOPs), and for the low-rank map of the reconstruction. If the plan drops its key and value instead, the
-  context of that block is shorter by it, at this scale and at all later ones.
+- A token that a block skips pays for its share of the gate and for the low-rank map of the reconstruction. It has no
+  key and value: the context of that block is shorter by it, at this scale and at all later ones.
 - Left out: what ``NOT_COUNTED`` lists. Elementwise are also the alpha product and the bilinear upsampling of the
   reconstruction; table look-ups are free.
 """
@@ -84,8 +83,6 @@ def rows(guidance: bool, plan: SparsityPlan | None = None) -> int:
 def context_tokens(config: TransformerConfig, plan: SparsityPlan, block: int, scale: int) -> int:
     """Tokens whose keys and values a token of one scale meets in one block."""
     pyramid = config.pyramid
-    if plan.skipped_kv == "computed":
-        return pyramid.ends[scale]
     return sum(plan.blocks[block].kept(s, pyramid.lengths[s]) for s in range(scale + 1))
 
 
@@ -98,16 +95,12 @@ def block_macs(config: TransformerConfig, plan: SparsityPlan, block: int, scale:
     costs, C, length = family_costs(config), config.width, config.pyramid.lengths[scale]
     kept = plan.blocks[block].kept(scale, length)
     skipped = length - kept
-    macs = costs.block(kept, context_tokens(config, plan, block, scale))
-    if plan.skipped_kv == "computed":
-        macs["attention_projections"] += 2 * C * C * skipped
-    low_rank = plan.reconstruction in ("low_rank", "mixture")
     return {
-        **macs,
+        **costs.block(kept, context_tokens(config, plan, block, scale)),
         "ffn": round(kept * plan.active(block, scale) * costs.ffn() / plan.experts),
         "router": kept * C * plan.router_experts(block) if plan.routes(block, scale) else 0,
         "gate": length * C if skipped else 0,
-        "reconstruction": 2 * C * plan.reconstruction_rank * skipped if low_rank else 0,
+        "reconstruction": 2 * C * plan.reconstruction_rank * skipped,
     }
 
 

@@ -13,12 +13,17 @@ FORMAT_VERSION = 2
 
 
 KEPT: dict[str, object] = {
+    "reconstruction": "mixture",
+    "skipped_kv": "dropped",
     "neighbourhood": 1,
     "router_width": 0,
     "threshold": None,
     "mean_routed": None,
 }
 """Settings that plans of version 1 or their blocks had besides, and the value that became the rule."""
+
+OF_GATES = ("reconstruction", "skipped_kv")
+"""Those that say nothing if a plan skips no tokens."""
 
 
 def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +32,11 @@ def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a plan has another value than the kept one.
     """
+    for _, plan in _of_plans(content):
+        if "blocks" in plan:
+            plan.setdefault("skipped_kv", "computed")
+            if not _gated(plan):
+                plan |= {key: KEPT[key] for key in OF_GATES}
     problems = [
         f"{where}.{key} is {values[key]!r}, allowed: {KEPT[key]!r}"
         for where, values in _of_plans(content)
@@ -42,6 +52,13 @@ def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         for key in KEPT.keys() & values.keys():
             del values[key]
     return {**content, "format_version": 2, "family": "var"}
+
+
+def _gated(plan: dict[str, Any]) -> bool:
+    """Whether a plan skips tokens in any block."""
+    blocks = plan["blocks"] if isinstance(plan["blocks"], list) else []
+    keeps = [block.get("keep") for block in blocks if isinstance(block, dict)]
+    return any(keep != [1.0] * len(keep) for keep in keeps if isinstance(keep, list))
 
 
 def _of_plans(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

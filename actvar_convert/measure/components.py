@@ -90,7 +90,7 @@ def _boundaries(model: VARModel) -> Iterator[tuple[nn.Module, str, str]]:
             yield block, "_gated", "gather and scatter"
             yield block, "_compute", "norms and residuals"
             yield block, "_take", "gather and scatter"
-        for method in ("query", "key_value", "query_key_value", "attend"):
+        for method in ("query_key_value", "attend"):
             yield block.attn, method, "attention"
         yield block.ffn, "forward", "ffn"
         for owner, name in ((block.ffn, "router"), (block, "gate"), (block, "reconstruction")):

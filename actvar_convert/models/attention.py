@@ -96,24 +96,6 @@ class SelfAttention(nn.Module):
         scale = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().view(self.heads, 1)
         return AttentionConstants(bias, torch.cat((scale, torch.ones_like(scale))))
 
-    def query(self, x_BLC: Tensor, constants: AttentionConstants | None = None) -> Tensor:
-        """Queries [B, H, L, d] of hidden states [B, L, C]."""
-        C = x_BLC.shape[-1]
-        bias, length = constants or self.constants()
-        q = self._heads(linear(x_BLC, self.mat_qkv.weight[:C], bias[:C]))
-        if length is not None:
-            q = _stretched(q, length[: self.heads])
-        return q.transpose(1, 2)
-
-    def key_value(self, x_BLC: Tensor, constants: AttentionConstants | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, L, d] of hidden states [B, L, C]."""
-        C = x_BLC.shape[-1]
-        bias, length = constants or self.constants()
-        k, v = self._heads(linear(x_BLC, self.mat_qkv.weight[C:], bias[C:])).chunk(2, dim=2)
-        if length is not None:
-            k = _stretched(k, length[self.heads :])
-        return k.transpose(1, 2), v.transpose(1, 2)
-
     def query_key_value(
         self, x_BLC: Tensor, constants: AttentionConstants | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actvar_convert.plan import ReconstructionKind
-
 
 class TokenChoice(NamedTuple):
     """Which tokens of one scale a block computes.
@@ -60,16 +58,14 @@ class Reconstruction(nn.Module):
     """Fills in tokens that a block skips: y = x + alpha_s * up(u) + B A x.
 
     u is the block's update at the previous scale (reconstructed tokens included), up a bilinear resize, alpha_s a
-    learnt factor per scale and channel, A and B a low-rank pair per block. ``kind`` leaves terms out: ``identity`` has
-    neither, ``previous`` only the first, ``low_rank`` only the second, ``mixture`` both.
+    learnt factor per scale and channel, A and B a low-rank pair per block. At rank 0 there is no such pair.
     """
 
-    def __init__(self, channels: int, num_scales: int, kind: ReconstructionKind, rank: int) -> None:
+    def __init__(self, channels: int, num_scales: int, rank: int) -> None:
         super().__init__()
-        self.kind = kind
-        if kind in ("previous", "mixture"):
-            self.alpha = nn.Parameter(torch.zeros(num_scales, channels))
-        if kind in ("low_rank", "mixture"):
+        self.rank = rank
+        self.alpha = nn.Parameter(torch.zeros(num_scales, channels))
+        if rank:
             self.down = nn.Linear(channels, rank, bias=False)
             self.up = nn.Linear(rank, channels, bias=False)
             nn.init.zeros_(self.up.weight)
@@ -77,8 +73,8 @@ class Reconstruction(nn.Module):
     def forward(self, x_BMC: Tensor, up_BMC: Tensor | None, scale: int) -> Tensor:
         """Skipped tokens [B, M, C] from their input and the upsampled update at their positions (None: no earlier)."""
         y = x_BMC
-        if self.kind in ("previous", "mixture") and up_BMC is not None:
+        if up_BMC is not None:
             y = torch.addcmul(y, up_BMC, self.alpha[scale].to(up_BMC.dtype))
-        if self.kind in ("low_rank", "mixture"):
+        if self.rank:
             y = y + self.up(self.down(x_BMC))
         return y

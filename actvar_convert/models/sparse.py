@@ -27,7 +27,7 @@ from actvar_convert.plan import SparsityPlan
 class SparseBlock(Block):
     """What changes against the dense block: an ExpertFFN, and at gated scales only the kept tokens are computed.
 
-        kept      y = block(x), its queries being the kept tokens, its keys and values all tokens (or the kept ones)
+        kept      y = block(x) of the kept tokens alone, which are all that keys and values are computed of
         skipped   y = x + reconstruction
 
     Attributes:
@@ -45,11 +45,9 @@ class SparseBlock(Block):
         self.reconstruction: Reconstruction | None = None
         gating = [each for each in plans.values() if each.block_gated(index)]
         if gating:
-            chosen = gating[0]
             self.gate = TokenGate(config.width)
-            self.reconstruction = Reconstruction(
-                config.width, config.pyramid.num_scales, chosen.reconstruction, chosen.reconstruction_rank
-            )
+            rank = gating[0].reconstruction_rank
+            self.reconstruction = Reconstruction(config.width, config.pyramid.num_scales, rank)
         self.plan = plans[plan]
         self.straight_through = False
 
@@ -152,19 +150,12 @@ class SparseBlock(Block):
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation_B6C.unbind(1)
         constants = self.attn.constants() if cache is None else cache.constants(self.index, self.attn)
         x = self._take(x_BLC, row_BK)
-        if self.plan.skipped_kv == "computed":
-            normed = self.norm(x_BLC, scale1, shift1)
-            q = self.attn.query(self._take(normed, row_BK), constants)
-            k, v = self.attn.key_value(normed, constants)
-            context = span.counts
-        else:
-            q, k, v = self.attn.query_key_value(self.norm(x, scale1, shift1), constants)
-            context = kept
+        q, k, v = self.attn.query_key_value(self.norm(x, scale1, shift1), constants)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
             mask = None
         else:
-            mask = None if mask_LL is None else self._mask(kept, context, x.device)
+            mask = None if mask_LL is None else self._mask(kept, x.device)
         if x.shape[1] == 0:
             return x
         x = torch.addcmul(x, self.attn.attend(q, k, v, mask), gate1.unsqueeze(1))
@@ -172,13 +163,10 @@ class SparseBlock(Block):
         return torch.addcmul(x, out, gate2.unsqueeze(1))
 
     @staticmethod
-    def _mask(queries: tuple[int, ...], context: tuple[int, ...], device: torch.device) -> Tensor:
-        """Boolean [K, T]: every query attends to its own scale and the coarser ones."""
-
-        def level(counts: tuple[int, ...]) -> Tensor:
-            return torch.cat([torch.full((count,), scale, device=device) for scale, count in enumerate(counts)])
-
-        return level(queries).unsqueeze(1) >= level(context).unsqueeze(0)
+    def _mask(kept: tuple[int, ...], device: torch.device) -> Tensor:
+        """Boolean [K, K]: every kept token attends to those of its own scale and of the coarser ones."""
+        level = torch.cat([torch.full((count,), scale, device=device) for scale, count in enumerate(kept)])
+        return level.unsqueeze(1) >= level.unsqueeze(0)
 
 
 def _rows(choices: list[TokenChoice], span: Span) -> Tensor:
@@ -193,7 +181,7 @@ class SparseVARTransformer(VARTransformer):
     Args:
         config: shape of the dense transformer.
         plans: named plans; routers and gates are sized for all of them together. They share the number of experts
-            and what becomes of guidance, those that gate the kind and rank of the reconstruction.
+            and what becomes of guidance, those that gate the rank of the reconstruction.
         default: name of the plan in force.
 
     Raises:
@@ -208,7 +196,6 @@ class SparseVARTransformer(VARTransformer):
         for field, concerned in (
             ("experts", plans),
             ("guidance", plans),
-            ("reconstruction", gating),
             ("reconstruction_rank", gating),
         ):
             values = {name: getattr(plan, field) for name, plan in concerned.items()}

@@ -63,7 +63,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for name, plan in (recipe.plans or {}).items():
         if plan.experts != recipe.experts.count:
             yield f"plans.{name}.experts: given {plan.experts}, allowed: experts.count, {recipe.experts.count}"
-    for field in ("reconstruction", "reconstruction_rank", "guidance"):
+    for field in ("reconstruction_rank", "guidance"):
         values = {name: getattr(plan, field) for name, plan in (recipe.plans or {}).items()}
         if len(set(values.values())) > 1:
             yield f"plans: given {values} as {field}, allowed: the same for all plans of a model"
@@ -88,7 +88,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 def _beside_plans(recipe: Recipe) -> Iterator[str]:
     """Settings that were given beside plans, which state them too, and that no plan has."""
     stated = (
-        *(("gate", name, name) for name in ("reconstruction", "skipped_kv")),
         ("gate", "rank", "reconstruction_rank"),
         ("budget", "guidance", "guidance"),
     )

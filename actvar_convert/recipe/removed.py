@@ -1,6 +1,8 @@
 """Settings that recipes had once."""
 
 REMOVED: dict[str, tuple[object, str]] = {
+    "gate.reconstruction": ("mixture", "skipped tokens are filled in by the scale before and a low-rank map"),
+    "gate.skipped_kv": ("dropped", "keys and values of skipped tokens are left out"),
     "experts.neighbourhood": (1, "every token has experts of its own"),
     "experts.router_width": (0, "a router is one linear layer"),
     "experts.selection": ("fixed", "a router picks the plan's number of experts for every token"),

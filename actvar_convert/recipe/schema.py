@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from actvar_convert.plan import GuidanceKind, ReconstructionKind, SparsityPlan
+from actvar_convert.plan import GuidanceKind, SparsityPlan
 
 Source = Literal["teacher", "images"]
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -72,15 +72,10 @@ class ExpertsRecipe(Section):
 
 
 class GateRecipe(Section):
-    """How tokens are skipped and filled in."""
+    """How skipped tokens are filled in: by the update of the scale before and a low-rank map, both fitted."""
 
-    reconstruction: ReconstructionKind = Field(
-        "mixture",
-        description="how skipped tokens are filled in: unchanged, the previous scale's update, a low-rank map, or both",
-    )
-    rank: int = Field(16, ge=0, description="rank of the low-rank map of the reconstruction")
-    skipped_kv: Literal["computed", "dropped"] = Field(
-        "dropped", description="keys and values of skipped tokens: computed from their input, or left out"
+    rank: int = Field(
+        16, ge=0, description="rank of the low-rank map of the reconstruction; 0: the previous scale's update alone"
     )
 
 

@@ -77,11 +77,10 @@ def plan_in_words(plan: SparsityPlan) -> list[str]:
     if gated:
         keep = min(plan.blocks[b].keep[s] for b, s in gated)
         blocks = counted(len({block for block, _ in gated}), "block")
-        rank = f" of rank {plan.reconstruction_rank}" if plan.reconstruction in ("low_rank", "mixture") else ""
         lines.append(
             f"Token gate: {blocks} compute part of the tokens at scales {listed(sorted({s for _, s in gated}))}, "
-            f"{share(keep)} at the least; the others are filled in ({plan.reconstruction}{rank}), "
-            f"their keys and values {plan.skipped_kv}."
+            f"{share(keep)} at the least; the others are filled in from the scale before and a map of rank "
+            f"{plan.reconstruction_rank}, without keys and values."
         )
     if plan.guidance == "folded":
         lines.append(

@@ -182,5 +182,4 @@ def token_plan(config: TransformerConfig, first: int, share: float, *, spared: i
         block.model_copy(update={"keep": keep}) if index >= spared else block
         for index, block in enumerate(dense.blocks)
     )
-    changes = {"blocks": blocks, "reconstruction": "previous", "skipped_kv": "dropped"}
-    return dense.model_copy(update=changes)
+    return dense.model_copy(update={"blocks": blocks, "reconstruction_rank": 0})

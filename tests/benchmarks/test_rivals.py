@@ -274,7 +274,7 @@ def test_a_skipped_token_gets_the_previous_update(tiny_model: VARModel) -> None:
     assert block.reconstruction is not None and bool((block.reconstruction.alpha == 1).all())
     assert transformer.sparse_layers[0].gate is None
     plan = transformer.plan
-    assert plan.blocks[1].keep == (1.0, 1.0, 0.0, 0.0) and plan.skipped_kv == "dropped"
+    assert plan.blocks[1].keep == (1.0, 1.0, 0.0, 0.0) and plan.reconstruction_rank == 0
     x = torch.randn(1, 30, 64, generator=torch.Generator().manual_seed(1))
     modulation = block.modulation(*transformer.condition(torch.tensor([0])))
     mask = transformer.attn_bias_for_masking

@@ -2,7 +2,6 @@
 
 import itertools
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -344,26 +343,21 @@ def test_the_price_of_a_choice_counts_its_experts_and_its_router(tiny_model: VAR
     assert routed - half == 16 * 64 * 6  # a router for the six experts after the prefix
 
 
-@pytest.mark.parametrize(
-    ("skipped_kv", "scale", "error"),
-    [("computed", 3, 1e-3), ("computed", 2, 1e-3), ("dropped", 3, 0.1), ("dropped", 2, 0.1)],
-)
+@pytest.mark.parametrize("scale", [2, 3])
 def test_the_damage_of_a_gate_is_that_of_the_converted_block(
     tiny_model: VARModel,
     calibration: tuple[torch.Tensor, torch.Tensor],
-    skipped_kv: Literal["computed", "dropped"],
     scale: int,
-    error: float,
 ) -> None:
     """Only the gate of block 1 at one scale is sparse: its real error in the block's metric, and the plan's.
 
-    Without keys and values what the FFN makes of the difference is not in the estimate.
+    What the FFN makes of the missing keys and values is not in the estimate.
     """
     config, chosen = (
         tiny_model.transformer.config,
         recipe(
             budget=BudgetRecipe(reduction=0.02, gate_keep=0.5, gate_scales=4 - scale),
-            gate=GateRecipe(rank=4, skipped_kv=skipped_kv),
+            gate=GateRecipe(rank=4),
         ),
     )
     sensitivity = measure_sensitivity(tiny_model, chosen, *calibration)[1]
@@ -374,7 +368,7 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
     everything = Wanted(frozenset(), 0)
     recorded = record_blocks(tiny_model, *calibration, wanted=lambda _: everything, batch=8, tokens_per_scale=8, seed=0)
     expected = [
-        gate_damage(own, record, metric, chosen.gate, keeps={scale: [0.5]}, pyramid=config.pyramid)
+        gate_damage(own, record, metric, chosen.gate.rank, keeps={scale: [0.5]}, pyramid=config.pyramid)
         for own, record in recorded
     ][1][scale][0.5]
     block = BlockPlan(prefix=(8,) * 4, routed=(0,) * 4, keep=tuple(0.5 if s == scale else 1.0 for s in range(4)))
@@ -382,7 +376,6 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
         experts=8,
         blocks=(SparsityPlan.dense(config, 8).blocks[0], block),
         reconstruction_rank=4,
-        skipped_kv=skipped_kv,
     )
     sparse = convert_model(tiny_model, {"plan": plan}, "plan", chosen, *calibration)
     tokens, labels = calibration
@@ -396,7 +389,7 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
     measured = sum(
         float(metric.damage(missed[:, pyramid.slice(s)].flatten(0, 1), s, pyramid.lengths[s])) for s in range(scale, 4)
     )
-    assert expected == pytest.approx(measured, rel=error)
+    assert expected == pytest.approx(measured, rel=0.1)
     if scale == 3:
         assert sensitivity.skipping[3][0.5] == pytest.approx(expected)
 

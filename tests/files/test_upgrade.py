@@ -13,7 +13,12 @@ from actvar_convert.files.sparse_folder import load_sparse, save_sparse
 from actvar_convert.models.model import VARModel
 from actvar_convert.models.sparse import SparseVARModel
 
-PLAN: dict[str, object] = {"neighbourhood": 1, "router_width": 0}
+PLAN: dict[str, object] = {
+    "neighbourhood": 1,
+    "router_width": 0,
+    "reconstruction": "mixture",
+    "skipped_kv": "dropped",
+}
 """Settings of a plan of version 1 at the values that became the rule."""
 BLOCK: dict[str, object] = {"threshold": None, "mean_routed": None}
 """The same of a block."""
@@ -49,6 +54,8 @@ def test_kept_values_are_dropped(
     [
         ({"neighbourhood": 2}, {}, "neighbourhood is 2, allowed: 1"),
         ({"router_width": 8}, {}, "router_width is 8, allowed: 0"),
+        ({"skipped_kv": "computed"}, {}, "plans.default.skipped_kv is 'computed', allowed: 'dropped'"),
+        ({"reconstruction": "previous"}, {}, "plans.default.reconstruction is 'previous', allowed: 'mixture'"),
         ({}, {"threshold": [None, None, None, 0.5]}, "blocks.1.threshold is [None, None, None, 0.5], allowed: None"),
     ],
 )
@@ -59,3 +66,11 @@ def test_other_values_are_refused_by_name(
     with pytest.raises(CheckpointError, match=r"actvar-convert 0\.1 reads it") as caught:
         load_sparse(folder)
     assert said in str(caught.value)
+
+
+def test_keys_and_values_were_computed_if_a_plan_did_not_say(folder: Path) -> None:
+    written_before(folder, {key: value for key, value in PLAN.items() if key != "skipped_kv"}, BLOCK)
+    with pytest.raises(CheckpointError, match=r"0\.1 reads it") as caught:
+        load_sparse(folder)
+    assert "plans.default.skipped_kv is 'computed'" in str(caught.value)
+    assert "plans.all" not in str(caught.value), "a plan that skips no token says nothing by it"

@@ -90,20 +90,19 @@ def test_a_rank_beyond_the_width_is_refused_where_tokens_are_skipped() -> None:
     for plan, expected in (
         (gated, said),
         (gated.model_copy(update={"reconstruction_rank": 64}), []),
-        (gated.model_copy(update={"reconstruction": "previous"}), []),
         (SparsityPlan.dense(TINY, experts=16).model_copy(update={"reconstruction_rank": 65}), []),
     ):
         assert problems_for(BASE.model_copy(update={"plans": {"a": plan}}), TINY) == expected
 
 
 def test_settings_that_plans_overrule_are_named() -> None:
-    stated = {"reconstruction_rank": 8, "skipped_kv": "dropped"}
+    stated = {"reconstruction_rank": 8}
     plan = SparsityPlan.dense(TINY, experts=16).model_copy(update=stated)
-    sections = {"gate": {"rank": 4, "skipped_kv": "computed"}}
+    sections = {"gate": {"rank": 4}, "budget": {"guidance": "folded"}}
     assert problems_for(recipe(**sections), TINY) == []
     assert problems_for(recipe(**sections, plans={"a": plan.model_dump()}), TINY) == [
-        "gate.skipped_kv: given computed, but the plans say dropped, and they decide; leave it out",
         "gate.rank: given 4, but the plans say 8, and they decide; leave it out",
+        "budget.guidance: given folded, but the plans say paired, and they decide; leave it out",
     ]
     same = {"gate": {"rank": 8}}
     assert problems_for(recipe(**same, plans={"a": plan.model_dump()}), TINY) == []
