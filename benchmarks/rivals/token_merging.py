@@ -119,7 +119,7 @@ class MergingBlock(SparseBlock):
             k, v = cache.append(self.index, k, v)
             bias = size_BT[:, None, None]
         else:
-            hidden = ~self._mask(kept, kept, x_BLC.device)
+            hidden = ~self._mask(kept, x_BLC.device)
             bias = size_BK[:, None, None].masked_fill(hidden, -torch.inf)
         y = torch.addcmul(merged, self.attn.attend(q, k, v, bias.to(q.dtype)), gate1.unsqueeze(1))
         y = torch.addcmul(y, self.ffn(self.norm(y, scale2, shift2), Span(span.first, kept)), gate2.unsqueeze(1))
