@@ -60,20 +60,20 @@ def store_from_teacher(
     progress: Progress,
     processes: Processes = ALONE,
 ) -> TokenStore:
-    """Pyramids that the teacher draws itself, labels balanced.
+    """Pyramids that the teacher samples itself, labels balanced.
 
-    Drawn batch by batch, each from a seed of its own, and appended to ``path``: an interrupted call goes on where it
+    Sampled batch by batch, each from a seed of its own, and appended to ``path``: an interrupted call goes on where it
     stopped and ends with the same tokens, as does one whose ``processes`` share the batches.
     """
     pyramid = teacher.transformer.config.pyramid
     labels = balanced_labels(count, teacher.transformer.config.classes)
     parts = list(torch.split(labels, batch))
 
-    def draw(index: int) -> Tensor:
+    def sample(index: int) -> Tensor:
         return teacher.generate_tokens(parts[index], seed=seed + 7_919 * (index + 1), chunk=batch, cfg=cfg).cpu()
 
     lengths = [len(part) for part in parts]
-    tokens = _collect(path, lengths, pyramid.total, draw, progress, "sampling from the teacher", processes)
+    tokens = _collect(path, lengths, pyramid.total, sample, progress, "sampling from the teacher", processes)
     return TokenStore(tokens, labels)
 
 
@@ -90,7 +90,7 @@ def store_from_images(
 ) -> TokenStore:
     """Pyramids of the images of a class-per-folder tree (``folder/class/image.png``), classes in sorted order.
 
-    Images are centre-cropped and resized to the model's size; ``count`` of them are drawn without replacement, or all
+    Images are centre-cropped and resized to the model's size; ``count`` of them are chosen without replacement, or all
     if there are fewer. Those made are kept in a file named after ``path`` and the images that it is of.
     """
     files, labels = labelled_images(folder, teacher.transformer.config.classes)

@@ -181,7 +181,7 @@ class StageRun:
         return saved
 
     def _restore(self, state: RunState) -> None:
-        """Takes up optimiser and step where ``tensors`` were saved."""
+        """Takes up optimiser and step as ``tensors`` saved them."""
         for name, parameter in self.parameters.items():
             own = _below(f"optimizer/{name}/", state.tensors)
             if own:
@@ -210,14 +210,14 @@ def distill_model(
     stages: Sequence[tuple[Stage, StageRecipe]] | None = None,
     student: str = "",
 ) -> None:
-    """Runs stages on ``model`` in place; goes on where ``state_path`` stopped.
+    """Runs stages on ``model`` in place; goes on from ``state_path``.
 
     Args:
         state_path: file that keeps what is done; None: nothing is kept.
         log: gets a line per step; None in all but the main process.
         processes: those that share the work; the state is the same for any number of them.
         stages: what runs, with its settings; by default both stages of the recipe.
-        student: ``student_print`` of the model; found here where a state is kept and it is not given.
+        student: ``student_print`` of the model; found here if a state is kept and it is not given.
 
     Raises:
         Interrupted: after Ctrl-C, with everything done so far on disk.
@@ -268,7 +268,7 @@ def student_print(model: SparseVARModel) -> str:
 
 
 def _require_rows(stages: Sequence[tuple[Stage, StageRecipe]], store: TokenStore, processes: Processes) -> None:
-    """Raises InputError where a batch has fewer pyramids than there are processes."""
+    """Raises InputError if a batch has fewer pyramids than there are processes."""
     problems = [
         f"{stage.section}.batch: {min(own.batch, len(store))} pyramids per step"
         for stage, own in stages

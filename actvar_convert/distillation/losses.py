@@ -48,7 +48,7 @@ def regression(prediction: Tensor, target: Tensor, weights_BL: Tensor | None = N
     A variance below ``LEAST_SPREAD`` of the target's mean square counts as that much.
 
     Args:
-        prediction, target: [B, L], or [B, L, F] where a token has several.
+        prediction, target: [B, L], or [B, L, F] if a token has several.
     """
     target = target.float()
     count = target.new_tensor(float(target.numel()))

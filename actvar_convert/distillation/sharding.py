@@ -88,7 +88,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered from the processes where it is split; every process has to ask for it."""
+    """All of a tensor, gathered from the processes if it is split; every process has to ask for it."""
     return cast("DTensor", tensor).full_tensor() if is_split(tensor) else tensor
 
 

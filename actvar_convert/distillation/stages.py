@@ -55,12 +55,12 @@ class Stage:
     def plans(self, model: SparseVARModel, turns: PlanTurns) -> list[str]:
         """Names of the plans that the steps run by turns: the active one, or all that the stage can train."""
         if turns == "random":
-            able = [name for name, plan in model.plans.items() if self.joint or _rests(plan)]
+            able = [name for name, plan in model.plans.items() if self.joint or _saves_experts(plan)]
             return able or [model.plan_name]
         return [model.plan_name]
 
 
-def _rests(plan: SparsityPlan) -> bool:
+def _saves_experts(plan: SparsityPlan) -> bool:
     """Whether any block of a plan leaves experts out."""
     scales = range(len(plan.blocks[0].keep))
     return any(not plan.runs_all(block, scale) for block in range(len(plan.blocks)) for scale in scales)

@@ -1,7 +1,7 @@
 """What distillation needs in memory, by arithmetic on shapes and recipe alone.
 
 Activations are priced by constants that were counted on small models as bytes alive at the peak of a step, per pyramid
-token, and rounded up: the number format decides, not the size of the model.
+token, and rounded up: the dtype decides, not the size of the model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def estimate_distill(
     With W_t and W_s the numbers of teacher and student, T those that a stage trains, B its batch, L tokens, D blocks, C
     width, V codes:
 
-    - sampling (where something is trained, on data from the teacher): 4 (W_t + W_s), 2 W_t more where the recipe draws
+    - sampling (if something is trained, on data from the teacher): 4 (W_t + W_s), 2 W_t more if the recipe samples
       in half precision, and ``sampling_memory``.
     - a stage: weights 4 (W_t + W_s), in half precision 2 W_s more for the copies that autocast keeps, with low-rank
       updates 4 W_s more for the sums that stand in for the weights; gradients 4 T; AdamW 8 T, and 4 T while it steps;
@@ -58,7 +58,7 @@ def estimate_distill(
 
     Args:
         config, tokenizer: shape of the dense model; images are tokenised before anything is trained.
-        recipe: batches, what trains, number format.
+        recipe: batches, what trains, dtype.
         processes: those that share a batch, each on a device of its own.
         sharded: the student is split over them while it trains.
         device: its kind, which decides how many images are under way at once while a model samples.
@@ -103,7 +103,7 @@ def _data_phase(
     numbers: int,
     device: str,
 ) -> MemoryEstimate:
-    """Making the pyramids to train on, beside weights of which a model of ``numbers`` draws."""
+    """Making the pyramids to train on, beside weights of which a model of ``numbers`` samples."""
     if recipe.data.source == "images":
         maps = {"feature maps": 6 * FP32 * recipe.data.batch * tokenizer.ch * tokenizer.image_size**2}
         return MemoryEstimate(work, "tokenising images", {**weights, **maps}, ("data.batch",))

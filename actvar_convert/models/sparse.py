@@ -182,7 +182,7 @@ class SparseVARTransformer(VARTransformer):
         config: shape of the dense transformer.
         plans: named plans; routers and gates are sized for all of them together. They share the number of experts
             and what becomes of guidance, those that gate the rank of the reconstruction.
-        default: name of the plan in force.
+        default: name of the active plan.
 
     Raises:
         RecipeError: a plan does not fit the model, or the plans do not fit each other.
