@@ -57,8 +57,6 @@ BASES: dict[str, tuple[str, ...]] = {
 CHANGES: dict[str, tuple[str, ...]] = {
     "routed": (
         "experts.clustering=gradient",
-        "experts.clustering=weights",
-        "experts.clustering=random",
         "experts.shared=experts",
         "experts.importance=activation",
         "experts.inactive=none",
@@ -70,7 +68,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "calibration.pyramids=512",
     ),
     "static": (
-        "experts.clustering=random",
         "experts.inactive=none",
         "experts.count=32",
         "experts.compensation=sequential",

@@ -117,7 +117,7 @@ def test_a_finished_distillation_is_found_and_leaves_nothing_beside_it(tiny_mode
 
 def test_a_finished_distillation_of_another_conversion_is_not_taken(tiny_model: VARModel, tmp_path: Path) -> None:
     recipe, progress = Recipe.model_validate(TINY), Listener()
-    other = Recipe.model_validate(TINY | {"experts": {"count": 8, "clustering": "random"}})
+    other = Recipe.model_validate(TINY | {"experts": {"count": 8, "clustering": "gradient"}})
     for chosen in (recipe, other):
         start = av.convert(tiny_model, recipe=chosen)
         own = start.transformer.sparse_layers[0].ffn.permutation.clone()

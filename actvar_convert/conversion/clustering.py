@@ -60,25 +60,9 @@ def _profiles(activations_TH: Measured, projection: int, seed: int, *, standard:
     return np.concatenate(pieces)
 
 
-def weights(activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int) -> IntArray:
-    """Neurons that look alike: k-means on the normalised rows of the first layer."""
-    rows = weights_HC.astype(np.float64)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True) + 1e-8
-    return balanced_kmeans(rows, experts, seed)
-
-
-def random(activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int) -> IntArray:
-    """The baseline: neurons dealt out at random."""
-    neurons = len(weights_HC)
-    label = np.repeat(np.arange(experts), neurons // experts)
-    return np.random.default_rng(seed).permutation(label).astype(np.int64)
-
-
 METHODS: dict[str, Clustering] = {
     "kmeans": kmeans,
     "gradient": contributions,
-    "weights": weights,
-    "random": random,
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actvar_convert.conversion.clustering import METHODS
+from actvar_convert.conversion.clustering import METHODS, Clustering
 from actvar_convert.conversion.least_squares import CHUNK, Moments
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.var import FFN
@@ -53,7 +53,13 @@ def output_norms(ffn: FFN, root_CC: Tensor | None = None) -> Tensor:
 
 
 def partition_neurons(
-    ffn: FFN, x_TC: Tensor, recipe: ExpertsRecipe, shared: int, seed: int, root_CC: Tensor | None = None
+    ffn: FFN,
+    x_TC: Tensor,
+    recipe: ExpertsRecipe,
+    shared: int,
+    seed: int,
+    root_CC: Tensor | None = None,
+    clustering: Clustering | None = None,
 ) -> Partition:
     """Splits an FFN's neurons into experts.
 
@@ -66,6 +72,7 @@ def partition_neurons(
             important clusters come first.
         seed: of the clustering.
         root_CC: see ``neuron_importance``; also what clustering by ``gradient`` weighs activations with.
+        clustering: groups the neurons in place of the recipe's method.
     """
     hidden = activations(ffn, x_TC)
     importance = neuron_importance(ffn, hidden, root_CC if recipe.importance == "gradient" else None)
@@ -81,7 +88,8 @@ def partition_neurons(
         if recipe.clustering == "gradient":
             measured *= output_norms(ffn, root_CC)[tail]
         weights = _array(ffn.fc1.weight.detach()[tail])
-        label = METHODS[recipe.clustering](_array(measured), weights, len(tail) // size, recipe.projection, seed)
+        group = clustering or METHODS[recipe.clustering]
+        label = group(_array(measured), weights, len(tail) // size, recipe.projection, seed)
         members = tail[torch.from_numpy(np.argsort(label, kind="stable")).to(tail.device)].view(-1, size)
         energy = importance.square()[members].sum(1)
         groups.append(members[energy.argsort(descending=True, stable=True)])

@@ -27,6 +27,7 @@ from actvar_convert.conversion.budget import (
     require_reach,
     targets,
 )
+from actvar_convert.conversion.clustering import Clustering
 from actvar_convert.conversion.experts import Partition
 from actvar_convert.conversion.fisher import BlockMetrics, output_metrics
 from actvar_convert.conversion.sensitivity import BlockSensitivity, expert_damage, gate_damage
@@ -78,7 +79,7 @@ def plan_model(
     metrics: Sequence[BlockMetrics] | None = None,
     on_step: Callable[[int], None] = lambda steps: None,
 ) -> Planned:
-    """The plans of a recipe for a dense model: those it states, uniform ones, or the result of a search.
+    """The plans of a recipe for a dense model: those it states, or the result of a search.
 
     Args:
         model: the dense model.
@@ -154,9 +155,13 @@ def measure_sensitivity(
     labels_P: Tensor,
     *,
     metrics: Sequence[BlockMetrics] | None = None,
+    clustering: Clustering | None = None,
     on_step: Callable[[int], None] = lambda steps: None,
 ) -> list[BlockSensitivity]:
-    """Experts of every block, and the damage of every setting that a plan of the recipe may have."""
+    """Experts of every block, and the damage of every setting that a plan of the recipe may have.
+
+    ``clustering`` groups neurons in place of the recipe's method; see ``plan_model`` for the other arguments.
+    """
     if metrics is None:
         metrics = measure_metrics(model, recipe, tokens_PL, labels_P, on_step=on_step)
     config, batch = model.transformer.config, recipe.calibration.batch
@@ -191,6 +196,7 @@ def measure_sensitivity(
             prefix_share=recipe.budget.prefix_share,
             pyramid=pyramid,
             seed=recipe.seed,
+            clustering=clustering,
         )
         skipping = gate_damage(block, record, own.block, recipe.gate.rank, keeps=gates(record.index), pyramid=pyramid)
         found.append(BlockSensitivity(partition, damage, skipping))

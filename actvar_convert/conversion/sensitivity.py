@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actvar_convert.conversion.activations import BlockRecord, States
 from actvar_convert.conversion.budget import Choice
+from actvar_convert.conversion.clustering import Clustering
 from actvar_convert.conversion.experts import Partition, partition_neurons, squared_sizes
 from actvar_convert.conversion.fisher import OutputMetric
 from actvar_convert.conversion.gates import fit_gate, previous_update
@@ -69,6 +70,7 @@ def expert_damage(
     prefix_share: float,
     pyramid: TokenPyramid,
     seed: int,
+    clustering: Clustering | None = None,
 ) -> tuple[Partition, dict[int, dict[Choice, float]]]:
     """Partitions a dense FFN into experts and measures every choice at every scale in ``scales``.
 
@@ -78,7 +80,7 @@ def expert_damage(
     experts = recipe.count
     shared = experts if prefix_share == 1 else round(prefix_share * experts / 2)
     inputs = torch.cat([record.ffn_input[scale] for scale in scales])
-    partition = partition_neurons(ffn, inputs, recipe, shared, seed, metric.root)
+    partition = partition_neurons(ffn, inputs, recipe, shared, seed, metric.root, clustering)
     order = partition.permutation
     w1, b1 = ffn.fc1.weight[order], ffn.fc1.bias[order]
     w2 = ffn.fc2.weight.T[order].reshape(experts, -1, ffn.fc2.weight.shape[0])

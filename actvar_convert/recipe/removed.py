@@ -3,6 +3,11 @@
 REMOVED: dict[str, tuple[object, str]] = {
     "gate.reconstruction": ("mixture", "skipped tokens are filled in by the scale before and a low-rank map"),
     "gate.skipped_kv": ("dropped", "keys and values of skipped tokens are left out"),
+    "budget.first_scale": (None, "every scale may save"),
+    "budget.gate_blocks": (None, "every block may skip tokens, at the last budget.gate_scales scales"),
+    "budget.price": ("flops", "a search weighs damage against multiply-adds"),
+    "budget.price_batch": (16, "a search weighs damage against multiply-adds"),
+    "budget.search": ("sensitivity", "a search finds the plans, or the recipe states them (plans)"),
     "experts.neighbourhood": (1, "every token has experts of its own"),
     "experts.router_width": (0, "a router is one linear layer"),
     "experts.selection": ("fixed", "a router picks the plan's number of experts for every token"),
@@ -41,6 +46,12 @@ REMOVED: dict[str, tuple[object, str]] = {
     "distill.stage2.straight_through_end": (1.0, "gates that train get the whole straight-through gradient"),
     "distill.stage2.temperature": (1.0, "the KL is that of the predictions as they are"),
     "distill.stage2.weight_decay": (0.0, "no weight decays"),
-    "sparsify.checkpoint_every": (50, "state is saved by time"),
+    "sparsify.batch": (32, "neurons are clustered as the model has them"),
+    "sparsify.checkpoint_every": (50, "neurons are clustered as the model has them"),
+    "sparsify.learning_rate": (3e-4, "neurons are clustered as the model has them"),
+    "sparsify.optimizer": ("adamw", "neurons are clustered as the model has them"),
+    "sparsify.steps": (0, "neurons are clustered as the model has them"),
+    "sparsify.warmup": (20, "neurons are clustered as the model has them"),
+    "sparsify.weight": (1.0, "neurons are clustered as the model has them"),
 }
 """Dotted path of a setting: the value that became the rule, and what replaced it."""

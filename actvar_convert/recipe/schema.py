@@ -44,10 +44,10 @@ class ExpertsRecipe(Section):
     """How the neurons of every FFN become experts."""
 
     count: int = Field(16, ge=1, description="experts E per FFN; divides the hidden neurons H")
-    clustering: Literal["kmeans", "gradient", "weights", "random"] = Field(
+    clustering: Literal["kmeans", "gradient"] = Field(
         "kmeans",
         description="what groups neurons: activation profiles, each by itself or as large as it moves the model's "
-        "predictions (measured by the search for a plan, else the FFN's output), weight rows, or chance (the baseline)",
+        "predictions (measured by the search for a plan, else the FFN's output)",
     )
     shared: Literal["neurons", "experts"] = Field(
         "neurons",

@@ -1,7 +1,6 @@
-"""Our conversion and the baselines that differ from it by a setting of the recipe.
+"""Our conversion and the baselines that differ from it by a setting, the plan, or what groups neurons into experts.
 
-Priced by ``actvar_convert.cost.macs`` as they stand. All of them get their plan as the recipe's budget says: by the
-same search, where it searches.
+Priced by ``actvar_convert.cost.macs`` as they stand. All but ``uniform-width`` get their plan by the same search.
 """
 
 from __future__ import annotations
@@ -12,6 +11,9 @@ from typing import ClassVar
 
 import actvar_convert as av
 from actvar_convert.conversion.budget import recipe_plans
+from actvar_convert.conversion.clustering import Clustering
+from actvar_convert.conversion.converter import convert_model
+from actvar_convert.conversion.search import measure_sensitivity, search_plan
 from actvar_convert.cost import macs as costs
 from actvar_convert.errors import RecipeError
 from actvar_convert.files.run_state import Scalar
@@ -21,7 +23,9 @@ from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.stores import calibration_store
 from actvar_convert.system.progress import Progress
+from rivals.clusterings import by_chance, by_weights
 from rivals.method import Built, Level, Method, OutOfReach
 
 
@@ -29,7 +33,9 @@ from rivals.method import Built, Level, Method, OutOfReach
 class Conversion(Method):
     """The recipe of the comparison, with its budget set to the cut and ``settings`` changed.
 
-    ``uniform``: its plan is the same in every block and at every scale instead of searched for.
+    Attributes:
+        uniform: its plan is the same in every block and at every scale instead of searched for.
+        clustering: groups neurons in place of the recipe's method.
     """
 
     name: str
@@ -38,6 +44,7 @@ class Conversion(Method):
     levels: tuple[Level, ...] = ("none", "full")
     least: float = 0.0
     uniform: bool = False
+    clustering: Clustering | None = None
     calibrated: ClassVar[bool] = True
 
     def recipe(self, recipe: Recipe, cut: float, config: TransformerConfig) -> Recipe:
@@ -55,8 +62,11 @@ class Conversion(Method):
                 plans, _ = recipe_plans(config, recipe)
             except RecipeError as error:
                 raise OutOfReach(f"{self.name}: {error}") from error
-            stated = {"plans": plans} if self.uniform else {}
-            model = av.convert(teacher, recipe=recipe.model_copy(update=stated), progress=progress)
+            if self.clustering is not None:
+                model = clustered(teacher, recipe, self.clustering, progress)
+            else:
+                stated = {"plans": plans} if self.uniform else {}
+                model = av.convert(teacher, recipe=recipe.model_copy(update=stated), progress=progress)
         else:
             plan = SparsityPlan.model_validate_json(str(found["plan"]))
             transformer = SparseVARTransformer(config, {"default": plan}, "default")
@@ -64,6 +74,16 @@ class Conversion(Method):
             model = SparseVARModel(transformer, teacher.tokenizer, teacher.sampling).eval()
         plan = model.plan
         return Built(model, model, costs.transformer_macs(config, plan), {"plan": plan.model_dump_json()})
+
+
+def clustered(teacher: VARModel, recipe: Recipe, clustering: Clustering, progress: Progress) -> SparseVARModel:
+    """What ``actvar_convert.convert`` makes, with neurons grouped by ``clustering``."""
+    store = calibration_store(teacher, recipe, progress=progress)
+    tokens, labels = store.tokens.long(), store.labels
+    found = measure_sensitivity(teacher, recipe, tokens, labels, clustering=clustering)
+    plan, _ = search_plan(teacher.transformer.config, recipe, found, recipe.budget.reduction)
+    partitions = [block.partition for block in found]
+    return convert_model(teacher, {"default": plan}, "default", recipe, tokens, labels, partitions=partitions)
 
 
 CONVERSIONS = (
@@ -100,6 +120,13 @@ CONVERSIONS = (
     Conversion(
         "random-experts",
         "routed with neurons grouped by chance; where nothing is routed no group matters",
-        ("experts.clustering=random", "budget.prefix_share=0.5"),
+        ("budget.prefix_share=0.5",),
+        clustering=by_chance,
+    ),
+    Conversion(
+        "weight-experts",
+        "routed with neurons grouped by the rows of their weights",
+        ("budget.prefix_share=0.5",),
+        clustering=by_weights,
     ),
 )

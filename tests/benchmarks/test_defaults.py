@@ -19,7 +19,9 @@ def test_rows_are_measured_once(
 ) -> None:
     recipe = load_recipe(tiny_recipe, ["budget.pyramids=16"])
     made = Defaults(tiny_model, recipe, tmp_path)
-    rows = [made.row("routed", change) for change in ("", "experts.clustering=random", "experts.inactive=skipped_mean")]
+    rows = [
+        made.row("routed", change) for change in ("", "experts.clustering=gradient", "experts.compensation=sequential")
+    ]
     assert len({row.kl for row in rows}) == 3
     assert all(row.cut == pytest.approx(0.2, abs=0.05) and row.kl > 0 and row.seconds > 0 for row in rows)
 

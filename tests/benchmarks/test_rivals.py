@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from rivals import METHODS
+from rivals.clusterings import by_chance, by_weights
 from rivals.control import Control
+from rivals.converted import clustered
 from rivals.early_exit import EarlyExit, ExitTransformer, depth_choices
 from rivals.method import OutOfReach, first_late_scale, saved, sparse_from, token_plan
 from rivals.small_model import DraftedTransformer, SmallModel, narrowed
 from rivals.token_merging import MergingBlock, MergingTransformer, TokenMerging, match_tokens, targets
 from rivals.token_skipping import SkippingTransformer
 
+import actvar_convert as av
+from actvar_convert.conversion.clustering import Clustering, kmeans
 from actvar_convert.cost import macs as costs
 from actvar_convert.measure.image_features import model_fingerprint
 from actvar_convert.models.config import TransformerConfig
@@ -125,6 +130,28 @@ def test_generation_agrees_with_teacher_forcing(
     torch.testing.assert_close(logits[:, :5], dense[:, :5], rtol=0, atol=1e-4)
     assert float((logits[:, late] - dense[:, late]).abs().mean()) > 1e-3
     assert rival.generate(LABELS, seed=4).shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("clustering", [by_chance, by_weights])
+def test_clusterings_are_balanced_and_repeatable(clustering: Clustering) -> None:
+    random = np.random.default_rng(0)
+    activations, weights = random.standard_normal((50, 24)), random.standard_normal((24, 8))
+    label = clustering(activations, weights, 6, 16, seed=3)
+    assert np.bincount(label, minlength=6).tolist() == [4] * 6
+    assert (clustering(activations, weights, 6, 16, seed=3) == label).all()
+
+
+def test_a_conversion_with_the_recipes_own_clustering_is_that_of_the_library(
+    tiny_model: VARModel, tiny_recipe: Recipe
+) -> None:
+    recipe, progress = METHODS["routed"].recipe(tiny_recipe, 0.2, tiny_model.transformer.config), SilentProgress()
+    expected = av.convert(tiny_model, recipe=recipe)
+    own, chance = (clustered(tiny_model, recipe, method, progress) for method in (kmeans, by_chance))
+    assert own.plans == expected.plans
+    tensors = expected.transformer.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in own.transformer.state_dict().items())
+    first, other = (model.transformer.sparse_layers[0].ffn.permutation for model in (expected, chance))
+    assert not torch.equal(first, other) and torch.equal(first.sort().values, other.sort().values)
 
 
 def test_settings_are_a_part_of_the_fingerprint(tiny_model: VARModel) -> None:

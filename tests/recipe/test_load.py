@@ -125,7 +125,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "experts.cuont: unknown setting; did you mean experts.count?",
         "modle: unknown key; did you mean model?",
         "model: missing, needed: text, not empty",
-        'experts.clustering: given "kmean", allowed: one of kmeans, gradient, weights, random; did you mean kmeans?',
+        'experts.clustering: given "kmean", allowed: one of kmeans, gradient; did you mean kmeans?',
         "distill.stage1: given 5, allowed: a section",
         "distill.stage2.steps: given -1, allowed: a whole number of at least 0",
         'distill.stage2.learning_rate: given "fast", allowed: a number of more than 0',

@@ -48,7 +48,7 @@ def test_the_stages_differ_in_what_trains() -> None:
     [
         ("experts.count", "a whole number of at least 1"),
         ("budget.reduction", "a number of more than 0 and less than 1"),
-        ("experts.clustering", "one of kmeans, gradient, weights, random"),
+        ("experts.clustering", "one of kmeans, gradient"),
         ("benchmark.dtypes", "a list of any of fp32, bf16, fp16, 1 or more"),
         ("distill.stage2.learning_rate", "a number of more than 0"),
         ("samples", "a section with the keys per_class, seed"),
