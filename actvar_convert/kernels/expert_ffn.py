@@ -26,22 +26,25 @@ from actvar_convert.kernels.linear import linear, linear_gelu, linear_gelu_refer
 Backend = Literal["reference", "prefix", "masked", "loop", "triton"]
 
 CPU_FLOPS = {torch.float32: 200e9, torch.bfloat16: 350e9}
-"""Arithmetic per second of a dense FFN on two cores with AVX-512, fitted like the next two (docs/experiments.md)."""
+"""Arithmetic per second of a dense FFN on two cores with AVX-512. This and the next three are fitted to whole FFNs of
+``fashion``: C 256, N 64, 128 to 2048 rows (docs/experiments.md, 2026-11-23); other shapes are estimated."""
+CPU_MASK = 1.06
+"""Computing all experts and masking on a CPU, over the same without a mask."""
 CPU_EXPERT_SECONDS = 70e-6
 """What starting the products of one routed expert costs on a CPU."""
 CPU_CHANNEL_SECONDS = 0.66e-9
 """What gathering and adding one channel of one row for one routed expert costs on a CPU."""
 MAX_FREE = 63
 """Experts after the prefix whose choice the fused kernels can hold as one integer."""
-GPU_ROWS = 2048
-"""Rows from which on the fused kernels are taken on a GPU; estimated, not measured."""
 
 
 def pick_backend(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed: int) -> Backend:
     """How to compute an expert FFN, by gradients, device, dtype and shape.
 
-    On a CPU skipping experts (``loop``) is weighed against computing all of them (``masked``) by measured rates. On a
-    GPU tiles of rows that chose alike (``triton``) share their reading of the weights, if the kernels run there.
+    What routes nothing is one product over a view of the weights. On a CPU skipping experts (``loop``) is weighed
+    against computing all of them (``masked``) by the rates above. On a GPU nothing was measured: it is estimated that
+    the fused kernels (``triton``) are fastest if they run there, since they copy no row and tiles of rows that chose
+    alike share their reading of the weights; else all experts are computed.
 
     Args:
         x_RC: rows.
@@ -58,13 +61,13 @@ def pick_backend(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed: int)
         return "loop"
     if x_RC.is_cuda:
         fits = x_RC.dtype in (torch.bfloat16, torch.float16) and weights.neurons >= 16 and free <= MAX_FREE
-        large = R >= GPU_ROWS and not torch.compiler.is_compiling()
-        return "triton" if fits and large and triton_works(x_RC.device) else "masked"
+        return "triton" if fits and not torch.compiler.is_compiling() and triton_works(x_RC.device) else "masked"
     rate = CPU_FLOPS.get(x_RC.dtype)
     if rate is None or x_RC.device.type != "cpu" or torch.compiler.is_compiling():
         return "loop"
-    saved = (free - routed) * 4 * R * C * weights.neurons / rate
-    return "loop" if saved > free * CPU_EXPERT_SECONDS + routed * R * C * CPU_CHANNEL_SECONDS else "masked"
+    one = 4 * R * C * weights.neurons / rate  # seconds of one expert for all rows
+    loop = routed * one + free * CPU_EXPERT_SECONDS + routed * R * C * CPU_CHANNEL_SECONDS
+    return "loop" if loop <= CPU_MASK * free * one else "masked"
 
 
 @functools.cache
@@ -83,13 +86,13 @@ def triton_works(device: torch.device) -> bool:
     with torch.no_grad():
         try:
             got = expert_ffn_triton(x_RC, weights, 1, chosen_RK)
-        except Exception:  # a compiler or a driver may raise anything, and there are other ways
+        except Exception:  # a compiler or a driver may raise anything, and there are other backends
             return False
         return torch.allclose(got, expert_ffn_masked(x_RC, weights, 1, selection_mask(chosen_RK, 3)), atol=0.02)
 
 
 def expert_ffn(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Tensor) -> Tensor:
-    """The expert FFN of rows that each run K experts beyond the prefix, the way that is fastest here.
+    """The expert FFN of rows that each run K experts beyond the prefix, by the backend that ``pick_backend`` takes.
 
     Args:
         x_RC: rows.
@@ -175,7 +178,7 @@ def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF
 
     Takes any number of experts per row, and any number format. One expert at a time, so that its rows stay in the
     cache of the processor between the gather and the sum. Reads how many rows each expert has, for which a GPU would
-    have to be waited for: no plan takes this way there (see above). Returns [R, C].
+    have to be waited for: no plan takes this backend there (see above). Returns [R, C].
     """
     N = weights.neurons
     constants = weights.inactive[prefix:].to(x_RC.dtype)

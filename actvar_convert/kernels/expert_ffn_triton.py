@@ -5,8 +5,8 @@ tile owns its output rows: it adds over experts in registers and stores once. No
 add to the same place, and every row is the same sum in the same order whatever rows stand beside it. The price is
 arithmetic: a row computes experts that only its neighbours in the tile chose, multiplied by zero.
 
-Counted for one block at the last scale, batch 64 with guidance, a token gate of 0.6, bf16, at 790 TFLOP/s and 4.3 TB/s
-(``benchmarks/unions.py`` prints it); unions are drawn, all choices equally likely / some experts likelier, M 128:
+Estimated for one block at the last scale, batch 64 with guidance, a token gate of 0.6, bf16, at 790 TFLOP/s and 4.3
+TB/s; unions are sampled, all choices equally likely / some experts likelier, M 128:
 
            N     K of F    ms of K   of all F   of copying rows K times   union
     d16   256    5 of 11     0.13       0.29             0.19             7.7 / 5.9

@@ -81,7 +81,7 @@ def peak_of(model: VARModel, dtype: torch.dtype, images: int, watch: Any, monkey
     monkeypatch.setattr(model, "_labels", lambda given: torch.zeros(len(given), dtype=torch.int64))
     pick_backend = expert_ffn.pick_backend
     masked = {"loop": "masked"}  # the loop reads values; masking keeps more in memory than it
-    monkeypatch.setattr(expert_ffn, "pick_backend", lambda *given: masked.get(way := pick_backend(*given), way))
+    monkeypatch.setattr(expert_ffn, "pick_backend", lambda *given: masked.get(backend := pick_backend(*given), backend))
     made: list[int] = []
 
     def ready(count: int) -> None:
