@@ -16,6 +16,7 @@ from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.models.config import TransformerConfig
 from actvar_convert.recipe.check import problems_for
 from actvar_convert.recipe.fields import allowed, find, nearest
+from actvar_convert.recipe.removed import drop_removed, replacement
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.recipe.shipped import shipped_recipes
 from actvar_convert.recipe.yaml_text import read_yaml, write_yaml
@@ -29,7 +30,8 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] = (), *, config: 
     """A recipe with its overrides, complete and checked.
 
     Args:
-        source: name of a shipped recipe, a YAML file, a folder with a ``recipe.yaml``, or a recipe.
+        source: name of a shipped recipe, a YAML file, a folder with a ``recipe.yaml``, or a recipe. From the recipe of
+            a sparse folder in format version 1, settings that are gone are dropped if they have the kept value.
         overrides: ``path=value`` each, such as ``distill.stage2.steps=500``; the value is read as YAML.
         config: shape of the dense model, or a function that finds it for a recipe (by its ``model``), so that what
             does not fit the model is reported together with everything else.
@@ -106,7 +108,23 @@ def _read(source: RecipeSource) -> tuple[str, dict[str, Any]]:
         raise RecipeError(
             f"recipe {where} holds {_shown(data)} where a section with keys such as name and model belongs"
         )
-    return where, copy.deepcopy(data)
+    data = copy.deepcopy(data)
+    if _of_version_1(path):
+        changed = drop_removed(data)
+        if changed:
+            raise RecipeError(
+                f"recipe {where} uses settings that are no longer there. actvar-convert 0.1 reads it:", changed
+            )
+    return where, data
+
+
+def _of_version_1(path: Path) -> bool:
+    """Whether a recipe is part of a sparse folder in format version 1."""
+    try:
+        content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return path.name == "recipe.yaml" and isinstance(content, dict) and content.get("format_version") == 1
 
 
 def _override(data: dict[str, Any], text: str) -> str | None:
@@ -116,7 +134,7 @@ def _override(data: dict[str, Any], text: str) -> str | None:
     if not equals:
         return f"--set {text}: give it as path=value, such as distill.stage2.steps=500"
     if find(parts) is None:
-        return f"{key.strip()}: unknown setting{_meant(parts)}"
+        return f"{key.strip()}: {_unknown(parts, 'setting')}"
     try:
         value = read_yaml(raw)
         json.dumps(value)
@@ -198,7 +216,7 @@ def _describe(place: Place, kind: str, given: object, message: str) -> str:
     """One validation error in the words of this package."""
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     if kind == "extra_forbidden":
-        return f"{path}: unknown key{_meant(place)}"
+        return f"{path}: {_unknown(place, 'key')}"
     setting = find(place)
     if setting is None:
         return f"{path}: {message}"
@@ -217,6 +235,12 @@ def _options(annotation: Any) -> list[str]:
     if getattr(annotation, "__origin__", None) is Literal:
         return [str(option) for option in inner]
     return [word for part in inner if part is not Ellipsis for word in _options(part)]
+
+
+def _unknown(path: Sequence[str | int], what: str) -> str:
+    """Why there is no setting at a path: it was removed, or never was."""
+    replaced = replacement(path)
+    return f"unknown {what}{_meant(path)}" if replaced is None else f"removed; {replaced}"
 
 
 def _meant(path: Sequence[str | int]) -> str:
