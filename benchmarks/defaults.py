@@ -59,8 +59,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "experts.clustering=gradient",
         "experts.shared=experts",
         "experts.importance=activation",
-        "experts.inactive=none",
-        "experts.inactive=mean",
         "experts.count=8",
         "experts.count=32",
         "experts.compensation=sequential",
@@ -68,7 +66,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "calibration.pyramids=512",
     ),
     "static": (
-        "experts.inactive=none",
         "experts.count=32",
         "experts.compensation=sequential",
         "budget.pyramids=32",
@@ -91,7 +88,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
         "distill.stage2.trainable=none",
         "distill.stage2.gate=frozen",
         "data.null_share=0.0",
-        "experts.inactive=none",
         "experts.compensation=sequential",
     ),
 }

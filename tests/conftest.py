@@ -51,7 +51,7 @@ def tiny_model() -> VARModel:
 def tiny_sparse(tiny_model: VARModel) -> SparseVARModel:
     """The tiny model with 8 experts per FFN, routed at the last two scales, and a token gate at the last one.
 
-    Dense weights as they are; routers, gates and constants random. Plans: ``default`` and ``all`` (everything runs).
+    Dense weights as they are; routers and gates random. Plans: ``default`` and ``all`` (everything runs).
     """
     config = tiny_model.transformer.config
     block = BlockPlan(prefix=(8, 8, 2, 2), routed=(0, 0, 2, 2), keep=(1.0, 1.0, 1.0, 0.5))

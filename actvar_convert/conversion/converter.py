@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from actvar_convert.conversion.activations import BlockRecord, Wanted, record_blocks
 from actvar_convert.conversion.experts import (
     Partition,
-    calibrate_inactive,
     install_experts,
     partition_neurons,
     start_router,
@@ -32,7 +31,7 @@ from actvar_convert.system.device import release_pages
 from actvar_convert.system.processes import Processes
 
 TOKENS_PER_SCALE = 2048
-"""FFN inputs kept per scale and block for clustering, router start and constants."""
+"""FFN inputs kept per scale and block for clustering and router start."""
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def convert_model(
     partitions: Sequence[Partition] | None = None,
     on_block: Callable[[], None] = lambda: None,
 ) -> SparseVARModel:
-    """Splits FFNs into experts, starts routers, constants, gates and reconstructions, block by block.
+    """Splits FFNs into experts, starts routers, gates and reconstructions, block by block.
 
     Args:
         dense: the model to convert; left as it is, no tensor of the result shares memory with it but the tokenizer's.
@@ -131,7 +130,6 @@ def _convert_block(
     _fill(sparse, block.state_dict(), block.ffn.fc1.weight, but=("ffn.fc1.", "ffn.fc2.", "ffn.permutation"))
     install_experts(ffn, block.ffn, partition)
     start_router(ffn, torch.cat([record.ffn_input[s] for s in routed]))
-    calibrate_inactive(ffn, record.ffn_input, recipe.experts.inactive)
     start_gate(sparse, record, sparse.config.pyramid)
 
 

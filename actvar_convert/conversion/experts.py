@@ -1,4 +1,4 @@
-"""Partition, order, router start and constants of one FFN's experts.
+"""Partition, order and router start of one FFN's experts.
 
 Shapes: T tokens, C width, H neurons, E experts of N neurons, F experts that the router scores.
 """
@@ -118,19 +118,14 @@ def squared_sizes(hidden_TEN: Tensor, w2_ENC: Tensor) -> Tensor:
     return torch.einsum("ten,enm,tem->te", hidden_TEN, w2_ENC @ w2_ENC.transpose(1, 2), hidden_TEN)
 
 
-def expert_sizes(ffn: ExpertFFN, hidden_TH: Tensor, inactive_EC: Tensor | None = None) -> Tensor:
-    """Norms [T, E] of f_e(x), or of f_e(x) - m_e when constants are given, from hidden activations in expert order.
+def expert_sizes(ffn: ExpertFFN, hidden_TH: Tensor) -> Tensor:
+    """Norms [T, E] of f_e(x) from hidden activations in expert order.
 
-    ||W_e h - m||^2 = h' W_e' W_e h - 2 h' W_e' m + m' m, so no [T, E, C] tensor is made.
+    ||W_e h||^2 = h' W_e' W_e h, so no [T, E, C] tensor is made.
     """
-    E, size = ffn.experts, hidden_TH.shape[1] // ffn.experts
-    h = hidden_TH.view(-1, E, size)
-    w = ffn.fc2.weight.T.reshape(E, size, -1)
-    squared = squared_sizes(h, w)
-    if inactive_EC is not None:
-        product = torch.einsum("ten,en->te", h, torch.einsum("enc,ec->en", w, inactive_EC))
-        squared = squared - 2 * product + inactive_EC.square().sum(1)
-    return squared.clamp_min(0).sqrt()
+    h = hidden_TH.view(-1, ffn.experts, hidden_TH.shape[1] // ffn.experts)
+    w = ffn.fc2.weight.T.reshape(*h.shape[1:], -1)
+    return squared_sizes(h, w).clamp_min(0).sqrt()
 
 
 @torch.no_grad()
@@ -147,29 +142,6 @@ def start_router(ffn: ExpertFFN, x_TC: Tensor) -> None:
     ffn.router.linear.bias.data.copy_(bias)
 
 
-@torch.no_grad()
-def calibrate_inactive(ffn: ExpertFFN, inputs: list[Tensor], kind: str) -> None:
-    """Constants that inactive experts contribute, per scale, from FFN inputs [T_s, C] of every scale.
-
-    ``skipped_mean``: the mean of f_e over the tokens that skip e; ``mean``: over all tokens; ``none``: zero. An expert
-    that rests under several plans gets the constant of the plan in force, if that is among them.
-    """
-    ffn.inactive.data.zero_()
-    if kind == "none":
-        return
-    own = ffn.plan
-    try:
-        for plan in (*(each for each in ffn.plans.values() if each != own), own):
-            ffn.plan = plan
-            for scale, x in enumerate(inputs):
-                if not plan.runs_all(ffn.block, scale):
-                    prefix = plan.blocks[ffn.block].prefix[scale]
-                    constant, rests = _constants(ffn, x, scale, kind)
-                    ffn.inactive.data[scale, prefix:][rests] = constant[rests].to(ffn.inactive.dtype)
-    finally:
-        ffn.plan = own
-
-
 def active_neurons(ffn: ExpertFFN, x_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     """Hidden activations [B, L, E, N] of all experts in fp32, and which of these the plan in force runs, [B, L, E]."""
     hidden = F.gelu(ffn.fc1(x_BLC), approximate="tanh").float().view(*x_BLC.shape[:2], ffn.experts, -1)
@@ -177,16 +149,3 @@ def active_neurons(ffn: ExpertFFN, x_BLC: Tensor, scale: int) -> tuple[Tensor, T
     if not ffn.plan.runs_all(ffn.block, scale):
         runs[..., ffn.plan.blocks[ffn.block].prefix[scale] :] = ffn.route(x_BLC, scale)
     return hidden, runs
-
-
-def _constants(ffn: ExpertFFN, x_TC: Tensor, scale: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Constants [F, C] of the experts after the prefix under the plan in force, and which of them ever rest [F]."""
-    prefix = ffn.plan.blocks[ffn.block].prefix[scale]
-    hidden, runs = (found.flatten(0, 1)[:, prefix:] for found in active_neurons(ffn, x_TC.unsqueeze(0), scale))
-    w = ffn.fc2.weight.float().T.reshape(ffn.experts, hidden.shape[2], -1)[prefix:]
-    skips = (~runs).float()
-    if kind == "mean":
-        mean = hidden.mean(0)
-    else:
-        mean = torch.einsum("tf,tfn->fn", skips, hidden) / skips.sum(0).clamp_min(1).unsqueeze(1)
-    return torch.einsum("fn,fnc->fc", mean, w), skips.any(0)

@@ -1,6 +1,6 @@
 """Weights refitted block by block, on the states that the sparse model has, to those that the dense model has.
 
-What resting experts and skipped tokens leave out adds up from block to block, in phase. Here each block takes its turn
+What inactive experts and skipped tokens leave out adds up from block to block, in phase. Here each block takes its turn
 to make up for what those before it did: with x' the states of the sparse model and x those of the dense one on the same
 calibration tokens, attention's output projection is moved by dW so that x' + g1 (W + dW) a' comes close to x between
 attention and FFN, then W2 in the same way so that the block's output does, then the head so that the logits do. Each

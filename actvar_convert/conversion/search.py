@@ -220,7 +220,7 @@ def search_plan(
 ) -> tuple[SparsityPlan, float]:
     """The plan of least summed damage that saves at least ``target`` of the transformer's FLOPs, and that damage.
 
-    A setting's damage is that of its skipped tokens, and that of its resting experts for the share of tokens that the
+    A setting's damage is that of its skipped tokens, and that of its inactive experts for the share of tokens that the
     block computes.
 
     Args:

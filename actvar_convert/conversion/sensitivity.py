@@ -100,7 +100,7 @@ def expert_damage(
         score = F.linear(x, weight, bias)
         outputs = torch.einsum("ten,enc->tec", hidden(x).float(), measured)
         factor = 0.5 * length * float(metric.scales[scale])
-        errors = _errors(outputs, score, tried, recipe.inactive)
+        errors = _errors(outputs, score, tried)
         damage[scale] = {choice: factor * error for choice, error in zip(tried, errors, strict=True)}
     return partition, damage
 
@@ -204,24 +204,18 @@ def _missed_context(
     return found
 
 
-def _errors(outputs_TEC: Tensor, score_TE: Tensor, tried: Sequence[Choice], inactive: str) -> list[float]:
+def _errors(outputs_TEC: Tensor, score_TE: Tensor, tried: Sequence[Choice]) -> list[float]:
     """Mean squared error of the summed output under each choice, in the coordinates of ``outputs``."""
     T, E, _ = outputs_TEC.shape
-    mean_EC = outputs_TEC.mean(0)
     ranks: dict[int, Tensor] = {}
     errors = []
     for prefix, routed in tried:
         if prefix not in ranks:
             order = score_TE[:, prefix:].argsort(dim=1, descending=True, stable=True)
             ranks[prefix] = order.argsort(dim=1)
-        rests_TE = outputs_TEC.new_zeros(T, E)
-        rests_TE[:, prefix:] = (ranks[prefix] >= routed).to(rests_TE.dtype)
-        lost = torch.bmm(rests_TE.unsqueeze(1), outputs_TEC).squeeze(1)
-        if inactive == "mean":
-            lost = lost - rests_TE @ mean_EC
-        elif inactive == "skipped_mean":
-            constant_EC = torch.einsum("te,tec->ec", rests_TE, outputs_TEC) / rests_TE.sum(0).clamp_min(1).unsqueeze(1)
-            lost = lost - rests_TE @ constant_EC
+        inactive_TE = outputs_TEC.new_zeros(T, E)
+        inactive_TE[:, prefix:] = (ranks[prefix] >= routed).to(inactive_TE.dtype)
+        lost = torch.bmm(inactive_TE.unsqueeze(1), outputs_TEC).squeeze(1)
         errors.append(lost.square().sum(1).mean())
     found: list[float] = torch.stack(errors).tolist()
     return found

@@ -1,7 +1,7 @@
 """The two stages as data: what trains, and which losses a step adds up.
 
 Stage 1 feeds every FFN the teacher's own inputs, so all blocks train at once and only locally: the output loss reaches
-the experts and their constants, the regression the router. Stage 2 runs the student end to end against the teacher's
+the experts, the regression the router. Stage 2 runs the student end to end against the teacher's
 logits and hidden states; gates learn by straight-through selection beside their regression.
 
 A step trains the active plan. Parameters that it does not use get no gradient at all, so AdamW leaves them, and its
@@ -81,7 +81,7 @@ def trainable_parameters(transformer: SparseVARTransformer, recipe: StageRecipe)
 
     Stage 1 trains routers and FFNs. In stage 2 routers are frozen, gates and reconstructions train unless they are
     frozen too, and ``recipe.trainable`` chooses among the weights that the dense model had: none, low-rank updates (the
-    LoRA pair alone), the FFNs, or all. Constants of inactive experts train in both.
+    LoRA pair alone), the FFNs, or all.
     """
     joint = isinstance(recipe, JointStage)
     trainable = recipe.trainable if isinstance(recipe, JointStage) else "experts"
@@ -92,7 +92,7 @@ def trainable_parameters(transformer: SparseVARTransformer, recipe: StageRecipe)
             train = not joint
         elif "gate" in part or "reconstruction" in part:
             train = trains_gates(recipe)
-        elif part[-1] in ("inactive", "lora_down", "lora_up"):
+        elif part[-1] in ("lora_down", "lora_up"):
             train = True
         elif "parametrizations" in part:
             train = False
@@ -140,14 +140,14 @@ def _routed_scales(block: SparseBlock) -> list[int]:
 
 
 def _router_regression(block: SparseBlock, x_BLC: Tensor, total: Total) -> Tensor:
-    """Router scores against ||f_e(x) - m_e|| at the scales that route, on detached inputs."""
+    """Router scores against ||f_e(x)|| at the scales that route, on detached inputs."""
     ffn, pyramid, losses = block.ffn, block.config.pyramid, []
     assert ffn.router is not None
     for scale in _routed_scales(block):
         x = x_BLC[:, pyramid.slice(scale)].detach().flatten(0, 1)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), gathered(ffn):
             hidden = F.gelu(F.linear(x.float(), ffn.fc1.weight, ffn.fc1.bias), approximate="tanh")
-            target = expert_sizes(ffn, hidden, ffn.inactive[scale])[:, ffn.experts - ffn.scored :]
+            target = expert_sizes(ffn, hidden)[:, ffn.experts - ffn.scored :]
         losses.append(regression(ffn.router(x), target, total=total))
     return torch.stack(losses).mean()
 

@@ -23,7 +23,6 @@ ENDINGS = (".safetensors", ".pth", ".pt")
 
 _ADDITIONS = {
     "ffn.permutation": "order of neurons",
-    "ffn.inactive": "constants of inactive experts",
     "ffn.router": "routers",
     "gate": "token gates",
     "reconstruction": "reconstructions of skipped tokens",
@@ -47,7 +46,7 @@ def dense_skeleton(model: VARModel) -> tuple[dict[str, Tensor], tuple[str, ...]]
     """The tensors of the transformer under their official names, and what was left out.
 
     The neurons of a sparse FFN go back to the places that ``ffn.permutation`` records, so an undistilled conversion
-    gives its source bit by bit; routers, gates, reconstructions and constants of inactive experts are dropped.
+    gives its source bit by bit; routers, gates and reconstructions are dropped.
     """
     state = model.transformer.state_dict()
     out: dict[str, Tensor] = {}

@@ -25,7 +25,7 @@ from actvar_convert.files.tensors import (
     weight_file,
     write_weights,
 )
-from actvar_convert.files.upgrade import FORMAT_VERSION, upgraded
+from actvar_convert.files.upgrade import FORMAT_VERSION, upgraded, upgraded_tensors
 from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.sampling import Sampling
 from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
@@ -337,7 +337,7 @@ def read_sparse_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tens
     """The tensors of the transformer and of the tokenizer by name.
 
     Raises:
-        CheckpointError: weights are missing or damaged; all problems at once.
+        CheckpointError: weights are missing or damaged, all problems at once; or they use what is no longer there.
     """
     problems: list[str] = []
     found: list[dict[str, Tensor]] = []
@@ -353,7 +353,7 @@ def read_sparse_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tens
     if problems:
         raise CheckpointError(f"{folder} is not complete. Restore it from a copy, or convert again:", problems)
     transformer, tokenizer = found
-    return transformer, tokenizer
+    return upgraded_tensors(folder, transformer), tokenizer
 
 
 def sparse_skeleton(config: SparseConfig) -> tuple[SparseVARTransformer, VQVAE]:

@@ -1,10 +1,12 @@
-"""config.json of older sparse folders, brought to the current format version one version at a time."""
+"""config.json and tensors of older sparse folders, brought to the current format version one version at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError
@@ -25,6 +27,21 @@ def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
             f"{path} uses settings that are no longer there. actvar-convert 0.1 reads it; or convert again:", problems
         )
     return {**content, "format_version": 2, "family": "var"}
+
+
+def upgraded_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a transformer without ``ffn.inactive``, constants that inactive experts added in version 1.
+
+    Raises:
+        CheckpointError: such constants are not zero.
+    """
+    constants = [name for name in tensors if name.endswith(".ffn.inactive")]
+    if any(bool(tensors[name].any()) for name in constants):
+        problem = (
+            "experts.inactive: inactive experts add constants here, and nothing today. actvar-convert 0.1 reads it"
+        )
+        raise CheckpointError(f"{folder} uses a setting that is no longer there:", [problem])
+    return {name: tensor for name, tensor in tensors.items() if name not in constants}
 
 
 UPGRADES: dict[int, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {1: from_version_1}

@@ -3,7 +3,7 @@
 Shapes: R rows (tokens), C width, H hidden neurons = E experts of N = H / E, expert e owning neurons e N to (e + 1) N;
 F = E - n experts after a prefix of n, K of them chosen per row.
 
-    y = b2 + sum over active e of f_e(x) + sum over inactive e of m_e,   f_e(x) = W2[:, P_e] gelu(W1[P_e] x + b1[P_e])
+    y = b2 + sum over active e of f_e(x),   f_e(x) = W2[:, P_e] gelu(W1[P_e] x + b1[P_e])
 
 In ``prefix``, ``masked`` and ``triton`` nothing is read back from the device and no branch depends on data: one of them
 runs on a CUDA device, and whatever routes nothing takes ``prefix`` everywhere. ``loop`` does read how many rows each
@@ -77,11 +77,11 @@ def triton_works(device: torch.device) -> bool:
     That is a Triton that is not installed, a C compiler that is not there, a GPU that is too old, or wrong results.
     """
     generator = torch.Generator().manual_seed(0)
-    shapes = ((20, 32), (64, 32), (64,), (32, 64), (32,), (4, 32))
-    x_RC, w1, b1, w2, b2, inactive = (
+    shapes = ((20, 32), (64, 32), (64,), (32, 64), (32,))
+    x_RC, w1, b1, w2, b2 = (
         torch.randn(shape, generator=generator).mul(0.3).to(device, torch.float16) for shape in shapes
     )
-    weights = ExpertWeights(w1, b1, w2, b2, inactive)
+    weights = ExpertWeights(w1, b1, w2, b2, experts=4)
     chosen_RK = torch.rand(20, 3, generator=generator).topk(2).indices.to(device)
     with torch.no_grad():
         try:
@@ -148,20 +148,19 @@ def expert_ffn_reference(x_RC: Tensor, weights: ExpertWeights, active_RE: Tensor
     mask = active_RE.to(x_RC.dtype)
     hidden = linear_gelu_reference(x_RC, weights.w1, weights.b1)
     hidden = (hidden.view(len(x_RC), weights.experts, weights.neurons) * mask.unsqueeze(-1)).flatten(1)
-    return F.linear(hidden, weights.w2, weights.b2) + (1 - mask) @ weights.inactive.to(x_RC.dtype)
+    return F.linear(hidden, weights.w2, weights.b2)
 
 
 def expert_ffn_prefix(x_RC: Tensor, weights: ExpertWeights, prefix: int) -> Tensor:
     """Rows that run the prefix alone: one product over a view, where nothing is gathered or masked.
 
-    Returns a new tensor [R, C]: the prefix, the bias, and the constants of all experts after it.
+    Returns a new tensor [R, C].
     """
     shared = prefix * weights.neurons
-    bias = weights.resting_bias(prefix, x_RC.dtype)
     if not shared:
-        return bias.expand(len(x_RC), -1).clone()
+        return weights.b2.expand(len(x_RC), -1).clone()
     hidden = linear_gelu(x_RC, weights.w1[:shared], weights.b1[:shared])
-    return linear(hidden, weights.w2[:, :shared], bias)
+    return linear(hidden, weights.w2[:, :shared], weights.b2)
 
 
 def expert_ffn_masked(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
@@ -169,8 +168,7 @@ def expert_ffn_masked(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_
     mask = routed_RF.to(x_RC.dtype)
     hidden = linear_gelu(x_RC, weights.w1, weights.b1)
     hidden.view(len(x_RC), weights.experts, weights.neurons)[:, prefix:].mul_(mask.unsqueeze(-1))
-    y = linear(hidden, weights.w2, weights.resting_bias(prefix, x_RC.dtype))
-    return y.addmm_(mask, weights.inactive[prefix:].to(x_RC.dtype), alpha=-1)
+    return linear(hidden, weights.w2, weights.b2)
 
 
 def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
@@ -181,8 +179,7 @@ def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF
     have to be waited for: no plan takes this backend there (see above). Returns [R, C].
     """
     N = weights.neurons
-    constants = weights.inactive[prefix:].to(x_RC.dtype)
-    y = expert_ffn_prefix(x_RC, weights, prefix).addmm_(routed_RF.to(x_RC.dtype), constants, alpha=-1)
+    y = expert_ffn_prefix(x_RC, weights, prefix)
     experts, rows = routed_RF.T.nonzero(as_tuple=True)
     counts = torch.bincount(experts, minlength=routed_RF.shape[1]).tolist()
     for offset, own_rows in enumerate(torch.split(rows, counts)):
@@ -201,8 +198,7 @@ def expert_ffn_triton(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_
     """
     from actvar_convert.kernels.expert_ffn_triton import add_routed
 
-    constants = weights.inactive[prefix:].to(x_RC.dtype)
     y = expert_ffn_prefix(x_RC, weights, prefix)
     if chosen_RK.numel():
-        add_routed(y, x_RC, weights, constants, prefix, chosen_RK)
+        add_routed(y, x_RC, weights, prefix, chosen_RK)
     return y

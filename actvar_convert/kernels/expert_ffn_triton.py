@@ -75,21 +75,17 @@ def _extent(length: int, widest: int) -> int:
     return min(extents, key=lambda extent: -(-length // extent) * (extent + 32))
 
 
-def add_routed(
-    y_RC: Tensor, x_RC: Tensor, weights: ExpertWeights, constants_FC: Tensor, prefix: int, chosen_RK: Tensor
-) -> None:
-    """Adds to y what the chosen experts yield, less their constants. Static shapes; the host waits for nothing.
+def add_routed(y_RC: Tensor, x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Tensor) -> None:
+    """Adds to y what the chosen experts yield. Static shapes; the host waits for nothing.
 
     Args:
         y_RC: contiguous, changed in place; R and K are at least 1.
         x_RC: rows, fp16, bf16 or fp32 as the weights.
-        weights: of the FFN.
-        constants_FC: of the F experts after the prefix, in the format of the rows; F is at most 63.
+        weights: of the FFN; F, its experts after the prefix, is at most 63.
         prefix: experts n that are left out here.
         chosen_RK: int64, which of the F experts each row runs, no expert twice.
     """
     (R, C), K, N, F = x_RC.shape, chosen_RK.shape[1], weights.neurons, weights.experts - prefix
-    constants_FC = constants_FC.contiguous()
     x_RC, w1, w2 = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x_RC, weights.w1, weights.w2))
     tile = tiling(R, C, N, x_RC.element_size())
     T, F_padded = triton.cdiv(R, tile.rows), max(16, triton.next_power_of_2(F))
@@ -107,8 +103,8 @@ def add_routed(
             EVEN=C % tile.depth == 0, **_launch(tile.rows, tile.neurons, tile.depth, x_RC),
         )  # fmt: skip
         _outputs[(triton.cdiv(C, tile.channels), T)](
-            hidden, w2, constants_FC, order_R, keys_R, experts_TS, counts_T, y_RC, R, C, prefix, F,
-            w2.stride(0), N=N, F_PADDED=F_padded, M=tile.rows, BLOCK_C=tile.channels, BLOCK_N=tile.depth,
+            hidden, w2, order_R, experts_TS, counts_T, y_RC, R, C, prefix, F,
+            w2.stride(0), N=N, M=tile.rows, BLOCK_C=tile.channels, BLOCK_N=tile.depth,
             EVEN=N % tile.depth == 0, **_launch(tile.rows, tile.channels, tile.depth, x_RC),
         )  # fmt: skip
 
@@ -197,12 +193,11 @@ def _hidden(
 
 @triton.jit(do_not_specialize=["R", "prefix", "F"])
 def _outputs(
-    hidden, w2_CH, constants_FC, order_R, keys_R, experts_TS, counts_T, y_RC,
+    hidden, w2_CH, order_R, experts_TS, counts_T, y_RC,
     R, C, prefix, F, w2_stride,
-    N: tl.constexpr, F_PADDED: tl.constexpr, M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Adds to some channels of the rows of one tile what their experts yield, less the constants of those experts."""
+    """Adds to some channels of the rows of one tile what their experts yield."""
     tile = tl.program_id(1)
     place = tile * M + tl.arange(0, M)
     live = place < R
@@ -213,12 +208,6 @@ def _outputs(
     y_at = y_RC + row[:, None] * C + channel[None, :]
     # what is added to comes first: a second array of this extent after the loop would not fit the registers
     total = tl.load(y_at, mask=keep, other=0.0).to(tl.float32)
-    key = tl.load(keys_R + place, mask=live, other=0).to(tl.int64)
-    expert_F = tl.arange(0, F_PADDED)
-    chose = ((key[:, None] >> expert_F[None, :]) & 1).to(constants_FC.dtype.element_ty)
-    constant_at = constants_FC + expert_F[:, None] * C + channel[None, :]
-    constant = tl.load(constant_at, mask=(expert_F < F)[:, None] & owned[None, :], other=0.0)
-    total = tl.dot(-chose, constant, total, input_precision="ieee")
     neuron = tl.arange(0, BLOCK_N)
     h_at = hidden + place[:, None].to(tl.int64) * (F * N)
     w_at = w2_CH + tl.where(owned, channel, 0)[None, :].to(tl.int64) * w2_stride

@@ -5,7 +5,6 @@ Shapes: C width, H hidden neurons = E experts of N = H / E, expert e owning neur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -22,23 +21,22 @@ single expert does. The copy serves every expert, so it takes the memory of one 
 
 
 class DerivedWeights:
-    """Keeps tensors that were computed from weights, for as long as those weights stay what they are.
+    """Keeps the transpose of a weight for as long as that weight stays what it is.
 
     In inference mode alone: training changes weights at every step, and conversion writes to ``weight.data``, the one
     kind of change that torch does not count. A copy of it starts empty.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[tuple[_Source, ...], Tensor]] = {}
+        self._kept: tuple[_Source, Tensor] | None = None
 
-    def of(self, key: Hashable, sources: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor | None:
-        """What ``make`` computes from the sources; None where a change to them could not be told."""
-        if not torch.is_inference_mode_enabled() or any(source.is_inference() for source in sources):
+    def transposed(self, weight: Tensor) -> Tensor | None:
+        """The transpose, contiguous; None if a change to the weight could not be told."""
+        if not torch.is_inference_mode_enabled() or weight.is_inference():
             return None
-        known = self._kept.get(key)
-        if known is None or not all(map(_Source.is_of, known[0], sources)):
-            known = self._kept[key] = tuple(map(_Source.at, sources)), make()
-        return known[1]
+        if self._kept is None or not self._kept[0].is_of(weight):
+            self._kept = _Source.at(weight), weight.t().contiguous()
+        return self._kept[1]
 
     def __reduce__(self) -> tuple[type[DerivedWeights], tuple[()]]:
         return DerivedWeights, ()
@@ -69,7 +67,7 @@ class ExpertWeights(NamedTuple):
 
     Attributes:
         w1: [H, C]; b1: [H]; w2: [C, H]; b2: [C].
-        inactive: constants m [E, C] that experts contribute when they do not run.
+        experts: E.
         derived: what is kept of them from call to call; None: everything is derived anew.
     """
 
@@ -77,40 +75,24 @@ class ExpertWeights(NamedTuple):
     b1: Tensor
     w2: Tensor
     b2: Tensor
-    inactive: Tensor
+    experts: int
     derived: DerivedWeights | None = None
-
-    @property
-    def experts(self) -> int:
-        return self.inactive.shape[0]
 
     @property
     def neurons(self) -> int:
         """Neurons N of one expert."""
-        return self.w1.shape[0] // self.inactive.shape[0]
+        return self.w1.shape[0] // self.experts
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """The weights in another number format."""
-        w1, b1, w2, b2, inactive = (tensor.to(dtype) for tensor in self[:5])
-        return ExpertWeights(w1, b1, w2, b2, inactive)
+        w1, b1, w2, b2 = (tensor.to(dtype) for tensor in self[:4])
+        return ExpertWeights(w1, b1, w2, b2, self.experts)
 
     def expert_columns(self, expert: int) -> Tensor:
         """W2 [C, N] of one expert."""
         begin, end = expert * self.neurons, (expert + 1) * self.neurons
         if self.derived is not None and self.w2.dtype in TRANSPOSED and self.experts > 1:
-            w2_HC = self.derived.of("w2_HC", (self.w2,), lambda: self.w2.t().contiguous())
+            w2_HC = self.derived.transposed(self.w2)
             if w2_HC is not None:
                 return w2_HC[begin:end].t()
         return self.w2[:, begin:end]
-
-    def resting_bias(self, prefix: int, dtype: torch.dtype) -> Tensor:
-        """b2 and the constants of all experts after the prefix, [C]: what a row gets that runs none of them."""
-
-        def added() -> Tensor:
-            return self.b2 + self.inactive[prefix:].to(dtype).sum(0)
-
-        if self.derived is None:
-            return added()
-        key = "resting", self.inactive.storage_offset(), prefix, dtype
-        kept = self.derived.of(key, (self.inactive, self.b2), added)
-        return added() if kept is None else kept

@@ -20,7 +20,7 @@ from actvar_convert.plan import SparsityPlan
 
 
 class Router(nn.Module):
-    """Predicts the size of each expert's contribution, ||f_e(x) - m_e||, from the input of the FFN.
+    """Predicts the size of each expert's contribution, ||f_e(x)||, from the input of the FFN.
 
     score(x) = W x + b. A regression instead of a classification suits a GELU (after D2DMoE, arXiv 2310.04361).
     """
@@ -38,12 +38,11 @@ class Router(nn.Module):
 class ExpertFFN(nn.Module):
     """What changes against the dense FFN: neurons are reordered into experts, and a scale runs only some of them.
 
-    y = b2 + sum_{e active} f_e(x) + sum_{e inactive} m_e, the active ones being the first n of the block (n and K
+    y = b2 + sum_{e active} f_e(x), the active experts being the first n of the block (n and K
     depend on the scale) and the K best of the others by the router's score.
 
     Attributes:
         permutation: [H] int64, the dense model's index of every neuron.
-        inactive: [S, E, C], the constants m.
 
     With gradients enabled inactive experts are multiplied by zero (static shapes); without, they are not computed
     wherever that is faster (``kernels.expert_ffn.pick_backend``).
@@ -59,21 +58,20 @@ class ExpertFFN(nn.Module):
         self.fc1 = nn.Linear(config.width, config.hidden)
         self.fc2 = nn.Linear(config.hidden, config.width)
         self.register_buffer("permutation", torch.arange(config.hidden))
-        self.inactive = nn.Parameter(torch.zeros(config.pyramid.num_scales, self.experts, config.width))
         self.scored = max(each.router_experts(block) for each in plans.values())
         self.router = Router(config.width, self.scored) if self.scored else None
         self.plan = chosen
         self._derived = DerivedWeights()
 
-    def weights(self, scale: int) -> ExpertWeights:
-        """Weights of the FFN with the constants of one scale.
+    def weights(self) -> ExpertWeights:
+        """Weights of the FFN in expert order.
 
         On a CPU ways that need them otherwise laid out keep that; CUDA graphs read the weights where they are.
         """
         w2 = self.fc2.weight
         plain = w2.device.type != "cpu" or torch.is_autocast_enabled("cpu") or watched()
         derived = None if plain else self._derived
-        return ExpertWeights(self.fc1.weight, self.fc1.bias, w2, self.fc2.bias, self.inactive[scale], derived)
+        return ExpertWeights(self.fc1.weight, self.fc1.bias, w2, self.fc2.bias, self.experts, derived)
 
     def scores(self, x_BLC: Tensor, scale: int) -> Tensor:
         """The router's scores [B, L, E - n] of the experts after the prefix, for tokens of one scale."""
@@ -107,7 +105,7 @@ class ExpertFFN(nn.Module):
         plan = self.plan.blocks[self.block]
         if self.plan.runs_all(self.block, scale):
             return linear(linear_gelu(x_BLC, self.fc1.weight, self.fc1.bias), self.fc2.weight, self.fc2.bias)
-        weights = self.weights(scale)
+        weights = self.weights()
         rows, prefix, routed = x_BLC.flatten(0, 1), plan.prefix[scale], plan.routed[scale]
         if routed:
             chosen = self.scores(x_BLC, scale).topk(routed, dim=-1, sorted=False).indices.flatten(0, 1)

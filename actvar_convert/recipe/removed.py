@@ -34,6 +34,7 @@ REMOVED: dict[str, tuple[object, str]] = {
     "budget.price": ("flops", "a search weighs damage against multiply-adds"),
     "budget.price_batch": (ANYTHING, "a search weighs damage against multiply-adds"),
     "budget.search": ("sensitivity", "a search finds the plans, or the recipe states them (plans)"),
+    "experts.inactive": ("none", "inactive experts add nothing"),
     "experts.neighbourhood": (1, "every token has experts of its own"),
     "experts.router_width": (0, "a router is one linear layer"),
     "experts.selection": ("fixed", "a router picks the plan's number of experts for every token"),

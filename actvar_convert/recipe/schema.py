@@ -59,10 +59,6 @@ class ExpertsRecipe(Section):
         "predictions (measured by the search for a plan, so without a search it is the former)",
     )
     projection: int = Field(64, ge=1, description="dimensions that a random projection keeps of an activation profile")
-    inactive: Literal["none", "mean", "skipped_mean"] = Field(
-        "none",
-        description="what an expert that is not run adds: nothing, its mean, or its mean over the tokens that skip it",
-    )
     compensation: Literal["none", "sequential"] = Field(
         "none",
         description="whether weights are refitted, by least squares, to make up for what is left out: not, or block "

@@ -1,4 +1,4 @@
-"""Partition, router start and constants of one FFN."""
+"""Partition and router start of one FFN."""
 
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from actvar_convert.conversion.clustering import METHODS
 from actvar_convert.conversion.experts import (
-    calibrate_inactive,
     expert_sizes,
     install_experts,
     neuron_importance,
@@ -82,15 +81,12 @@ def test_shared_prefix_holds_the_most_important_neurons(tiny_model: VARModel) ->
 def test_expert_sizes_are_the_norms_of_expert_outputs(tiny_model: VARModel) -> None:
     _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
     hidden = F.gelu(sparse.fc1(x), approximate="tanh")
-    constant = torch.randn(EXPERTS, x.shape[1], generator=torch.Generator().manual_seed(2))
     size = hidden.shape[1] // EXPERTS
-    for given in (None, constant):
-        sizes = expert_sizes(sparse, hidden, given)
-        for e in range(EXPERTS):
-            own = slice(e * size, (e + 1) * size)
-            output = hidden[:, own] @ sparse.fc2.weight[:, own].T
-            expected = (output if given is None else output - given[e]).norm(dim=1)
-            torch.testing.assert_close(sizes[:, e], expected, rtol=1e-3, atol=1e-4)
+    sizes = expert_sizes(sparse, hidden)
+    for e in range(EXPERTS):
+        own = slice(e * size, (e + 1) * size)
+        expected = (hidden[:, own] @ sparse.fc2.weight[:, own].T).norm(dim=1)
+        torch.testing.assert_close(sizes[:, e], expected, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -98,7 +94,7 @@ def test_expert_sizes_make_no_tensor_of_all_outputs(tiny_model: VARModel, memory
     _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
     hidden = F.gelu(sparse.fc1(x), approximate="tanh")
     with memory_watch, torch.backends.opt_einsum.flags(enabled=False):
-        expert_sizes(sparse, hidden, torch.ones(EXPERTS, x.shape[1]))
+        expert_sizes(sparse, hidden)
     assert memory_watch.peak < 4 * len(x) * EXPERTS * x.shape[1]
 
 
@@ -113,54 +109,6 @@ def test_started_router_beats_a_fixed_choice(tiny_model: VARModel) -> None:
     caught, caught_fixed = (sizes * routed).sum(), (sizes * fixed).sum()
     best = sizes.topk(3, dim=1).values.sum()
     assert caught_fixed < caught <= best
-
-
-@torch.no_grad()
-def test_skipped_mean_is_the_mean_over_tokens_that_skip(tiny_model: VARModel) -> None:
-    _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
-    start_router(sparse, x)
-    calibrate_inactive(sparse, [x[:1], x[:4], x[:300], x[300:]], "skipped_mean")
-    assert sparse.inactive[:2].abs().sum() == 0
-    assert sparse.inactive[2:, :2].abs().sum() == 0
-    skips = ~sparse.route(x[300:].unsqueeze(0), 3)[0]
-    size = sparse.fc1.out_features // EXPERTS
-    hidden = F.gelu(sparse.fc1(x[300:]), approximate="tanh")
-    for e in range(2, EXPERTS):
-        own = slice(e * size, (e + 1) * size)
-        rows = hidden[skips[:, e - 2], own]
-        expected = rows.mean(0) @ sparse.fc2.weight[:, own].T if len(rows) else torch.zeros(x.shape[1])
-        torch.testing.assert_close(sparse.inactive[3, e], expected, rtol=1e-3, atol=1e-5)
-
-
-@torch.no_grad()
-def test_experts_that_rest_under_another_plan_get_constants_too(tiny_model: VARModel) -> None:
-    _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
-    start_router(sparse, x)
-    calibrate_inactive(sparse, [x] * 4, "skipped_mean")
-    alone = sparse.inactive.clone()
-    block = BlockPlan(prefix=(EXPERTS, 1, EXPERTS, 1), routed=(0, 0, 0, 0), keep=(1.0,) * 4)
-    static = SparsityPlan(experts=EXPERTS, blocks=(block,) * tiny_model.transformer.config.depth)
-    sparse.plans["static"] = static
-    chosen = sparse.plan
-    calibrate_inactive(sparse, [x] * 4, "skipped_mean")
-    assert sparse.plan is chosen
-    rests = alone.abs().sum(2) > 0
-    assert torch.equal(sparse.inactive[rests], alone[rests])
-    added = (sparse.inactive.abs().sum(2) > 0) & ~rests
-    assert added.any() and set(added.nonzero()[:, 0].tolist()) <= {1, 3} and not added[:, 0].any()
-
-
-@torch.no_grad()
-def test_skipped_mean_lowers_the_error_of_the_output(tiny_model: VARModel) -> None:
-    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
-    start_router(sparse, x)
-    expected = dense(x.unsqueeze(0), Span(3, (len(x),)))
-    errors = {}
-    for kind in ("none", "mean", "skipped_mean"):
-        calibrate_inactive(sparse, [x] * 4, kind)
-        errors[kind] = float((sparse(x.unsqueeze(0), Span(3, (len(x),))) - expected).square().mean())
-    assert errors["skipped_mean"] < errors["none"]
-    assert errors["skipped_mean"] <= errors["mean"]
 
 
 def test_ridge_recovers_a_linear_map() -> None:

@@ -28,8 +28,8 @@ def test_a_step_leaves_what_its_plan_does_not_use(
     tiny_model: VARModel, tiny_sparse: SparseVARModel, tokens: torch.Tensor
 ) -> None:
     run = StageRun(tiny_sparse, STAGES["stage2"], JointStage(warmup=1, steps=9), seed=0, turns="random")
-    sparse = {name for name in run.parameters if {"gate", "reconstruction", "inactive"} & {*name.split(".")}}
-    assert len(sparse) == 2 * 6
+    sparse = {name for name in run.parameters if {"gate", "reconstruction"} & {*name.split(".")}}
+    assert len(sparse) == 2 * 5
 
     def step(plan: str) -> set[str]:
         """Names of the parameters that move, or whose averages in the optimiser do."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from actvar_convert.errors import CheckpointError
 from actvar_convert.files.sparse_folder import load_sparse, save_sparse
@@ -24,8 +26,8 @@ BLOCK: dict[str, object] = {"threshold": None, "mean_routed": None}
 """The same of a block."""
 
 
-def written_before(folder: Path, plan: dict[str, object], block: dict[str, object]) -> Path:
-    """Makes a folder one of version 1, whose plans have these settings too."""
+def written_before(folder: Path, plan: dict[str, object], block: dict[str, object], constant: float = 0.0) -> Path:
+    """Makes a folder one of version 1: its plans have these settings too, its inactive experts add a constant."""
     path = folder / "config.json"
     content = json.loads(path.read_text())
     del content["family"]
@@ -33,6 +35,9 @@ def written_before(folder: Path, plan: dict[str, object], block: dict[str, objec
         each.update(plan)
         each["blocks"][1].update(block)
     path.write_text(json.dumps({**content, "format_version": 1}))
+    tensors = load_file(folder / "model.safetensors")
+    added = {f"blocks.{block}.ffn.inactive": torch.full((4, 8, 64), constant) for block in (0, 1)}
+    save_file(tensors | added, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -74,3 +79,10 @@ def test_keys_and_values_were_computed_if_a_plan_did_not_say(folder: Path) -> No
         load_sparse(folder)
     assert "plans.default.skipped_kv is 'computed'" in str(caught.value)
     assert "plans.all" not in str(caught.value), "a plan that skips no token says nothing by it"
+
+
+def test_constants_of_inactive_experts_are_refused_by_name(folder: Path) -> None:
+    written_before(folder, PLAN, BLOCK, constant=0.1)
+    with pytest.raises(CheckpointError, match=r"actvar-convert 0\.1 reads it") as caught:
+        load_sparse(folder)
+    assert "experts.inactive: inactive experts add constants" in str(caught.value)

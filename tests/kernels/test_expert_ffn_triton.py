@@ -50,7 +50,7 @@ def made(
         return torch.randn(*shape, generator=generator).mul(0.3).to(DEVICE, dtype)
 
     hidden = experts * neurons
-    weights = ExpertWeights(draw(hidden, width), draw(hidden), draw(width, hidden), draw(width), draw(experts, width))
+    weights = ExpertWeights(draw(hidden, width), draw(hidden), draw(width, hidden), draw(width), experts)
     score = torch.randn(rows, experts - prefix, generator=generator)
     score[:, 1:2] -= 100.0
     return draw(rows, width), weights, score.topk(routed, dim=-1, sorted=False).indices.to(DEVICE)
@@ -59,7 +59,7 @@ def made(
 def reference(x: torch.Tensor, weights: ExpertWeights, prefix: int, chosen: torch.Tensor) -> torch.Tensor:
     routed = selection_mask(chosen, weights.experts - prefix)
     active = torch.cat((routed.new_ones(len(x), prefix), routed), dim=1)
-    return expert_ffn_reference(x.double(), ExpertWeights(*(w.double() for w in weights[:5])), active)
+    return expert_ffn_reference(x.double(), weights.to(torch.float64), active)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:

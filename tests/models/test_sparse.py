@@ -18,7 +18,7 @@ def block(**changes: object) -> BlockPlan:
 
 
 def sparse_from(dense: VARTransformer, plans: dict[str, SparsityPlan], default: str) -> SparseVARTransformer:
-    """A sparse transformer with the dense weights and random routers, gates and constants."""
+    """A sparse transformer with the dense weights and random routers and gates."""
     sparse = SparseVARTransformer(dense.config, plans, default)
     missing = sparse.load_state_dict(dense.state_dict(), strict=False).missing_keys
     generator = torch.Generator().manual_seed(5)
@@ -119,8 +119,6 @@ def test_straight_through_keeps_the_value_and_reaches_the_gate(
     for each in sparse.blocks:
         assert each.gate.linear.weight.grad.abs().sum() > 0
         assert each.reconstruction.up.weight.grad.abs().sum() > 0
-        assert each.ffn.inactive.grad[2:].abs().sum() > 0
-        assert each.ffn.inactive.grad[:2].abs().sum() == 0
 
 
 def test_reconstruction_of_skipped_tokens_by_hand(tiny_model: VARModel) -> None:
@@ -189,9 +187,7 @@ def test_a_static_plan_keeps_no_copy_of_a_weight(tiny_sparse: SparseVARModel, dt
     model = SparseVARModel(transformer.to(dtype), tiny_sparse.tokenizer).eval().requires_grad_(False)
     drawn = model.generate_tokens([0, 1, 2], seed=1)
     ffn = model.transformer.sparse_layers[0].ffn
-    kept = [tensor for _, tensor in ffn._derived._kept.values()]
-    assert kept and ffn.fc2.weight.T.shape not in [tensor.shape for tensor in kept]
-    assert not copy.deepcopy(model).transformer.sparse_layers[0].ffn._derived._kept
+    assert ffn._derived._kept is None
     ffn.fc2.weight.mul_(-3)
     fresh = copy.deepcopy(model)
     changed = model.generate_tokens([0, 1, 2], seed=1)
