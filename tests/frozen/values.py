@@ -73,7 +73,7 @@ def weights_of(sparse: Any) -> dict[str, list[float]]:
     """Sum, sum of magnitudes and three values of every trained tensor, by name."""
     found = {}
     for name, tensor in sorted(sparse.transformer.state_dict().items()):
-        if tensor.is_floating_point() and "attn_bias" not in name and ".inactive" not in name and tensor.numel():
+        if tensor.is_floating_point() and "attn_bias" not in name and tensor.numel():
             flat = tensor.double().flatten()
             found[dense_name(name)] = [float(flat.sum()), float(flat.abs().sum()), *flat[:3].tolist()]
     return found
