@@ -1,7 +1,7 @@
 """What must not move while the house is rebuilt: plans, images and trained weights of the bundled models.
 
-The values come from the code before it was rebuilt, on two cores with AVX-512; ``values.py`` measures them anew. Weights
-are those of that code with the constants of inactive experts held at zero, where they trained.
+The values come from the code before it was rebuilt, on two cores with AVX-512; ``values.py`` measures them anew.
+Weights are those of that code with the constants of inactive experts held at zero, where they trained.
 """
 
 from __future__ import annotations
