@@ -57,8 +57,6 @@ BASES: dict[str, tuple[str, ...]] = {
 CHANGES: dict[str, tuple[str, ...]] = {
     "routed": (
         "experts.clustering=gradient",
-        "experts.shared=experts",
-        "experts.importance=activation",
         "experts.count=8",
         "experts.count=32",
         "experts.compensation=sequential",

@@ -17,7 +17,8 @@ IntArray = npt.NDArray[np.int64]
 
 EXACT_LIMIT = 1024
 """Neurons up to which the assignment is solved exactly; the solver's time grows about tenfold per doubling."""
-
+PROJECTION = 64
+"""Dimensions that a random projection keeps of an activation profile."""
 
 PROFILES = 256
 """Neurons whose activation profiles are standardised in fp64 at once."""
@@ -26,30 +27,28 @@ PROFILES = 256
 class Clustering(Protocol):
     """A balanced partition: expert index [H] of every neuron, each expert holding H / E neurons."""
 
-    def __call__(
-        self, activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int
-    ) -> IntArray: ...
+    def __call__(self, activations_TH: Measured, weights_HC: Measured, experts: int, seed: int) -> IntArray: ...
 
 
-def kmeans(activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int) -> IntArray:
-    """Neurons that fire together: k-means on standardised activation profiles, projected to ``projection`` numbers."""
-    return balanced_kmeans(_profiles(activations_TH, projection, seed, standard=True), experts, seed)
+def kmeans(activations_TH: Measured, weights_HC: Measured, experts: int, seed: int) -> IntArray:
+    """Neurons that fire together: k-means on standardised activation profiles, projected to ``PROJECTION`` numbers."""
+    return balanced_kmeans(_profiles(activations_TH, seed, standard=True), experts, seed)
 
 
-def contributions(activations_TH: Measured, weights_HC: Measured, experts: int, projection: int, seed: int) -> IntArray:
+def contributions(activations_TH: Measured, weights_HC: Measured, experts: int, seed: int) -> IntArray:
     """Neurons that matter together: the same on profiles as large as they are given, so that large ones decide.
 
     Activations are to be given times what one unit of them moves the predictions.
     """
-    return balanced_kmeans(_profiles(activations_TH, projection, seed, standard=False), experts, seed)
+    return balanced_kmeans(_profiles(activations_TH, seed, standard=False), experts, seed)
 
 
-def _profiles(activations_TH: Measured, projection: int, seed: int, *, standard: bool) -> FloatArray:
-    """Centred activation profiles [H, min(projection, T)] by a random projection; ``standard``: each of variance 1."""
+def _profiles(activations_TH: Measured, seed: int, *, standard: bool) -> FloatArray:
+    """Centred activation profiles [H, min(PROJECTION, T)] by a random projection; ``standard``: each of variance 1."""
     tokens, neurons = activations_TH.shape
     random: FloatArray | None = None
-    if projection < tokens:
-        random = np.random.default_rng(seed).standard_normal((tokens, projection)) / np.sqrt(projection)
+    if tokens > PROJECTION:
+        random = np.random.default_rng(seed).standard_normal((tokens, PROJECTION)) / np.sqrt(PROJECTION)
     pieces = []
     for first in range(0, neurons, PROFILES):
         profile = activations_TH[:, first : first + PROFILES].astype(np.float64)

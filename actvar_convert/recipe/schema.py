@@ -49,16 +49,6 @@ class ExpertsRecipe(Section):
         description="what groups neurons: activation profiles, each by itself or as large as it moves the model's "
         "predictions (measured by the search for a plan, else the FFN's output)",
     )
-    shared: Literal["neurons", "experts"] = Field(
-        "neurons",
-        description="what the experts that every token runs consist of: the most important neurons, or whole clusters",
-    )
-    importance: Literal["activation", "gradient"] = Field(
-        "gradient",
-        description="what ranks neurons: how much they add to the FFN's output, or how much that moves the model's "
-        "predictions (measured by the search for a plan, so without a search it is the former)",
-    )
-    projection: int = Field(64, ge=1, description="dimensions that a random projection keeps of an activation profile")
     compensation: Literal["none", "sequential"] = Field(
         "none",
         description="whether weights are refitted, by least squares, to make up for what is left out: not, or block "

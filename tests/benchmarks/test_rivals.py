@@ -136,9 +136,9 @@ def test_generation_agrees_with_teacher_forcing(
 def test_clusterings_are_balanced_and_repeatable(clustering: Clustering) -> None:
     random = np.random.default_rng(0)
     activations, weights = random.standard_normal((50, 24)), random.standard_normal((24, 8))
-    label = clustering(activations, weights, 6, 16, seed=3)
+    label = clustering(activations, weights, 6, seed=3)
     assert np.bincount(label, minlength=6).tolist() == [4] * 6
-    assert (clustering(activations, weights, 6, 16, seed=3) == label).all()
+    assert (clustering(activations, weights, 6, seed=3) == label).all()
 
 
 def test_a_conversion_with_the_recipes_own_clustering_is_that_of_the_library(
