@@ -44,12 +44,12 @@ REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 REPORT, TABLE, PICTURE = "sweep.json", "sweep.csv", "sweep.png"
 
 _UNUSED: dict[str, Any] = {
-    **dict.fromkeys(("name", "description", "model", "vae", "device", "dtype"), True),
+    **dict.fromkeys(("name", "description", "model", "vae", "device"), True),
     **dict.fromkeys(("heads", "sides", "residual_ratio"), True),
-    **dict.fromkeys(("plans", "default_plan", "distill", "benchmark", "samples", "checks"), True),
+    **dict.fromkeys(("plans", "default_plan", "distill", "benchmark", "checks"), True),
     "budget": {"reduction", "plans", "guidance"},
-    "data": {"source", "images", "pyramids", "null_share", "batch"},
-    "evaluate": {"images", "held_out", "neighbours"},
+    "data": {"pyramids", "null_share", "batch"},
+    "evaluate": {"images", "held_out"},
 }
 """Settings of a recipe that the points of a sweep do not depend on."""
 
@@ -125,7 +125,7 @@ def sweep(
         path = None if work is None else work / f"calibration-{fingerprint[:12]}.bin"
         store = calibration_store(model, chosen, path=path, progress=progress)
         settings = chosen.evaluate
-        evaluation = Evaluation(images, settings.seeds, settings.batch, held_out, dtype=settings.dtype)
+        evaluation = Evaluation(images, settings.seeds, settings.batch, held_out, dtype=chosen.dtype)
         measurement = CutMeasurement(
             model, evaluation, extractor, work=work, fingerprint=dense_print, progress=progress
         )

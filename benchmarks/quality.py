@@ -218,8 +218,7 @@ class Frontier:
                 seeds=settings.seeds,
                 batch=settings.batch,
                 held_out=settings.held_out,
-                neighbours=settings.neighbours,
-                dtype=settings.dtype,
+                dtype=self.recipe.dtype,
             ),
             extractor=self.extractor,
             progress=self.progress,
@@ -361,8 +360,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--images", type=int, help="images per seed set and model (10000)")
     made.add_argument("--seeds", nargs="+", type=int, help="seed sets (0 1)")
     made.add_argument("--held-out", type=int, help="pyramids that KL is measured on (512)")
-    made.add_argument("--dtype", choices=["fp32", "bf16", "fp16"],
-                      help="number format of training and of generation (the recipe's: bf16 and fp32)")  # fmt: skip
+    made.add_argument("--dtype", choices=["fp32", "bf16"],
+                      help="dtype of training and of generation (the recipe's: bf16)")  # fmt: skip
     made.add_argument("--device", help="cpu, cuda, cuda:N (the GPU where there is one)")
     made.add_argument("--set", dest="settings", action="append", default=[], metavar="A.B=VALUE",
                       help="any other setting of the recipe fashion")  # fmt: skip
@@ -381,7 +380,7 @@ def recipe_of(given: Given) -> Recipe:
     if given.steps is not None:
         changes += [f"distill.stage{index + 1}.steps={steps}" for index, steps in enumerate(given.steps)]
     if given.dtype is not None:
-        changes += [f"dtype={given.dtype}", f"evaluate.dtype={given.dtype}"]
+        changes.append(f"dtype={given.dtype}")
     for name, value in (("images", given.images), ("seeds", given.seeds), ("held_out", given.held_out)):
         if value is not None:
             changes.append(f"evaluate.{name}={value}")

@@ -140,12 +140,12 @@ def estimate_convert(
         return MemoryEstimate("convert", name, {**common, **parts}, lower)
 
     read = 0 if held else sparse
-    if calibration.source == "images":
+    if recipe.data.images is not None:
         maps = 6 * 4 * calibration.batch * tokenizer.ch * tokenizer.image_size**2
         sampling = {"feature maps of the tokenizer": maps}
     else:
         batch = min(calibration.batch, calibration.pyramids)
-        drawing = min(itemsize, DTYPES[calibration.dtype].itemsize)
+        drawing = min(itemsize, DTYPES[recipe.dtype].itemsize)
         sampling = {
             "dense weights that are read": read if drawing == itemsize else min(read, block_weights),
             "weights in half precision": 0 if drawing == itemsize else sparse * drawing // itemsize,

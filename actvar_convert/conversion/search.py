@@ -137,7 +137,7 @@ def measure_metrics(
         labels_P[: recipe.budget.pyramids],
         batch=recipe.calibration.batch,
         seed=recipe.seed,
-        autocast=autocast_dtype(recipe.calibration.dtype),
+        autocast=autocast_dtype(recipe.dtype),
         state=state,
         on_batch=on_step,
         rank=rank,

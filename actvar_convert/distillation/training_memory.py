@@ -104,10 +104,10 @@ def _data_phase(
     device: str,
 ) -> MemoryEstimate:
     """Making the pyramids to train on, beside weights of which a model of ``numbers`` samples."""
-    if recipe.data.source == "images":
+    if recipe.data.images is not None:
         maps = {"feature maps": 6 * FP32 * recipe.data.batch * tokenizer.ch * tokenizer.image_size**2}
         return MemoryEstimate(work, "tokenising images", {**weights, **maps}, ("data.batch",))
-    batch, itemsize = min(recipe.data.batch, recipe.data.pyramids), DTYPES[recipe.data.dtype].itemsize
+    batch, itemsize = min(recipe.data.batch, recipe.data.pyramids), DTYPES[recipe.dtype].itemsize
     sampling = {
         **weights,
         "weights in half precision": 0 if itemsize == FP32 else itemsize * numbers,

@@ -44,20 +44,9 @@ def _stages(recipe: Recipe) -> Iterator[tuple[str, StageRecipe]]:
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
-    for name, section in (("calibration", recipe.calibration), ("data", recipe.data)):
-        if section.source == "images" and not section.images:
-            yield f"{name}.images: needed by {name}.source images; give a folder with one sub-folder per class"
-    if recipe.evaluate.neighbours >= recipe.evaluate.images:
-        yield (
-            f"evaluate.neighbours: given {recipe.evaluate.neighbours}, allowed: less than evaluate.images, "
-            f"{recipe.evaluate.images}"
-        )
     further = recipe.budget.plans or {}
     if "default" in further and (recipe.default_plan is None or recipe.default_plan in further):
         yield "budget.plans.default: that is the name of the plan that budget.reduction makes; give this one another"
-    trained = (recipe.distill.stage1, recipe.distill.stage2)
-    if recipe.dtype == "fp16" and any(each.steps for each in trained):
-        yield "dtype: given fp16, allowed: fp32 or bf16 where something is trained; gradients vanish in fp16"
     if len(set(recipe.evaluate.seeds)) < len(recipe.evaluate.seeds):
         yield f"evaluate.seeds: given {list(recipe.evaluate.seeds)}, allowed: every seed once"
     for name, plan in (recipe.plans or {}).items():

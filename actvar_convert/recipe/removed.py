@@ -17,6 +17,14 @@ def _hidden_weight(recipe: Mapping[str, Any]) -> float:
     return 0.0 if isinstance(budget, dict) and budget.get("guidance") == "folded" else 0.1
 
 
+def _own_dtype(recipe: Mapping[str, Any]) -> object:
+    """The dtype that all of a recipe has now."""
+    return recipe.get("dtype", "fp32")
+
+
+_ONE_DTYPE = "give dtype, which holds for sampling, training and evaluation"
+_ONE_SOURCE = "give data.images, the folder, for calibration and training; without it the teacher samples"
+
 REMOVED: dict[str, tuple[object, str]] = {
     "plans.NAME.blocks.N.mean_routed": (None, "a router picks the plan's number of experts for every token"),
     "plans.NAME.blocks.N.threshold": (None, "a router picks the plan's number of experts for every token"),
@@ -41,6 +49,16 @@ REMOVED: dict[str, tuple[object, str]] = {
     "experts.router_width": (0, "a router is one linear layer"),
     "experts.selection": ("fixed", "a router picks the plan's number of experts for every token"),
     "experts.shared": ("neurons", "the most important neurons, one by one, are what every token runs"),
+    "benchmark.repeats": (ANYTHING, "every row is timed five times"),
+    "calibration.dtype": (ANYTHING, _ONE_DTYPE),
+    "calibration.images": (ANYTHING, _ONE_SOURCE),
+    "calibration.source": (ANYTHING, _ONE_SOURCE),
+    "data.dtype": (_own_dtype, _ONE_DTYPE),
+    "data.source": (ANYTHING, _ONE_SOURCE),
+    "evaluate.dtype": (_own_dtype, _ONE_DTYPE),
+    "evaluate.neighbours": (3, "precision and recall look at three neighbours"),
+    "samples.per_class": (1, "the picture has one image of every class, with seed 0"),
+    "samples.seed": (0, "the picture has one image of every class, with seed 0"),
     "distill.stage1.checkpoint_every": (ANYTHING, "state is saved by time"),
     "distill.stage1.ema": (None, "the weights of the last step are the result"),
     "distill.stage1.gate": ("frozen", "gates train in stage 2"),
@@ -114,6 +132,9 @@ def drop_removed(content: dict[str, Any], within: str = "") -> list[str]:
         plan.setdefault("skipped_kv", "computed")
         if not _gated(plan):
             plan.update({key: REMOVED[f"plans.NAME.{key}"][0] for key in _OF_GATES})
+    data = content.get("data")
+    if isinstance(data, dict) and data.get("source") == "teacher":
+        data["images"] = None
     problems = []
     for known, (kept, _) in REMOVED.items():
         expected = kept(content) if callable(kept) else kept

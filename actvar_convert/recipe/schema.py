@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from actvar_convert.plan import GuidanceKind, SparsityPlan
+from actvar_convert.system.device import short_dtype
 
-Source = Literal["teacher", "images"]
-DtypeName = Literal["fp32", "bf16", "fp16"]
+Dtype = Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)]
+TimedDtype = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(short_dtype)]
 WARMUP = "steps over which the learning rate rises; in a stage that is shorter it does not get to its full value"
 Index = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -31,13 +32,8 @@ class Section(BaseModel):
 class CalibrationRecipe(Section):
     """The token pyramids whose activations are measured."""
 
-    source: Source = Field("teacher", description="the teacher's own samples, or a folder of images")
-    images: str | None = Field(None, description="folder with one sub-folder per class; needed by source images")
     pyramids: int = Field(512, ge=1, description="token pyramids (images) that are measured")
     batch: int = Field(64, ge=1, description="pyramids in memory at once")
-    dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="number format in which the teacher draws and gradients are measured; activations are not"
-    )
 
 
 class ExpertsRecipe(Section):
@@ -93,15 +89,18 @@ class BudgetRecipe(Section):
 
 
 class DataRecipe(Section):
-    """The token pyramids that distillation replays."""
+    """The token pyramids that distillation replays, and what they are made of."""
 
-    source: Source = Field("teacher", description="the teacher's own samples, or a folder of images")
-    images: str | None = Field(None, description="folder with one sub-folder per class; needed by source images")
+    images: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of images with one sub-folder per class, for the calibration too; null: the teacher's own "
+        "samples",
+    )
     pyramids: int = Field(4096, ge=1, description="token pyramids (images) stored")
     null_share: float = Field(0.1, ge=0, le=1, description="share of the labels that is the null class")
     cfg: float | None = Field(None, ge=0, description="guidance of the teacher's samples; null: the model's own")
     batch: int = Field(64, ge=1, description="pyramids generated or tokenised at once")
-    dtype: DtypeName = Field("fp32", description="number format in which the teacher draws")
 
 
 Steps = Annotated[int, Field(ge=0, description="optimiser steps; 0 leaves the stage out")]
@@ -153,26 +152,16 @@ class EvaluateRecipe(Section):
     seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="seed of every set of images")
     held_out: int = Field(512, ge=2, description="teacher pyramids, apart from the training data, for KL and agreement")
     batch: int = Field(64, ge=1, description="images generated at once")
-    dtype: DtypeName = Field("fp32", description="number format in which both models generate")
     reference: str | None = Field(
         None, description="real images for Inception features, a folder or an .npz; null: the bundled classifier judges"
     )
-    neighbours: int = Field(3, ge=1, description="nearest neighbours that span the manifold of precision and recall")
 
 
 class BenchmarkRecipe(Section):
     """What is timed."""
 
     batches: tuple[Positive, ...] = Field((1, 16), min_length=1, description="images generated at once")
-    dtypes: tuple[DtypeName, ...] = Field(("fp32",), min_length=1, description="number formats")
-    repeats: int = Field(5, ge=1, description="timings of which the median counts")
-
-
-class SamplesRecipe(Section):
-    """The picture of dense and sparse images side by side."""
-
-    per_class: int = Field(1, ge=1, description="images of every class")
-    seed: Seed = Field(0, description="seed of the images")
+    dtypes: tuple[TimedDtype, ...] = Field(("fp32",), min_length=1, description="dtypes of the transformer")
 
 
 class ChecksRecipe(Section):
@@ -211,7 +200,11 @@ class Recipe(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of calibration, clustering and distillation")
     device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU where there is one")
-    dtype: DtypeName = Field("fp32", description="number format of the forward pass in distillation (autocast)")
+    dtype: Dtype = Field(
+        "fp32",
+        description="dtype in which the teacher samples, gradients are measured, forward passes of the distillation "
+        "run (autocast), and both models generate for an evaluation; weights in training stay in fp32",
+    )
     calibration: CalibrationRecipe = Field(
         CalibrationRecipe(), description="the token pyramids whose activations are measured"
     )
@@ -230,7 +223,6 @@ class Recipe(Section):
     distill: DistillRecipe = Field(DistillRecipe(), description="two-stage distillation from the dense model")
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="how quality is measured")
     benchmark: BenchmarkRecipe = Field(BenchmarkRecipe(), description="what is timed")
-    samples: SamplesRecipe = Field(SamplesRecipe(), description="the picture of dense and sparse images side by side")
     checks: ChecksRecipe | None = Field(None, description="limits that a run has to keep, else exit code 3; null: none")
 
     @property

@@ -1,4 +1,4 @@
-"""What a run takes from the machine: device, number format, threads, random state, memory readings."""
+"""What a run takes from the machine: device, dtype, threads, random state, memory readings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from torch import Tensor
 from actvar_convert.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Number formats by the names that recipes and flags use."""
+"""Dtypes by the names that recipes and flags use."""
+
+DtypeLike = str | torch.dtype
+"""A dtype as callers give it: fp32, bf16, fp16, or torch's own or its name."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MADV_PAGEOUT = 21
@@ -66,23 +69,28 @@ def named_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The number format of that name (fp32, bf16, fp16; None: fp32), checked against the device.
+def short_dtype(given: object) -> object:
+    """The short name of a dtype that is given as torch has it or calls it (bfloat16: bf16); all else as it is."""
+    text = str(given).removeprefix("torch.")
+    return next((name for name, dtype in DTYPES.items() if text == str(dtype).removeprefix("torch.")), given)
+
+
+def pick_dtype(given: DtypeLike | None, device: torch.device) -> torch.dtype:
+    """The dtype that is given as fp32, bf16 or fp16, by torch's names, or as it is (None: fp32).
 
     Raises:
         InputError: an unknown name, or a GPU that cannot compute in bf16.
     """
-    if name is None:
-        return torch.float32
+    name = "fp32" if given is None else short_dtype(given)
     if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; give one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {given!r} is unknown; give one of {', '.join(DTYPES)}")
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError(f"dtype bf16 is not supported by {torch.cuda.get_device_name(device)}; give fp16 or fp32")
-    return DTYPES[name]
+    return DTYPES[str(name)]
 
 
 def autocast_dtype(name: str) -> torch.dtype | None:
-    """The number format of that name as autocast takes it: none for fp32, in which nothing is cast."""
+    """The dtype of that name as autocast takes it: none for fp32, in which nothing is cast."""
     return None if name == "fp32" else DTYPES[name]
 
 

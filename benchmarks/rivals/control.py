@@ -2,7 +2,7 @@
 
 What a change of its FID shows is owed to the training and not to sparsity. Its loss is that of everybody, distance to
 the teacher on the teacher's own pyramids, and begins at zero: what moves the weights at first is rounding, which Adam
-scales up to full steps. With ``data.source=images`` the pyramids are of real images instead; the loss stays.
+scales up to full steps. With ``data.images`` the pyramids are of real images instead; the loss stays.
 """
 
 from __future__ import annotations

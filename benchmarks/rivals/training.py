@@ -14,7 +14,6 @@ from pathlib import Path
 from actvar_convert.distillation.data import TokenStore, store_from_images, store_from_teacher
 from actvar_convert.distillation.loop import distill_model
 from actvar_convert.distillation.stages import STAGES
-from actvar_convert.errors import InputError
 from actvar_convert.files.run_state import RunState, fingerprint_of, load_run_state, save_run_state
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import VARModel
@@ -125,9 +124,7 @@ class Workshop:
         if key not in self._stores:
             path = self.folder / f"tokens-{key}.bin"
             path.parent.mkdir(parents=True, exist_ok=True)
-            if data.source == "images":
-                if data.images is None:
-                    raise InputError("data.source images needs the folder: --set data.images=DIR")
+            if data.images is not None:
                 self._stores[key] = store_from_images(
                     self.teacher,
                     Path(data.images),

@@ -201,7 +201,7 @@ def test_what_can_be_asked_for() -> None:
     recipe = quality.recipe_of(given("--steps", "7", "9", "--seeds", "3", "4", "--dtype", "fp32", "--set", "seed=5"))
     assert (recipe.distill.stage1.steps, recipe.distill.stage2.steps, recipe.seed) == (7, 9, 5)
     assert recipe.evaluate.seeds == (3, 4) and recipe.evaluate.images == 10_000
-    assert recipe.dtype == recipe.evaluate.dtype == "fp32"
+    assert recipe.dtype == "fp32"
     quick = quality.recipe_of(given("--quick", "--images", "30"))
     assert quick.evaluate.images == 30 and quick.evaluate.seeds == (0,) and quick.distill.stage2.steps < 5
     with pytest.raises(InputError, match="--cuts"):

@@ -218,9 +218,7 @@ def test_a_place_that_takes_no_folder_is_no_full_disk(actvar: Actvar) -> None:
 
 
 def test_all_problems_of_a_recipe_are_named(actvar: Actvar) -> None:
-    result = actvar(
-        "run", "fashion", "--set", "distill.stage2.stpes=3", "--set", "seed=-1", "--set", "data.source=images"
-    )
+    result = actvar("run", "fashion", "--set", "distill.stage2.stpes=3", "--set", "seed=-1", "--set", "data.images=''")
     assert result.exit_code == 2 and result.stdout == ""
-    for said in ("did you mean distill.stage2.steps?", "seed: given -1", "data.images: needed"):
+    for said in ("did you mean distill.stage2.steps?", "seed: given -1", "data.images: given"):
         assert said in result.stderr

@@ -118,8 +118,7 @@ def test_drawing_in_half_precision_takes_a_copy_and_halves_the_rest(monkeypatch:
     config, tokenizer = official_config("var-d16")
     monkeypatch.setattr(memory, "fullest", lambda *phases: next(each for each in phases if each.phase == "sampling"))
     full, half = (
-        estimate_convert(config, tokenizer, load_recipe("var_d16", [f"calibration.dtype={dtype}"]))
-        for dtype in ("fp32", "bf16")
+        estimate_convert(config, tokenizer, load_recipe("var_d16", [f"dtype={dtype}"])) for dtype in ("fp32", "bf16")
     )
     assert half.parts["keys and values"] == full.parts["keys and values"] // 2
     assert half.parts["weights in half precision"] == full.parts["dense weights that are read"] // 2
@@ -148,7 +147,7 @@ def test_weights_that_are_not_mapped_count_beside() -> None:
 
 def test_images_need_feature_maps_instead_of_samples() -> None:
     config, tokenizer = official_config("var-d16")
-    chosen = load_recipe("var_d16", ["calibration={source: images, images: x, pyramids: 64, batch: 64}"])
+    chosen = load_recipe("var_d16", ["calibration={pyramids: 64, batch: 64}", "data.images=x"])
     estimate = estimate_convert(config, tokenizer, chosen)
     assert estimate.parts["feature maps of the tokenizer"] == 6 * 4 * 64 * 160 * 256**2
 

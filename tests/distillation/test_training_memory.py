@@ -129,7 +129,7 @@ def test_d36_on_one_gpu_as_its_recipe_says() -> None:
 @pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
 def test_large_batches_of_samples_cost_what_is_under_way_at_once(dtype: str, itemsize: int) -> None:
     config, tokenizer = official_config("var-d36")
-    settings = ["data.batch=64", f"data.dtype={dtype}", "distill.stage1.steps=0"]
+    settings = ["data.batch=64", f"dtype={dtype}", "distill.stage1.steps=0"]
     settings += [f"distill.stage2.{setting}" for setting in ("steps=1", "batch=1", "trainable=none")]
     estimate = estimate_distill(config, tokenizer, load_recipe("var_d36", settings), device="cuda")
     assert estimate.phase == "sampling from the teacher" and estimate.lower == ("data.batch",)

@@ -324,11 +324,10 @@ def test_all_problems_are_named_at_once(tiny_model: VARModel, extractor: Classif
             seeds=(1, 1),
             batch=0,
             held_out=0,
-            neighbours=9,
             plans=["lean"],
         )
     text = str(caught.value)
-    for expected in ("images: 4", "seeds: [1, 1]", "batch: 0", "held_out: 0", "neighbours: 9", "no plan lean"):
+    for expected in ("images: 4", "seeds: [1, 1]", "batch: 0", "held_out: 0", "no plan lean"):
         assert expected in text
     assert "8 x 8 pixels; large knows 32 x 32" in text and "5 classes; large knows 10" in text
 

@@ -26,15 +26,8 @@ def test_the_defaults_fit() -> None:
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"calibration": {"source": "images"}}, "calibration.images: needed"),
-        ({"data": {"source": "images", "images": ""}}, "data.images: needed"),
-        (
-            {"evaluate": {"images": 20, "neighbours": 20}},
-            "evaluate.neighbours: given 20, allowed: less than evaluate.images, 20",
-        ),
         ({"evaluate": {"seeds": [1, 0, 1]}}, "evaluate.seeds: given [1, 0, 1], allowed: every seed once"),
         ({"checks": {}}, "checks: no limit given"),
-        ({"dtype": "fp16"}, "dtype: given fp16, allowed: fp32 or bf16 where something is trained"),
         ({"budget": {"plans": {"default": 0.1}}}, "budget.plans.default: that is the name of the plan that"),
         (
             {"distill": {"stage2": {"trainable": "none", "gate": "frozen"}}},
@@ -109,7 +102,7 @@ def test_settings_that_plans_overrule_are_named() -> None:
 
 
 def test_all_of_them_in_one_error() -> None:
-    wrong = recipe(experts={"count": 24}, gate={"rank": 65}, calibration={"source": "images"})
+    wrong = recipe(experts={"count": 24}, gate={"rank": 65}, checks={})
     with pytest.raises(RecipeError, match="cannot be carried out") as caught:
         check_recipe(wrong, TINY)
     assert len(caught.value.problems) == 3

@@ -116,11 +116,11 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         modle: fashion
         experts: {count: 24, clustering: kmean}
         distill: {stage1: 5, stage2: {steps: -1, learning_rate: fast}}
-        evaluate: {seeds: [1, a], images: 20, neighbours: 20}
+        evaluate: {seeds: [1, a], images: 19}
         checks: {}
         """,
     )
-    found = problems(path, ("experts.cuont=3", "data.source=images"), config=TINY)
+    found = problems(path, ("experts.cuont=3", "data.images=''"), config=TINY)
     starts = [
         "experts.cuont: unknown setting; did you mean experts.count?",
         "modle: unknown key; did you mean model?",
@@ -130,8 +130,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "distill.stage2.steps: given -1, allowed: a whole number of at least 0",
         'distill.stage2.learning_rate: given "fast", allowed: a number of more than 0',
         'evaluate.seeds[1]: given "a", allowed: a list of whole numbers',
-        "data.images: needed by data.source images",
-        "evaluate.neighbours: given 20, allowed: less than evaluate.images, 20",
+        'data.images: given "", allowed: text, not empty, or null',
+        "evaluate.images: given 19, allowed: a whole number of at least 20",
         "checks: no limit given",
         "experts.count: given 24, allowed: a divisor of the 128 hidden neurons of an FFN, such as 16",
     ]

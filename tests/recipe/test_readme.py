@@ -13,7 +13,7 @@ from actvar_convert.recipe.schema import Recipe
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 TABLE = TEXT.split("## What chose the settings")[1].split("\n## ")[0]
-MEASURING = ("evaluate", "benchmark", "samples", "checks")
+MEASURING = ("evaluate", "benchmark", "checks")
 """Sections that say what is measured, and change no model."""
 NAMING = ("name", "description", "model", "vae", "heads", "sides", "residual_ratio", "seed", "device")
 

@@ -30,11 +30,18 @@ def test_recipes_cannot_be_changed_and_know_no_other_keys() -> None:
 
 
 def test_seeds_are_what_a_generator_takes() -> None:
-    for section, given in (("samples", {"seed": 2**63}), ("evaluate", {"seeds": [0, 2**63]})):
-        with pytest.raises(ValidationError, match="less than 9223372036854775808"):
-            Recipe.model_validate({"name": "r", "model": "m", section: given})
-    recipe = Recipe.model_validate({"name": "r", "model": "m", "samples": {"seed": 2**63 - 1}})
-    torch.Generator().manual_seed(recipe.samples.seed)
+    with pytest.raises(ValidationError, match="less than 9223372036854775808"):
+        Recipe.model_validate({"name": "r", "model": "m", "evaluate": {"seeds": [0, 2**63]}})
+    recipe = Recipe.model_validate({"name": "r", "model": "m", "evaluate": {"seeds": [2**63 - 1]}})
+    torch.Generator().manual_seed(recipe.evaluate.seeds[0])
+
+
+def test_dtypes_by_torchs_names() -> None:
+    given = {"dtype": "bfloat16", "benchmark": {"dtypes": ["float16", "fp32"]}}
+    recipe = Recipe.model_validate({"name": "r", "model": "m", **given})
+    assert (recipe.dtype, recipe.benchmark.dtypes) == ("bf16", ("fp16", "fp32"))
+    with pytest.raises(ValidationError, match="'fp32' or 'bf16'"):
+        Recipe.model_validate({"name": "r", "model": "m", "dtype": "float16"})
 
 
 def test_the_stages_differ_in_what_trains() -> None:
@@ -51,10 +58,10 @@ def test_the_stages_differ_in_what_trains() -> None:
         ("experts.clustering", "one of kmeans, gradient"),
         ("benchmark.dtypes", "a list of any of fp32, bf16, fp16, 1 or more"),
         ("distill.stage2.learning_rate", "a number of more than 0"),
-        ("samples", "a section with the keys per_class, seed"),
+        ("benchmark", "a section with the keys batches, dtypes"),
+        ("dtype", "one of fp32, bf16"),
         ("model", "text, not empty"),
         ("seed", "a whole number of at least 0 and less than 4294967296"),
-        ("samples.seed", "a whole number of at least 0 and less than 9223372036854775808"),
         ("evaluate.seeds", "a list of whole numbers of at least 0 and less than 9223372036854775808, 1 or more"),
     ],
 )

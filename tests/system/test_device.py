@@ -40,8 +40,10 @@ def test_a_device_that_is_not_there(name: str) -> None:
         pick_device(name)
 
 
-def test_number_formats() -> None:
+def test_dtypes_by_their_names() -> None:
     cpu = torch.device("cpu")
+    for given in (torch.bfloat16, "bfloat16", "torch.bfloat16"):
+        assert pick_dtype(given, cpu) == torch.bfloat16
     formats = [pick_dtype(name, cpu) for name in (None, "fp32", "bf16", "fp16")]
     assert formats == [torch.float32, torch.float32, torch.bfloat16, torch.float16]
     with pytest.raises(InputError, match="fp32, bf16, fp16"):
