@@ -28,9 +28,9 @@ from actvar_convert.system.device import (
     peak_memory_bytes,
     pick_dtype,
     reset_peak_memory,
-    short_dtype,
     synchronize,
 )
+from actvar_convert.system.dtype_names import short_dtype
 from actvar_convert.system.progress import Progress, SilentProgress, Task
 
 

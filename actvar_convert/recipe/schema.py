@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from actvar_convert.plan import GuidanceKind, SparsityPlan
-from actvar_convert.system.device import short_dtype
+from actvar_convert.system.dtype_names import short_dtype
 
 Dtype = Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)]
 TimedDtype = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(short_dtype)]

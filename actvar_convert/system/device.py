@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError
+from actvar_convert.system.dtype_names import short_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes by the names that recipes and flags use."""
@@ -67,12 +68,6 @@ def named_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"device {name!r} is not supported; give cpu, cuda, cuda:N or mps")
     return device
-
-
-def short_dtype(given: object) -> object:
-    """The short name of a dtype that is given as torch has it or calls it (bfloat16: bf16); all else as it is."""
-    text = str(given).removeprefix("torch.")
-    return next((name for name, dtype in DTYPES.items() if text == str(dtype).removeprefix("torch.")), given)
 
 
 def pick_dtype(given: DtypeLike | None, device: torch.device) -> torch.dtype:
