@@ -142,7 +142,7 @@ def start_router(ffn: ExpertFFN, x_TC: Tensor) -> None:
 
 
 def active_neurons(ffn: ExpertFFN, x_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-    """Hidden activations [B, L, E, N] of all experts in fp32, and which of these the plan in force runs, [B, L, E]."""
+    """Hidden activations [B, L, E, N] of all experts in fp32, and which of these the active plan runs, [B, L, E]."""
     hidden = F.gelu(ffn.fc1(x_BLC), approximate="tanh").float().view(*x_BLC.shape[:2], ffn.experts, -1)
     runs = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=x_BLC.device)
     if not ffn.plan.runs_all(ffn.block, scale):

@@ -132,7 +132,7 @@ class _Walk:
                 self.between.append(torch.addcmul(x, seen.projected, modulation[:, 0].unsqueeze(1)))
 
     def record(self, block: SparseBlock) -> BlockRecord:
-        """From what the sparse model has before a block to what the dense one has after it, under the plan in force."""
+        """From what the sparse model has before a block to what the dense one has after it, under the active plan."""
         name = next(name for name, plan in block.ffn.plans.items() if plan == block.plan)
         states = [States(0, x, y) for x, y in zip(self.sparse[name], self.dense, strict=True)]
         return BlockRecord(block.index, states, [])
@@ -176,7 +176,7 @@ class _Walk:
         moments.move(ridge)
 
     def _batches(self, block: SparseBlock) -> Iterator[tuple[str, int, Tensor, Tensor]]:
-        """Plan, number, input and modulation of every batch, the plan being in force meanwhile."""
+        """Plan, number, input and modulation of every batch, the plan being active meanwhile."""
         own = block.plan
         try:
             for name, plan in block.ffn.plans.items():
@@ -209,7 +209,7 @@ def refit_in_order(
 ) -> None:
     """Refits output projections, output weights, gates, reconstructions and head of a converted model, in place.
 
-    A model that carries several plans is fitted to all of them at once, its gates to the plan in force. Blocks before
+    A model that carries several plans is fitted to all of them at once, its gates to the active plan. Blocks before
     the first that leaves something out stay as they are.
 
     Args:
