@@ -6,6 +6,8 @@ The model executes a plan, the FLOPs report prices it, the budget search propose
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -134,4 +136,46 @@ class SparsityPlan(BaseModel):
             found.append(
                 f"plan.reconstruction_rank: {self.reconstruction_rank} exceeds the width of the model, {config.width}"
             )
+        return found
+
+
+class Plans:
+    """The plans that one set of weights can run, and the one that it runs now; all modules of the method share it.
+
+    Attributes:
+        named: by name.
+        name: of the plan that runs.
+    """
+
+    def __init__(self, named: Mapping[str, SparsityPlan], name: str) -> None:
+        self.named, self.name = dict(named), name
+
+    @property
+    def current(self) -> SparsityPlan:
+        return self.named[self.name]
+
+    def __iter__(self) -> Iterator[SparsityPlan]:
+        return iter(self.named.values())
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[SparsityPlan]:
+        """Runs another plan for a while."""
+        before, self.name = self.name, name
+        try:
+            yield self.current
+        finally:
+            self.name = before
+
+    def gated(self, block: int) -> list[SparsityPlan]:
+        """Plans that skip tokens in a block."""
+        return [plan for plan in self if plan.block_gated(block)]
+
+    def problems(self, config: BackboneShape) -> list[str]:
+        """Everything that keeps a model of this shape from running all plans with one set of weights."""
+        found = [f"{name}: {problem}" for name, plan in self.named.items() for problem in plan.problems(config)]
+        gating = {name: plan for name, plan in self.named.items() if plan.gated}
+        for field, concerned in (("experts", self.named), ("guidance", self.named), ("reconstruction_rank", gating)):
+            values = {name: getattr(plan, field) for name, plan in concerned.items()}
+            if len(set(values.values())) > 1:
+                found.append(f"plans of one model must agree on {field}, given {values}")
         return found

@@ -9,20 +9,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from actvar_convert.models.config import TokenPyramid
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.var import Block, Span, VARTransformer
+from actvar_convert.models.base import Call, Passed, Schedule, walk
+from actvar_convert.models.model import Model
 from actvar_convert.system.device import release_pages
 
 TRIM_EVERY = 8
 """Batches after which free memory between the kept states goes back to the system."""
-NULL_SHARE = 0.25
-"""Share of calibration pyramids that carry the null class: guidance runs every image with and without its class."""
+NULL_EVERY = 4
+"""Of so many calibration pyramids one is without a condition: guidance runs every image with and without its own."""
+
+
+class Calibration(NamedTuple):
+    """Pyramids that the dense model is measured on.
+
+    Attributes:
+        tokens: [P, L, ...] int64.
+        condition: P entries.
+        batch: pyramids per forward pass.
+    """
+
+    tokens: Tensor
+    condition: Any
+    batch: int
+
+    def first(self, pyramids: int) -> Calibration:
+        """The first pyramids alone."""
+        return Calibration(self.tokens[:pyramids], self.condition.rows(slice(pyramids)), self.batch)
+
+    def mixed(self) -> Any:
+        """The conditions, every fourth of which says nothing."""
+        return self.condition.partly_null(NULL_EVERY)
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Any]]:
+        """Tokens and mixed conditions of every batch, on a device."""
+        condition = self.mixed()
+        for begin in range(0, len(self.tokens), self.batch):
+            part = slice(begin, begin + self.batch)
+            yield self.tokens[part].to(device), condition.rows(part).to(device)
 
 
 class Wanted(NamedTuple):
@@ -43,13 +71,13 @@ class States(NamedTuple):
     Attributes:
         before: [B, L - begin, C] at the block's input, from position ``begin`` of the sequence on.
         after: [B, L, C] at its output.
-        modulation: [B, 6, C] of its adaptive norms; None where only the states are known.
+        context: what the block took from the condition; None if only the states are known.
     """
 
     begin: int
     before: Tensor
     after: Tensor
-    modulation: Tensor | None = None
+    context: Any = None
 
     def at(self, part: slice) -> tuple[Tensor, Tensor]:
         """Input and output [B, L_s, C] of the tokens at ``part`` of the sequence."""
@@ -67,11 +95,13 @@ class BlockRecord:
 
     Attributes:
         index: of the block.
-        states: batch by batch; empty where they were not wanted.
-        ffn_input: per scale, FFN inputs [T_s, C] of randomly chosen tokens; T_s = 0 where they were not wanted.
+        call: of all tokens, as the block got it.
+        states: batch by batch; empty if they were not wanted.
+        ffn_input: per scale, FFN inputs [T_s, C] of randomly chosen tokens; T_s = 0 if they were not wanted.
     """
 
     index: int
+    call: Call
     states: list[States]
     ffn_input: list[Tensor]
 
@@ -85,109 +115,71 @@ class _Samples:
         for scale in scales:
             self.kept[scale] = like.new_empty(len(choice[scale]), like.shape[-1])
 
-    def add(self, x_BLC: Tensor, first: int, pyramid: TokenPyramid) -> None:
+    def add(self, x_BLC: Tensor, first: int, schedule: Schedule) -> None:
         """Takes the chosen tokens of a batch whose first pyramid has the number ``first``."""
         for scale, kept in enumerate(self.kept):
             if len(kept):
-                length = pyramid.lengths[scale]
+                length = schedule.lengths[scale]
                 place = self.choice[scale] - first * length
                 here = (place >= 0) & (place < len(x_BLC) * length)
-                kept[here] = x_BLC[:, pyramid.slice(scale)].flatten(0, 1)[place[here]]
-
-
-def calibration_labels(labels_P: Tensor, null_class: int) -> Tensor:
-    """A copy of the classes [P] in which every fourth is the null class.
-
-    Of labels that go round a multiple of four classes, another quarter of the classes in every round.
-    """
-    every, place = round(1 / NULL_SHARE), torch.arange(len(labels_P), device=labels_P.device)
-    if null_class % every == 0:
-        place += place // null_class
-    return labels_P.masked_fill(place % every == 0, null_class)
+                kept[here] = x_BLC[:, schedule.slice(scale)].flatten(0, 1)[place[here]]
 
 
 @torch.no_grad()
-def first_states(
-    model: VARModel, tokens_PL: Tensor, labels_P: Tensor, batch: int
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]]]:
-    """Batch by batch, the states [B, L, C] before the first block and what the blocks' modulations are made from."""
-    transformer = model.transformer
-    labels = calibration_labels(labels_P.to(model.device), transformer.null_class)
-    states, conditions = [], []
-    for tokens, label in zip(torch.split(tokens_PL, batch), torch.split(labels, batch), strict=True):
-        inputs = model.teacher_forcing_input(tokens.to(model.device))
-        states.append(transformer.embed(label, inputs)[0])
-        conditions.append(transformer.condition(label))
-    return states, conditions
+def first_states(model: Model, calibration: Calibration) -> tuple[list[Tensor], list[Any], Call]:
+    """Batch by batch, the states [B, L, C] before the first block and the prepared conditions; and the blocks' call."""
+    states, prepared = [], []
+    for tokens, condition in calibration.batches(model.device):
+        x, own, call = model.start(condition, model.inputs(tokens))
+        states.append(x)
+        prepared.append(own)
+    return states, prepared, call
 
 
 def record_blocks(
-    model: VARModel,
-    tokens_PL: Tensor,
-    labels_P: Tensor,
-    *,
-    wanted: Callable[[int], Wanted],
-    batch: int,
-    tokens_per_scale: int,
-    seed: int,
-) -> Iterator[tuple[Block, BlockRecord]]:
-    """Runs the pyramids through the dense transformer block by block and yields what each block did.
+    model: Model, calibration: Calibration, *, wanted: Callable[[int], Wanted], tokens_per_scale: int, seed: int
+) -> Iterator[tuple[Any, BlockRecord]]:
+    """Runs the pyramids through the dense backbone block by block and yields what each block did.
 
     A record is as large as the states of all pyramids; drop it before asking for the next, and only one is there.
 
     Args:
         model: dense model, any device; records stay on its device.
-        tokens_PL: calibration pyramids, int64.
-        labels_P: their classes; every fourth is replaced by the null class.
+        calibration: the pyramids.
         wanted: what to record of a block, by its index.
-        batch: pyramids per forward pass.
         tokens_per_scale: FFN inputs kept per scale.
         seed: of the choice of tokens.
     """
-    transformer, pyramid = model.transformer, model.transformer.config.pyramid
-    states, conditions = first_states(model, tokens_PL, labels_P, batch)
+    schedule = model.schedule
+    states, prepared, call = first_states(model, calibration)
     generator = torch.Generator().manual_seed(seed)
     choice = [
-        torch.randperm(len(tokens_PL) * length, generator=generator)[:tokens_per_scale].to(model.device)
-        for length in pyramid.lengths
+        torch.randperm(len(calibration.tokens) * length, generator=generator)[:tokens_per_scale].to(model.device)
+        for length in schedule.lengths
     ]
-    for index, block in enumerate(transformer.layers):
+    steps = walk(model.transformer.blocks, states, prepared, call, observe=True)
+    for index, (block, passing) in enumerate(steps):
         # Not a decorator of the generator, which would hold on to what it yielded last: see the last line.
         with torch.no_grad():
-            record = _record_block(transformer, index, wanted(index), choice, states, conditions)
+            samples = _Samples(choice, wanted(index).ffn, states[0])
+            record = BlockRecord(index, call, [], samples.kept)
+            _fill(record, samples, passing, wanted(index).states_from, schedule)
         yield block, record
         del record
 
 
-def _record_block(
-    transformer: VARTransformer,
-    index: int,
-    wanted: Wanted,
-    choice: list[Tensor],
-    states: list[Tensor],
-    conditions: list[tuple[Tensor, Tensor | None]],
-) -> BlockRecord:
-    """Runs one block on the states of all batches, which it replaces by the block's outputs."""
-    pyramid, block = transformer.config.pyramid, transformer.layers[index]
-    span, mask = Span(0, pyramid.lengths), transformer.attn_bias_for_masking.to(states[0].dtype)
-    samples = _Samples(choice, wanted.ffn, states[0])
-    record = BlockRecord(index, [], samples.kept)
-    seen: list[Tensor] = []
-    handle = block.ffn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+def _fill(
+    record: BlockRecord, samples: _Samples, passing: Iterator[Passed], states_from: int | None, schedule: Schedule
+) -> None:
+    """Runs a block on all batches and keeps what is wanted of it."""
     first = 0
-    try:
-        for number, condition in enumerate(conditions):
-            x = states[number]
-            modulation = block.modulation(*condition)
-            states[number] = block(x, modulation, span, mask)
-            if wanted.states_from is not None:
-                begin = pyramid.begins[wanted.states_from]
-                before = x[:, begin:].clone() if begin else x
-                record.states.append(States(begin, before, states[number], modulation))
-            samples.add(seen.pop(), first, pyramid)
-            first += len(x)
-            if number % TRIM_EVERY == TRIM_EVERY - 1:
-                release_pages(())
-    finally:
-        handle.remove()
-    return record
+    for passed in passing:
+        if states_from is not None:
+            begin = schedule.begins[states_from]
+            before = passed.before[:, begin:].clone() if begin else passed.before
+            record.states.append(States(begin, before, passed.after, passed.context))
+        assert passed.ffn_input is not None
+        samples.add(passed.ffn_input, first, schedule)
+        first += len(passed.before)
+        if passed.number % TRIM_EVERY == TRIM_EVERY - 1:
+            release_pages(())

@@ -1,4 +1,4 @@
-"""The conversion: a dense VARModel in, a SparseVARModel out that generates at once, no training needed.
+"""The conversion: a dense model in, a sparse one out that generates at once, no training needed.
 
 Block by block: the result gets memory for a block when that block is converted, and the pages of a mapped source file
 are handed back when it is done, so the peak is about one copy of the weights and the calibration states.
@@ -6,26 +6,24 @@ are handed back when it is done, so the peak is about one copy of the weights an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.conversion.activations import BlockRecord, Wanted, record_blocks
-from actvar_convert.conversion.experts import (
-    Partition,
-    install_experts,
-    partition_neurons,
-    start_router,
-)
+from actvar_convert.conversion.activations import BlockRecord, Calibration, Wanted, record_blocks
+from actvar_convert.conversion.experts import Partition, install_experts, partition_neurons, start_router
 from actvar_convert.conversion.gates import first_needed_scale, start_gate
 from actvar_convert.conversion.refitting import refit_in_order
-from actvar_convert.files.skeleton import NoWeights
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import FFN, Block
-from actvar_convert.plan import SparsityPlan
+from actvar_convert.conversion.search import Planned
+from actvar_convert.files.skeleton import empty_backbone
+from actvar_convert.models.base import inner
+from actvar_convert.models.experts import ExpertFFN
+from actvar_convert.models.gate import GatedBlock
+from actvar_convert.models.model import Model
+from actvar_convert.models.split import ffn_of
+from actvar_convert.plan import Plans
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.device import release_pages
 from actvar_convert.system.processes import Processes
@@ -36,57 +34,52 @@ TOKENS_PER_SCALE = 2048
 
 @torch.no_grad()
 def convert_model(
-    dense: VARModel,
-    plans: Mapping[str, SparsityPlan],
-    default: str,
+    dense: Model,
+    planned: Planned,
     recipe: Recipe,
-    tokens_PL: Tensor,
-    labels_P: Tensor,
+    calibration: Calibration,
     *,
-    partitions: Sequence[Partition] | None = None,
     on_block: Callable[[], None] = lambda: None,
-) -> SparseVARModel:
+) -> Model:
     """Splits FFNs into experts, starts routers, gates and reconstructions, block by block.
 
     Args:
         dense: the model to convert; left as it is, no tensor of the result shares memory with it but the tokenizer's.
-        plans, default: what the result can execute, and which plan is active.
+        planned: what the result can execute, and the partitions that a search made.
         recipe: the settings of the method.
-        tokens_PL, labels_P: calibration pyramids and their classes.
-        partitions: of every block's neurons, where a search has made them; else they are made here.
+        calibration: pyramids.
         on_block: called after every block, ``conversion_steps`` times.
     """
-    with NoWeights():
-        transformer = SparseVARTransformer(dense.transformer.config, plans, default)
-    _fill(transformer, dense.transformer.state_dict(), dense.transformer.pos_start, but=("blocks.",))
+    plans = Plans(planned.plans, planned.default)
+    backbone = empty_backbone(dense.family, dense.config, plans)
+    _fill(backbone, dense.transformer.state_dict(), dense.transformer.head.weight, but=("blocks.",))
     records = record_blocks(
         dense,
-        tokens_PL,
-        labels_P,
-        wanted=lambda index: wanted_of(transformer.sparse_layers[index]),
-        batch=recipe.calibration.batch,
+        calibration,
+        wanted=lambda index: wanted_of(backbone.blocks[index]),
         tokens_per_scale=TOKENS_PER_SCALE,
         seed=recipe.seed,
     )
     for block, record in records:
-        partition = partitions[record.index] if partitions is not None else None
-        _convert_block(block, transformer.sparse_layers[record.index], record, recipe, partition)
+        partition = planned.partitions[record.index] if planned.partitions is not None else None
+        _convert_block(block, backbone.blocks[record.index], record, recipe, partition)
         del record
         release_pages(block.state_dict().values())
         on_block()
-    transformer.requires_grad_(False)
-    sparse = SparseVARModel(transformer, dense.tokenizer, dense.sampling).train(dense.training)
+    backbone.requires_grad_(False)
+    sparse = Model(dense.family, backbone, dense.tokenizer, dense.sampling, plans).train(dense.training)
     if recipe.experts.compensation == "sequential":
-        refit_in_order(dense, sparse, tokens_PL, labels_P, batch=recipe.calibration.batch, on_block=on_block)
+        refit_in_order(dense, sparse, calibration, on_block=on_block)
     return sparse
 
 
-def conversion_steps(config: TransformerConfig, recipe: Recipe) -> int:
+def conversion_steps(config: Any, recipe: Recipe) -> int:
     """How often ``convert_model`` calls ``on_block``."""
-    return config.depth * (2 if recipe.experts.compensation == "sequential" else 1)
+    depth: int = config.depth
+    return depth * (2 if recipe.experts.compensation == "sequential" else 1)
 
 
-def _fill(module: nn.Module, given: Mapping[str, Tensor], like: Tensor, but: tuple[str, ...]) -> None:
+def _fill(module: nn.Module, given: Mapping[str, Tensor], like: Tensor, but: tuple[str, ...] = ()) -> None:
     """Gives the tensors of a module the values of those that have their name, else zeros.
 
     Args:
@@ -105,39 +98,38 @@ def _fill(module: nn.Module, given: Mapping[str, Tensor], like: Tensor, but: tup
     module.load_state_dict(state, strict=False, assign=True)
 
 
-def _partial_scales(block: SparseBlock) -> list[int]:
-    """Scales at which some plan lets experts rest; all, where none does."""
-    scales, plans = range(len(block.config.sides)), block.ffn.plans.values()
-    return [s for s in scales if not all(plan.runs_all(block.index, s) for plan in plans)] or list(scales)
+def _partial_scales(ffn: ExpertFFN) -> list[int]:
+    """Scales at which some plan leaves experts inactive; all, if none does."""
+    plans = list(ffn.plans)
+    scales = range(len(plans[0].blocks[ffn.index].keep))
+    return [s for s in scales if not all(plan.runs_all(ffn.index, s) for plan in plans)] or list(scales)
 
 
-def wanted_of(block: SparseBlock) -> Wanted:
+def wanted_of(block: nn.Module) -> Wanted:
     """What the conversion of a block needs to see of the dense one."""
-    return Wanted(frozenset(_partial_scales(block)), first_needed_scale(block))
+    return Wanted(frozenset(_partial_scales(ffn_of(block))), first_needed_scale(block))
 
 
 def _convert_block(
-    block: Block, sparse: SparseBlock, record: BlockRecord, recipe: Recipe, partition: Partition | None
+    block: Any, sparse: nn.Module, record: BlockRecord, recipe: Recipe, partition: Partition | None
 ) -> None:
-    assert isinstance(block.ffn, FFN)
-    ffn, plans = sparse.ffn, list(sparse.ffn.plans.values())
-    partial = _partial_scales(sparse)
-    routed = [s for s in partial if any(plan.routes(sparse.index, s) for plan in plans)] or partial
+    ffn: ExpertFFN = ffn_of(sparse)
+    plans, partial, like = list(ffn.plans), _partial_scales(ffn), block.ffn.fc1.weight
+    routed = [s for s in partial if any(plan.routes(ffn.index, s) for plan in plans)] or partial
     if partition is None:
-        shared = min(plan.blocks[sparse.index].prefix[s] for plan in plans for s in partial)
+        shared = min(plan.blocks[ffn.index].prefix[s] for plan in plans for s in partial)
         inputs = torch.cat([record.ffn_input[s] for s in partial])
         partition = partition_neurons(block.ffn, inputs, recipe.experts, shared, recipe.seed)
-    _fill(sparse, block.state_dict(), block.ffn.fc1.weight, but=("ffn.fc1.", "ffn.fc2.", "ffn.permutation"))
+    _fill(inner(sparse), block.state_dict(), like, but=("ffn.fc1.", "ffn.fc2.", "ffn.permutation"))
+    if isinstance(sparse, GatedBlock):
+        _fill(sparse.gate, {}, like)
+        _fill(sparse.reconstruction, {}, like)
     install_experts(ffn, block.ffn, partition)
     start_router(ffn, torch.cat([record.ffn_input[s] for s in routed]))
-    start_gate(sparse, record, sparse.config.pyramid)
+    start_gate(sparse, record)
 
 
-def made_by_main(
-    make: Callable[[], SparseVARModel],
-    dense: VARModel,
-    processes: Processes,
-) -> SparseVARModel:
+def made_by_main(make: Callable[[], Model], dense: Model, processes: Processes) -> Model:
     """The model that the main process makes from a dense one, in all processes: the others get copies of its tensors.
 
     Args:
@@ -146,15 +138,17 @@ def made_by_main(
         processes: those that want it.
     """
     model = make() if processes.main else None
-    plans, default = processes.from_main(({}, "") if model is None else (model.plans, model.plan_name))
+    named, name = processes.from_main(
+        ({}, "") if model is None or model.plans is None else (model.plans.named, model.plans.name)
+    )
     if model is None:
-        with torch.device("meta"):
-            transformer = SparseVARTransformer(dense.transformer.config, plans, default)
-        model = SparseVARModel(transformer, dense.tokenizer, dense.sampling)
-    formats = processes.from_main({name: tensor.dtype for name, tensor in model.transformer.state_dict().items()})
+        plans = Plans(named, name)
+        backbone = empty_backbone(dense.family, dense.config, plans)
+        model = Model(dense.family, backbone, dense.tokenizer, dense.sampling, plans)
+    dtypes = processes.from_main({name: tensor.dtype for name, tensor in model.transformer.state_dict().items()})
     if not processes.main:
         empty = {
-            name: torch.empty(tensor.shape, dtype=formats[name], device=dense.device)
+            name: torch.empty(tensor.shape, dtype=dtypes[name], device=dense.device)
             for name, tensor in model.transformer.state_dict().items()
         }
         model.transformer.load_state_dict(empty, assign=True)

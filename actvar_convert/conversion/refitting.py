@@ -24,17 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.conversion.activations import BlockRecord, States, first_states
+from actvar_convert.conversion.activations import BlockRecord, Calibration, States, first_states
 from actvar_convert.conversion.experts import active_neurons
 from actvar_convert.conversion.gates import start_gate
 from actvar_convert.kernels.token_gate import take
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import Block, Span
+from actvar_convert.models.base import Call, Residual, inner, walk
+from actvar_convert.models.experts import ExpertFFN
+from actvar_convert.models.gate import GatedBlock
+from actvar_convert.models.model import Model
 from actvar_convert.system.device import release_pages
 
 RIDGE = 0.1
@@ -70,177 +72,204 @@ class _GatedMoments:
         gram, by_channel = self._gram.double(), (self._by_channel / self._by_token.clamp_min(1e-20)).double()
         gram.diagonal().add_(ridge * float(gram.diagonal()[:-1].mean()) + 1e-9)
         step = torch.cholesky_solve(self._cross.double() / by_channel.clamp_min(1e-9), torch.linalg.cholesky(gram)).T
-        assert self._layer.bias is not None
         self._layer.weight.add_(step[:, :-1].to(self._layer.weight.dtype))
-        self._layer.bias.add_(step[:, -1].to(self._layer.bias.dtype))
+        if self._layer.bias is not None:
+            self._layer.bias.add_(step[:, -1].to(self._layer.bias.dtype))
 
 
-class _Seen:
-    """What passed through a block in one call.
+class _Watch:
+    """Notes what goes in and out of the linear layers whose outputs a block adds to the hidden state.
+
+    Of the FFN, whose layers an ``ExpertFFN`` reads by itself, what goes in and out of the whole.
 
     Attributes:
-        joined: [B, K, C], what the heads found, at the input of the output projection; projected: at its output.
-        ffn_input, ffn_output: [B, K, C] both.
+        seen: (input, output) of each sub-layer, in order.
     """
 
-    joined: Tensor
-    projected: Tensor
-    ffn_input: Tensor
-    ffn_output: Tensor
+    def __init__(self, block: Any, residuals: list[Residual]) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        modules = [*(each.layer for each in residuals[:-1]), block.ffn]
+        self._handles = [module.register_forward_hook(self._keep) for module in modules]
+
+    def _keep(self, _: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        self.seen.append((given[0], output))
+
+    def taken(self) -> list[tuple[Tensor, Tensor]]:
+        """What was seen since the last call."""
+        seen, self.seen = self.seen, []
+        return seen
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 @contextmanager
-def _watching(block: Block) -> Iterator[_Seen]:
-    """Notes what passes through attention's projection and the FFN of a block."""
-    seen, project = _Seen(), block.attn.project
-
-    def projecting(x_BLC: Tensor) -> Tensor:
-        seen.joined, seen.projected = x_BLC, project(x_BLC)
-        return seen.projected
-
-    def after_ffn(_: nn.Module, given: tuple[object, ...], output: Tensor) -> None:
-        assert isinstance(given[0], Tensor)
-        seen.ffn_input, seen.ffn_output = given[0], output
-
-    handle = block.ffn.register_forward_hook(after_ffn)
-    block.attn.project = projecting  # type: ignore[method-assign]
+def _watching(block: nn.Module, prepared: Any) -> Iterator[_Watch]:
+    own = inner(block)
+    watch = _Watch(own, own.residuals(own.context(prepared)))
     try:
-        yield seen
+        yield watch
     finally:
-        del block.attn.project
-        handle.remove()
+        watch.close()
 
 
-class _Walk:
+def _after(x_BLC: Tensor, residuals: list[Residual], seen: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The hidden state after some sub-layers: x plus their outputs, each by its gate."""
+    for (_, gate), (_, output) in zip(residuals, seen, strict=False):
+        x_BLC = x_BLC + output if gate is None else torch.addcmul(x_BLC, output, gate.unsqueeze(1))
+    return x_BLC
+
+
+class _Pass(NamedTuple):
+    """One batch in one sparse block under one plan.
+
+    Attributes:
+        number: of the batch.
+        x: input [B, K, C] of the computed tokens; rows: their positions [B, K].
+        residuals: of the block. seen: input and output of each sub-layer.
+    """
+
+    number: int
+    x: Tensor
+    rows: Tensor
+    residuals: list[Residual]
+    seen: list[tuple[Tensor, Tensor]]
+
+
+class _States:
     """The calibration pyramids on their way through the dense model and, plan by plan, through the sparse one."""
 
-    def __init__(self, dense: VARModel, sparse: SparseVARTransformer, tokens_PL: Tensor, labels_P: Tensor, batch: int):
-        self.pyramid = dense.transformer.config.pyramid
-        self.span = Span(0, self.pyramid.lengths)
-        self.dense, self.conditions = first_states(dense, tokens_PL, labels_P, batch)
-        self.mask = dense.transformer.attn_bias_for_masking.to(self.dense[0].dtype)
-        self.between: list[Tensor] = []
-        self.sparse = {name: list(self.dense) for name in sparse.plans}
+    def __init__(self, dense: Model, sparse: Model, calibration: Calibration) -> None:
+        assert sparse.plans is not None
+        self.plans = sparse.plans
+        self.dense, self.prepared, self.call = first_states(dense, calibration)
+        self.between: list[list[Tensor]] = []
+        self.sparse = {name: list(self.dense) for name in sparse.plans.named}
 
-    def advance_dense(self, block: Block) -> None:
-        """Runs the dense block; ``between`` are the states after attention, ``dense`` those after the block."""
+    def advance_dense(self, block: nn.Module) -> None:
+        """Runs the dense block; ``between`` are the states after each sub-layer, the last those after the block."""
         self.between = []
-        with _watching(block) as seen:
-            for number, (x, condition) in enumerate(zip(self.dense, self.conditions, strict=True)):
-                modulation = block.modulation(*condition)
-                self.dense[number] = block(x, modulation, self.span, self.mask)
-                self.between.append(torch.addcmul(x, seen.projected, modulation[:, 0].unsqueeze(1)))
+        own = inner(block)
+        with _watching(block, self.prepared[0]) as watch:
+            for _, passing in walk([block], self.dense, self.prepared, self.call):
+                for passed in passing:
+                    residuals, seen = own.residuals(passed.context), watch.taken()
+                    befores = [_after(passed.before, residuals[: n + 1], seen) for n in range(len(residuals) - 1)]
+                    self.between.append([*befores, passed.after])
 
-    def record(self, block: SparseBlock) -> BlockRecord:
+    def record(self, index: int) -> BlockRecord:
         """From what the sparse model has before a block to what the dense one has after it, under the active plan."""
-        name = next(name for name, plan in block.ffn.plans.items() if plan == block.plan)
-        states = [States(0, x, y) for x, y in zip(self.sparse[name], self.dense, strict=True)]
-        return BlockRecord(block.index, states, [])
+        states = [States(0, x, y) for x, y in zip(self.sparse[self.plans.name], self.dense, strict=True)]
+        return BlockRecord(index, self.call, states, [])
 
-    def fit_projection(self, block: SparseBlock, ridge: float) -> None:
-        """Moves attention's output projection towards the states between attention and FFN."""
-        moments = _GatedMoments(block.attn.proj)
-        for number, x, modulation, seen, rows in self._through(block):
-            own = torch.addcmul(take(x, rows), seen.projected, modulation[:, 0].unsqueeze(1))
-            moments.add(seen.joined, take(self.between[number], rows) - own, modulation[:, 0])
-        moments.move(ridge)
-
-    def fit_ffn(self, block: SparseBlock, ridge: float) -> None:
-        """Moves the FFN's output weights towards the states after the block."""
-        moments = _GatedMoments(block.ffn.fc2)
-        for number, x, modulation, seen, rows in self._through(block):
-            own = torch.addcmul(take(x, rows), seen.projected, modulation[:, 0].unsqueeze(1))
-            own = torch.addcmul(own, seen.ffn_output, modulation[:, 1].unsqueeze(1))
-            missing = take(self.dense[number], rows) - own
-            counts = list(block.kept_counts(self.span))
-            parts = zip(torch.split(seen.ffn_input, counts, 1), torch.split(missing, counts, 1), strict=True)
+    def fit(self, block: nn.Module, layer: int, ridge: float) -> None:
+        """Moves the layer of one sub-layer towards the dense states after it; the last is the FFN's."""
+        own = inner(block)
+        linear = own.residuals(own.context(self.prepared[0]))[layer].layer
+        moments = _GatedMoments(linear)
+        last = linear is own.ffn.fc2
+        for passed in self._through(block):
+            reached = _after(passed.x, passed.residuals[: layer + 1], passed.seen)
+            missing = take(self.between[passed.number][layer], passed.rows) - reached
+            gate, given = passed.residuals[layer].gate, passed.seen[layer][0]
+            if not last:
+                moments.add(given, missing, gate)
+                continue
+            counts = list(_kept_counts(block, self.call))
+            parts = zip(torch.split(given, counts, 1), torch.split(missing, counts, 1), strict=True)
             for scale, (inputs, part) in enumerate(parts):
                 if inputs.shape[1]:
-                    hidden, runs = active_neurons(block.ffn, inputs, scale)
-                    moments.add((hidden * runs.unsqueeze(-1)).flatten(2), part, modulation[:, 1])
+                    hidden, runs = active_neurons(own.ffn, inputs, scale)
+                    moments.add((hidden * runs.unsqueeze(-1)).flatten(2), part, gate)
         moments.move(ridge)
 
-    def advance(self, block: SparseBlock) -> None:
-        """Runs the sparse block under each of its plans."""
-        for name, number, x, modulation in self._batches(block):
-            self.sparse[name][number] = block(x, modulation, self.span, self.mask)
+    def advance(self, block: nn.Module) -> None:
+        """Runs the sparse block under each of the plans."""
+        for name, states in self.sparse.items():
+            with self.plans.using(name):
+                for _, passing in walk([block], states, self.prepared, self.call):
+                    for _ in passing:
+                        pass
 
-    def fit_head(self, dense: VARModel, sparse: SparseVARTransformer, ridge: float) -> None:
+    def fit_head(self, dense: Model, sparse: Model, ridge: float) -> None:
         """Moves the head towards the dense logits."""
-        moments, head = _GatedMoments(sparse.head), dense.transformer.head_nm.ada_lin
+        moments = _GatedMoments(sparse.transformer.head)
         for states in self.sparse.values():
-            for own, x, (condition, _) in zip(states, self.dense, self.conditions, strict=True):
-                modulation = head(condition).view(-1, 2, x.shape[-1])
-                missing = dense.transformer.logits(x, modulation) - sparse.logits(own, modulation)
-                moments.add(sparse.head_nm(own, modulation), missing)
+            for own, x, prepared in zip(states, self.dense, self.prepared, strict=True):
+                missing = dense.transformer.logits(x, prepared) - sparse.transformer.logits(own, prepared)
+                moments.add(sparse.transformer.before_head(own, prepared), missing)
         moments.move(ridge)
 
-    def _batches(self, block: SparseBlock) -> Iterator[tuple[str, int, Tensor, Tensor]]:
-        """Plan, number, input and modulation of every batch, the plan being active meanwhile."""
-        own = block.plan
-        try:
-            for name, plan in block.ffn.plans.items():
-                block.plan = block.ffn.plan = plan
-                for number, condition in enumerate(self.conditions):
-                    yield name, number, self.sparse[name][number], block.modulation(*condition)
-        finally:
-            block.plan = block.ffn.plan = own
+    def _through(self, block: nn.Module) -> Iterator[_Pass]:
+        """What passes through a sparse block, batch by batch, plan after plan."""
+        own = inner(block)
+        with _watching(block, self.prepared[0]) as watch:
+            for name, states in self.sparse.items():
+                with self.plans.using(name):
+                    for number, (x, prepared) in enumerate(zip(states, self.prepared, strict=True)):
+                        rows = _computed_rows(block, x, self.call)
+                        if rows.shape[1]:  # under a plan that skips all tokens there is nothing to see
+                            context = own.context(prepared)
+                            block(x, context, self.call)
+                            yield _Pass(number, take(x, rows), rows, own.residuals(context), watch.taken())
 
-    def _through(self, block: SparseBlock) -> Iterator[tuple[int, Tensor, Tensor, _Seen, Tensor]]:
-        """Number, input, modulation, what was seen, and the computed rows [B, K] of every batch, plan after plan."""
-        with _watching(block) as seen:
-            for _, number, x, modulation in self._batches(block):
-                rows = block.computed_rows(x, self.span)
-                if rows.shape[1]:  # under a plan that skips all tokens there is nothing to see
-                    block(x, modulation, self.span, self.mask)
-                    yield number, x, modulation, seen, rows
+
+def _kept_counts(block: nn.Module, call: Call) -> tuple[int, ...]:
+    return block.kept_counts(call.span) if isinstance(block, GatedBlock) else call.span.counts
+
+
+def _computed_rows(block: nn.Module, x_BLC: Tensor, call: Call) -> Tensor:
+    """Which tokens [B, K] a block computes."""
+    if isinstance(block, GatedBlock):
+        return block.computed_rows(x_BLC, call.span)
+    return torch.arange(x_BLC.shape[1], device=x_BLC.device).expand(len(x_BLC), -1)
 
 
 @torch.no_grad()
 def refit_in_order(
-    dense: VARModel,
-    sparse: SparseVARModel,
-    tokens_PL: Tensor,
-    labels_P: Tensor,
+    dense: Model,
+    sparse: Model,
+    calibration: Calibration,
     *,
-    batch: int,
     ridge: float = RIDGE,
     on_block: Callable[[], None] = lambda: None,
 ) -> None:
     """Refits output projections, output weights, gates, reconstructions and head of a converted model, in place.
 
-    A model that carries several plans is fitted to all of them at once, its gates to the active plan. Blocks before
-    the first that leaves something out stay as they are.
+    A model that carries several plans is fitted to all of them at once, its gates to the active one. Blocks before the
+    first that leaves something out stay as they are.
 
     Args:
         dense: the model that it was converted from.
         sparse: converted, not trained.
-        tokens_PL, labels_P: calibration pyramids and their classes.
-        batch: pyramids per forward pass.
+        calibration: pyramids.
         ridge: pull towards the present weights.
         on_block: called after every block.
     """
-    transformer, differs = sparse.transformer, False
-    walk = _Walk(dense, transformer, tokens_PL, labels_P, batch)
-    for block, own in zip(dense.transformer.layers, transformer.sparse_layers, strict=True):
-        walk.advance_dense(block)
+    states, differs = _States(dense, sparse, calibration), False
+    for index, (block, own) in enumerate(zip(dense.transformer.blocks, sparse.transformer.blocks, strict=True)):
+        states.advance_dense(block)
+        sublayers = len(block.residuals(block.context(states.prepared[0])))
         if differs:
-            walk.fit_projection(own, ridge)
+            for layer in range(sublayers - 1):
+                states.fit(own, layer, ridge)
         differs = differs or not _whole(own)
         if differs:
-            start_gate(own, walk.record(own), walk.pyramid)
-            walk.fit_ffn(own, ridge)
-        walk.advance(own)
+            start_gate(own, states.record(index))
+            states.fit(own, sublayers - 1, ridge)
+        states.advance(own)
         release_pages(block.state_dict().values())
         on_block()
     if differs:
-        walk.fit_head(dense, transformer, ridge)
+        states.fit_head(dense, sparse, ridge)
 
 
-def _whole(block: SparseBlock) -> bool:
+def _whole(block: nn.Module) -> bool:
     """Whether every plan of the block runs all experts and computes all tokens at every scale."""
-    index, scales = block.index, range(len(block.config.sides))
+    ffn: ExpertFFN = inner(block).ffn
     return all(
-        not plan.block_gated(index) and all(plan.runs_all(index, scale) for scale in scales)
-        for plan in block.ffn.plans.values()
+        not plan.block_gated(ffn.index)
+        and all(plan.runs_all(ffn.index, scale) for scale in range(len(plan.blocks[ffn.index].keep)))
+        for plan in ffn.plans
     )

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from actvar_convert.conversion.activations import Wanted, record_blocks
+from actvar_convert.conversion.activations import Calibration, Wanted, record_blocks
 from actvar_convert.conversion.budget import (
     Choice,
     assemble_plan,
@@ -29,14 +29,13 @@ from actvar_convert.conversion.budget import (
 )
 from actvar_convert.conversion.clustering import Clustering
 from actvar_convert.conversion.experts import Partition
-from actvar_convert.conversion.fisher import BlockMetrics, output_metrics
+from actvar_convert.conversion.fisher import BlockMetrics, Measuring, output_metrics
 from actvar_convert.conversion.sensitivity import BlockSensitivity, expert_damage, gate_damage
 from actvar_convert.cost.macs import block_macs
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.var import FFN
+from actvar_convert.models.model import Model
 from actvar_convert.plan import SparsityPlan, kept_tokens
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.system.processes import ALONE, Processes
 from actvar_convert.system.device import autocast_dtype, release_pages
 
 TOKENS_PER_SCALE = 512
@@ -71,10 +70,9 @@ class Planned(NamedTuple):
 
 
 def plan_model(
-    model: VARModel,
+    model: Model,
     recipe: Recipe,
-    tokens_PL: Tensor,
-    labels_P: Tensor,
+    calibration: Calibration,
     *,
     metrics: Sequence[BlockMetrics] | None = None,
     on_step: Callable[[int], None] = lambda steps: None,
@@ -84,19 +82,18 @@ def plan_model(
     Args:
         model: the dense model.
         recipe: with its budget.
-        tokens_PL, labels_P: calibration pyramids [P, L] int64 and their classes; the search looks at the first
-            ``budget.pyramids``.
+        calibration: pyramids, of which the search looks at the first ``budget.pyramids``.
         metrics: what ``measure_metrics`` found for them; measured here where it is not given.
         on_step: told of steps done, ``search_steps`` in all, those of ``measure_metrics`` included.
 
     Raises:
         RecipeError: the budget is out of reach.
     """
-    config = model.transformer.config
+    config = model.config
     if not searches(recipe):
         plans, default = recipe_plans(config, recipe)
         return Planned(plans, default, None, {})
-    sensitivities = measure_sensitivity(model, recipe, tokens_PL, labels_P, metrics=metrics, on_step=on_step)
+    sensitivities = measure_sensitivity(model, recipe, calibration, metrics=metrics, on_step=on_step)
     wanted, default = targets(recipe)
     found = {name: search_plan(config, recipe, sensitivities, share) for name, share in wanted.items()}
     return Planned(
@@ -112,47 +109,31 @@ def searches(recipe: Recipe) -> bool:
     return not recipe.plans
 
 
-def search_steps(config: TransformerConfig, recipe: Recipe) -> int:
+def search_steps(config: Any, recipe: Recipe) -> int:
     """Steps that ``plan_model`` reports: pyramids, then blocks; 0 without a search."""
     return min(recipe.budget.pyramids, recipe.calibration.pyramids) + config.depth if searches(recipe) else 0
 
 
 def measure_metrics(
-    model: VARModel,
+    model: Model,
     recipe: Recipe,
-    tokens_PL: Tensor,
-    labels_P: Tensor,
+    calibration: Calibration,
     *,
     state: Path | None = None,
+    processes: Processes = ALONE,
     on_step: Callable[[int], None] = lambda steps: None,
-    rank: int = 0,
-    processes: int = 1,
-    total: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> list[BlockMetrics]:
-    """What errors in every block cost the predictions, on the pyramids that the search looks at; see
-    ``output_metrics`` for all arguments."""
-    metrics = output_metrics(
-        model,
-        tokens_PL[: recipe.budget.pyramids],
-        labels_P[: recipe.budget.pyramids],
-        batch=recipe.calibration.batch,
-        seed=recipe.seed,
-        autocast=autocast_dtype(recipe.dtype),
-        state=state,
-        on_batch=on_step,
-        rank=rank,
-        processes=processes,
-        total=total,
-    )
+    """What errors in every block cost the predictions, on the pyramids that the search looks at; see ``Measuring``."""
+    how = Measuring(recipe.seed, autocast_dtype(recipe.calibration.dtype), state, processes, on_step)
+    metrics = output_metrics(model, calibration.first(recipe.budget.pyramids), how)
     release_pages(model.transformer.state_dict().values())
     return metrics
 
 
 def measure_sensitivity(
-    model: VARModel,
+    model: Model,
     recipe: Recipe,
-    tokens_PL: Tensor,
-    labels_P: Tensor,
+    calibration: Calibration,
     *,
     metrics: Sequence[BlockMetrics] | None = None,
     clustering: Clustering | None = None,
@@ -163,11 +144,9 @@ def measure_sensitivity(
     ``clustering`` groups neurons in place of the recipe's method; see ``plan_model`` for the other arguments.
     """
     if metrics is None:
-        metrics = measure_metrics(model, recipe, tokens_PL, labels_P, on_step=on_step)
-    config, batch = model.transformer.config, recipe.calibration.batch
-    tokens_PL, labels_P = tokens_PL[: recipe.budget.pyramids], labels_P[: recipe.budget.pyramids]
-    pyramid, levels = config.pyramid, keep_levels(recipe)
-    scales = range(pyramid.num_scales)
+        metrics = measure_metrics(model, recipe, calibration, on_step=on_step)
+    config, schedule, levels = model.config, model.schedule, keep_levels(recipe)
+    scales = range(schedule.num_scales)
 
     def gates(block: int) -> dict[int, list[float]]:
         return {s: levels for s in scales if may_skip(config, recipe, s)}
@@ -176,16 +155,10 @@ def measure_sensitivity(
         return Wanted(frozenset(scales), 0 if gates(block) else None)
 
     found = []
+    looked_at = calibration.first(recipe.budget.pyramids)
     for block, record in record_blocks(
-        model,
-        tokens_PL,
-        labels_P,
-        wanted=wanted,
-        batch=batch,
-        tokens_per_scale=TOKENS_PER_SCALE,
-        seed=recipe.seed,
+        model, looked_at, wanted=wanted, tokens_per_scale=TOKENS_PER_SCALE, seed=recipe.seed
     ):
-        assert isinstance(block.ffn, FFN)
         own = metrics[record.index]
         partition, damage = expert_damage(
             block.ffn,
@@ -194,11 +167,11 @@ def measure_sensitivity(
             recipe.experts,
             scales=scales,
             prefix_share=recipe.budget.prefix_share,
-            pyramid=pyramid,
+            schedule=schedule,
             seed=recipe.seed,
             clustering=clustering,
         )
-        skipping = gate_damage(block, record, own.block, recipe.gate.rank, keeps=gates(record.index), pyramid=pyramid)
+        skipping = gate_damage(block, record, own.block, recipe.gate.rank, keeps=gates(record.index), schedule=schedule)
         found.append(BlockSensitivity(partition, damage, skipping))
         del record
         release_pages(block.state_dict().values())
@@ -213,7 +186,7 @@ def keep_levels(recipe: Recipe) -> list[float]:
 
 
 def search_plan(
-    config: TransformerConfig,
+    config: Any,
     recipe: Recipe,
     sensitivities: Sequence[BlockSensitivity],
     target: float,
@@ -261,7 +234,7 @@ def search_plan(
             below, low = rate, picks
     high = _give_back(low, high, cost, price, saves_enough)
     total = float(np.take_along_axis(cost, high[..., None], 2).sum())
-    return plan_of(high), total / config.pyramid.total
+    return plan_of(high), total / config.schedule.total
 
 
 def _offered(sensitivities: Sequence[BlockSensitivity]) -> list[Choice]:
@@ -271,13 +244,13 @@ def _offered(sensitivities: Sequence[BlockSensitivity]) -> list[Choice]:
 
 
 def _tables(
-    config: TransformerConfig,
+    config: Any,
     recipe: Recipe,
     sensitivities: Sequence[BlockSensitivity],
     settings: Sequence[Setting],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Damage and price [blocks, scales, settings]; an impossible setting has infinite damage."""
-    lengths = config.pyramid.lengths
+    lengths = config.schedule.lengths
     cost = np.full((config.depth, len(lengths), len(settings)), np.inf)
     for block, own in enumerate(sensitivities):
         for scale, length in enumerate(lengths):
@@ -293,7 +266,7 @@ def _tables(
     return cost, np.broadcast_to(price, cost.shape)
 
 
-def setting_price(config: TransformerConfig, recipe: Recipe, setting: Setting, scale: int) -> int:
+def setting_price(config: Any, recipe: Recipe, setting: Setting, scale: int) -> int:
     """Multiply-adds of one row in any block at one scale under a setting, the same at all scales."""
     plan = assemble_plan(config, recipe, lambda b, s: setting.choice, lambda b, s: setting.keep)
     return sum(block_macs(config, plan, 0, scale).values())

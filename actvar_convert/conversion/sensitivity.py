@@ -7,7 +7,7 @@ ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,9 @@ from actvar_convert.conversion.experts import Partition, partition_neurons, squa
 from actvar_convert.conversion.fisher import OutputMetric
 from actvar_convert.conversion.gates import fit_gate, previous_update
 from actvar_convert.conversion.least_squares import CHUNK, Moments
-from actvar_convert.models.config import TokenPyramid
+from actvar_convert.kernels.token_gate import take
+from actvar_convert.models.base import Call, Schedule
 from actvar_convert.models.gate import Reconstruction, TokenGate
-from actvar_convert.models.var import FFN, Block
 from actvar_convert.plan import kept_tokens
 from actvar_convert.recipe.schema import ExpertsRecipe
 
@@ -61,14 +61,14 @@ def choices(experts: int, prefix_share: float) -> Iterator[Choice]:
 
 @torch.no_grad()
 def expert_damage(
-    ffn: FFN,
+    ffn: Any,
     record: BlockRecord,
     metric: OutputMetric,
     recipe: ExpertsRecipe,
     *,
     scales: Sequence[int],
     prefix_share: float,
-    pyramid: TokenPyramid,
+    schedule: Schedule,
     seed: int,
     clustering: Clustering | None = None,
 ) -> tuple[Partition, dict[int, dict[Choice, float]]]:
@@ -95,7 +95,7 @@ def expert_damage(
     measured, tried = w2.float() @ metric.root, list(choices(experts, prefix_share))
     damage: dict[int, dict[Choice, float]] = {}
     for scale in scales:
-        length = pyramid.lengths[scale]
+        length = schedule.lengths[scale]
         x = record.ffn_input[scale][: max(TOKENS, length) // length * length]
         score = F.linear(x, weight, bias)
         outputs = torch.einsum("ten,enc->tec", hidden(x).float(), measured)
@@ -107,13 +107,13 @@ def expert_damage(
 
 @torch.no_grad()
 def gate_damage(
-    block: Block,
+    block: Any,
     record: BlockRecord,
     metric: OutputMetric,
     rank: int,
     *,
     keeps: Mapping[int, Sequence[float]],
-    pyramid: TokenPyramid,
+    schedule: Schedule,
 ) -> dict[int, dict[float, float]]:
     """The damage of skipping tokens by scale and keep ratio, with gate and reconstruction as the conversion fits them.
 
@@ -126,28 +126,28 @@ def gate_damage(
         metric: at the block's output.
         rank: of the reconstruction.
         keeps: keep ratios to try at each scale; empty: nothing is fitted.
-        pyramid: of the model.
+        schedule: of the model.
     """
     if not keeps:
         return {}
     like = record.states[0].after
     width = like.shape[-1]
     gate = TokenGate(width).to(like)
-    reconstruction = Reconstruction(width, pyramid.num_scales, rank).to(like)
-    fit_gate(gate, reconstruction, record, pyramid, list(keeps))
+    reconstruction = Reconstruction(width, schedule.num_scales, rank).to(like)
+    fit_gate(gate, reconstruction, record, schedule, list(keeps))
     damage = {}
     for scale, ratios in keeps.items():
-        length = pyramid.lengths[scale]
+        length = schedule.lengths[scale]
         lost = like.new_zeros(length, dtype=torch.float64)
         context = [0.0] * len(ratios)
         pyramids = 0
         for states in record.states:
-            before, after = states.at(pyramid.slice(scale))
-            missing = after - reconstruction(before, previous_update(states, pyramid, scale), scale)
+            before, after = states.at(schedule.slice(scale))
+            missing = after - reconstruction(before, previous_update(states, schedule, scale), scale)
             error_BL = (missing.float() @ metric.root).square().sum(-1)
             order_BL = gate(before).argsort(dim=1, descending=True, stable=True)
             lost += error_BL.gather(1, order_BL).sum(0, dtype=torch.float64)
-            missed = _missed_context(block, states, order_BL, ratios, metric, scale, pyramid)
+            missed = _missed_context(block, record.call, states, order_BL, ratios, metric, scale)
             context = [sum(pair) for pair in zip(context, missed, strict=True)]
             pyramids += len(before)
         after_first = 0.5 * float(metric.scales[scale]) / pyramids * lost.flip(0).cumsum(0).flip(0)
@@ -160,13 +160,13 @@ def gate_damage(
 
 
 def _missed_context(
-    block: Block,
+    block: Any,
+    call: Call,
     states: States,
     order_BL: Tensor,
     ratios: Sequence[float],
     metric: OutputMetric,
     scale: int,
-    pyramid: TokenPyramid,
 ) -> list[float]:
     """Nats of KL, summed over a batch, for attention without the keys and values of the tokens that a scale skips.
 
@@ -177,30 +177,24 @@ def _missed_context(
         order_BL: tokens of the scale, the first to keep first.
         ratios: shares of them that are computed, each of which gets a figure.
     """
-    assert states.modulation is not None and states.begin == 0
-    begin, length = pyramid.begins[scale], pyramid.lengths[scale]
-    gate1, _, scale1, _, shift1, _ = states.modulation.unbind(1)
-    q, k, v = block.attn.query_key_value(block.norm(states.before, scale1, shift1))
-    q = q[:, :, begin:]
-    level = torch.repeat_interleave(
-        torch.arange(pyramid.num_scales, device=q.device), torch.tensor(pyramid.lengths, device=q.device)
-    )
-    everything = level[begin:].unsqueeze(1) >= level.unsqueeze(0)
-    whole = block.attn.attend(q, k, v, everything)
-    weight = metric.scales[level[begin:]]
-    rows = torch.arange(len(q), device=q.device).unsqueeze(1)
+    assert states.begin == 0
+    x, context, lengths = states.before, states.context, call.span.counts
+    begin, length = sum(lengths[:scale]), lengths[scale]
+    whole = block.attend(x, context, call)
+    place = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    earlier, later = place[:, :begin], place[:, begin + length :]
+    weight_L = metric.scales.repeat_interleave(torch.tensor(lengths, device=x.device))
     found = []
     for keep in ratios:
-        skipped_BM = order_BL[:, kept_tokens(keep, length) :]
-        if not skipped_BM.shape[1]:
+        count = kept_tokens(keep, length)
+        if count == length:
             found.append(0.0)
             continue
-        seen = everything.repeat(len(q), 1, 1)
-        seen.transpose(1, 2)[rows, begin + skipped_BM] = False
-        missed = (block.attn.attend(q, k, v, seen.unsqueeze(1)) - whole) * gate1.unsqueeze(1)
-        error_BL = (missed.float() @ metric.root).square().sum(-1) * weight
-        error_BL[rows, skipped_BM] = 0.0
-        found.append(0.5 * float(error_BL.sum(dtype=torch.float64)))
+        rows = torch.cat((earlier, begin + order_BL[:, :count].sort(dim=1).values, later), dim=1)
+        counts = (*lengths[:scale], count, *lengths[scale + 1 :])
+        missed = (block.attend(take(x, rows), context, call.of(rows, counts)) - take(whole, rows))[:, begin:]
+        error_BK = (missed.float() @ metric.root).square().sum(-1) * weight_L[rows[:, begin:]]
+        found.append(0.5 * float(error_BK.sum(dtype=torch.float64)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""A model in another number format."""
+"""A model in another dtype."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.system.device import release_pages
 
 _LARGE = 1 << 22
 """Bytes from which on the pages of a tensor that was read from a mapped file are worth handing back at once."""
 
 
-def cast(model: VARModel, dtype: torch.dtype, *, decoder: torch.dtype = torch.float32) -> VARModel:
-    """The model as ``load`` gives it in another precision, tokenizer in fp32: a copy, or itself if nothing changes.
+def cast(model: Model, dtype: torch.dtype, *, decoder: torch.dtype = torch.float32) -> Model:
+    """The model as ``load`` gives it in another dtype, tokenizer in fp32: a copy, or itself if nothing changes.
 
-    What stays in its format is shared with the model, not copied. One tensor after another is converted, so the copy
+    What keeps its dtype is shared with the model, not copied. One tensor after another is converted, so the copy
     takes no more memory than it holds in the end.
 
     Args:
@@ -27,13 +27,14 @@ def cast(model: VARModel, dtype: torch.dtype, *, decoder: torch.dtype = torch.fl
         decoder: of the tokenizer's decoder and the convolution before it. The quantizer stays in fp32, so the tokens
             do not depend on it.
     """
-    tokenizer = model.tokenizer
-    parts = [(model.transformer, dtype), (tokenizer.decoder, decoder), (tokenizer.post_quant_conv, decoder)]
-    parts += [(part, torch.float32) for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize)]
+    parts = [(model.transformer, dtype), *((part, decoder) for part in model.tokenizer.decoder_parts)]
+    parts.append((model.tokenizer, torch.float32))
     made: dict[int, Tensor] = {}
     changed = False
     for part, of in parts:
         for tensor in chain(part.parameters(), part.buffers()):
+            if id(tensor) in made:
+                continue
             converted = tensor.detach().to(of) if tensor.is_floating_point() else tensor
             if converted.dtype != tensor.dtype:
                 changed = True

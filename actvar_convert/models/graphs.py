@@ -2,7 +2,7 @@
 
 A batch is some thousand small kernels; started one by one from Python they cost more than they compute. A graph starts
 all kernels of a scale in one call. Its shapes, addresses and Python branches are those of the recording, so a recording
-serves one number of images, one sampling, one plan, one number format and one set of weights in memory.
+serves one number of images, one sampling, one plan, one dtype and one set of weights in memory.
 
 Between two replays only the random numbers of the next scale are drawn; nothing waits for the device.
 
@@ -13,18 +13,22 @@ Shapes: B images, L_s tokens of scale s, V codebook size.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.generation import Generation
-from actvar_convert.models.sampling import Noise, Sampling
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.sampling import Noise
+
+if TYPE_CHECKING:
+    from actvar_convert.models.model import Model
 
 RECORDINGS_KEPT = 2
 """Recordings that a model keeps, the last used ones: the pieces of a large batch and their smaller remainder.
@@ -37,21 +41,21 @@ class RecordedGeneration:
     """Graphs for one number of images.
 
     Args:
-        transformer, tokenizer: on one CUDA device.
-        images: B.
-        sampling: how tokens are drawn.
+        model: on one CUDA device.
+        condition: of B images, such as those to come; a copy of it is what graphs read.
+        sampling: how tokens are sampled.
 
     Raises:
-        InputError: a step of this plan or number format waits for the device, so it cannot be recorded.
+        InputError: a step of this plan or dtype waits for the device, so it cannot be recorded.
     """
 
-    def __init__(self, transformer: VARTransformer, tokenizer: VQVAE, images: int, sampling: Sampling) -> None:
-        self._transformer, self._tokenizer, self._sampling = transformer, tokenizer, sampling
-        self._device = transformer.pos_start.device
-        pyramid, vocab = transformer.config.pyramid, transformer.config.vocab
-        self._labels = torch.zeros(images, dtype=torch.int64, device=self._device)
-        drawn = torch.ones(images * max(pyramid.lengths) * vocab, device=self._device)
-        self._noise = [drawn[: images * length * vocab].view(images, length, vocab) for length in pyramid.lengths]
+    def __init__(self, model: Model, condition: Any, sampling: Sampling) -> None:
+        self._model, self._sampling, self._device = model, sampling, model.device
+        schedule, outcomes = model.schedule, model.alphabet.outcomes
+        images, size = len(condition), math.prod(outcomes)
+        self._condition = condition.to(self._device).rows(torch.arange(images, device=self._device))
+        drawn = torch.ones(images * max(schedule.lengths) * size, device=self._device)
+        self._noise = [drawn[: images * length * size].view(images, length, *outcomes) for length in schedule.lengths]
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._tokens: list[Tensor] = []
         self._decoder: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
@@ -61,31 +65,35 @@ class RecordedGeneration:
             self._warm_up(self._tokens_as_written)
             self._record_scales()
 
-    def tokens(self, labels_B: Tensor, noise: Noise, rows: slice) -> list[Tensor]:
-        """Tokens [B, L_s] of every scale for some rows of a chunk; the next call overwrites them."""
+    def tokens(self, condition: Any, noise: Noise, rows: slice) -> Tensor:
+        """Pyramids [B, L, ...] of some rows of a chunk; ``images`` shows them until the next call."""
+        outcomes = self._model.alphabet.outcomes
         with torch.cuda.device(self._device):
-            self._labels.copy_(labels_B)
+            self._condition.copy_(condition)
             for scale, graph in enumerate(self._graphs):
                 own = self._noise[scale]
-                own.copy_(noise.exponential(scale, *own.shape[1:])[rows])
+                own.copy_(noise.exponential(scale, own.shape[1], outcomes)[rows])
                 graph.replay()
-        return self._tokens
+        return torch.cat(self._tokens, dim=1)
 
     def images(self) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, of the tokens just drawn; the next call overwrites them."""
         with torch.cuda.device(self._device):
             if self._decoder is None:
-                self._warm_up(lambda: self._tokenizer.images(self._tokens))
+                self._warm_up(self._decoded)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                    images = self._tokenizer.images(self._tokens)
+                    images = self._decoded()
                 self._decoder = graph, images
             graph, images = self._decoder
             graph.replay()
         return images
 
+    def _decoded(self) -> Tensor:
+        return self._model.decoded(torch.cat(self._tokens, dim=1))
+
     def _start(self) -> Generation:
-        return Generation(self._transformer, self._tokenizer.quantize, self._labels, self._sampling)
+        return Generation(self._model, self._condition, self._sampling)
 
     def _tokens_as_written(self) -> list[Tensor]:
         under_way = self._start()
@@ -121,24 +129,22 @@ class Recordings:
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, RecordedGeneration] = OrderedDict()
 
-    def of(
-        self, transformer: VARTransformer, tokenizer: VQVAE, images: int, sampling: Sampling, plan: Hashable
-    ) -> RecordedGeneration:
-        """The recording for these settings, made now if there is none.
+    def of(self, model: Model, condition: Any, sampling: Sampling) -> RecordedGeneration:
+        """The recording for these settings and so many images, made now if there is none.
 
         Raises:
             InputError: they cannot be recorded here.
         """
-        problems = recording_problems(transformer)
+        problems = recording_problems(model.device)
         if problems:
             raise InputError("compile=True cannot be used here; leave it out", problems)
-        formats = transformer.pos_start.dtype, tokenizer.quantize.embedding.weight.dtype, tokenizer.decoder_dtype
-        key = (images, sampling, plan, formats, tuple(_places(transformer)), tuple(_places(tokenizer)))
+        dtypes = tuple({tensor.dtype: None for tensor in model.parameters()})
+        key = (len(condition), sampling, model.plan_key, dtypes, tuple(_places(model)))
         known = self._kept.pop(key, None)
         if known is None:
             while len(self._kept) >= RECORDINGS_KEPT:
                 self._kept.popitem(last=False)
-            known = RecordedGeneration(transformer, tokenizer, images, sampling)
+            known = RecordedGeneration(model, condition, sampling)
         self._kept[key] = known
         return known
 
@@ -150,14 +156,13 @@ class Recordings:
         return Recordings, ()
 
 
-def recording_problems(transformer: VARTransformer) -> list[str]:
+def recording_problems(device: torch.device) -> list[str]:
     """Why generation cannot be recorded as CUDA graphs, as far as that is known before trying."""
-    device = transformer.pos_start.device
     problems = []
     if device.type != "cuda":
         problems.append(f"it records CUDA graphs, and the model is on {device}")
     if torch.is_autocast_enabled(device.type):
-        problems.append("autocast is in force, whose copies of weights do not last; cast the model itself")
+        problems.append("autocast is on, whose copies of weights do not last; cast the model itself")
     return problems
 
 
@@ -182,8 +187,8 @@ def _no_waiting() -> Iterator[None]:
         if "synchronizing" not in str(error):
             raise
         raise InputError(
-            "compile=True cannot be used with this plan and number format: a step waits for the device "
-            "(experts are computed one by one); leave it out"
+            "compile=True cannot be used with this plan and dtype: a step waits for the device, which computes experts "
+            "one by one; leave it out"
         ) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)

@@ -1,23 +1,25 @@
-"""VARModel: tokenizer and transformer as one object that generates images, dense or sparse."""
+"""Model: tokenizer and backbone as one object that generates images, dense or sparse, of any family.
+
+Shapes: B images, L tokens, z channels of an input, V logits of a token.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from actvar_convert.errors import InputError
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.base import Alphabet, Call, Family, Guidance, Sampling, Schedule, guided
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import Recordings
-from actvar_convert.models.sampling import Noise, Sampling, chunk_seed, guided
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.sampling import Noise, chunk_seed
+from actvar_convert.plan import Plans, SparsityPlan
 
-__all__ = ["GENERATION_BYTES", "NoiseSource", "Sampling", "VARModel", "chunk_seed", "images_at_once"]
+__all__ = ["GENERATION_BYTES", "Model", "NoiseSource", "Sampling", "chunk_seed", "generation_bytes"]
 
 NoiseSource = Literal["device", "cpu"]
 """Which generator draws: that of the device the model is on, as in the reference implementation, or the CPU's."""
@@ -26,8 +28,8 @@ GENERATION_BYTES = {"cpu": 2 * 2**30, "cuda": 32 * 2**30}
 """Memory that the images under way at once may take, by kind of device; larger chunks are cut into pieces.
 
 On a GPU at most a third of its memory. Beside it there are the weights, the images made so far (12 H W bytes each), the
-random numbers of a chunk (4 L_s V bytes per image at the largest scale; for a chunk in pieces those of all scales,
-4 L V), and with ``compile=True`` once more as much for a second recording.
+random numbers of a chunk (4 bytes an outcome of every token at the largest scale; for a chunk in pieces of all scales),
+and with ``compile=True`` once more as much for a second recording.
 """
 
 
@@ -41,91 +43,150 @@ def generation_bytes(device: str | torch.device) -> int:
 
 
 def images_at_once(
-    config: TransformerConfig, tokenizer: TokenizerConfig, itemsize: int, device: str | torch.device, rows: int = 2
+    family: Family, config: Any, tokenizer: Any, itemsize: int, device: str | torch.device, rows: int = 2
 ) -> int:
-    """Images that ``GENERATION_BYTES`` holds at once on a device (cpu, cuda), at least one.
-
-    An image of R ``rows`` (two with guidance, one where that is folded in) costs 2 R D L C numbers of ``itemsize``
-    bytes for its keys and values. To these come, at the largest scale, the hidden states of a block, R L_s (2 H + 8 C)
-    numbers, and the logits with what guidance, filters and drawing make of them, (12 R + 16) L_s V bytes. Afterwards
-    the decoder takes six of its widest maps, in fp32.
-    """
-    largest = max(config.pyramid.lengths)
-    cache = 2 * rows * config.depth * config.pyramid.total * config.width * itemsize
-    states = rows * largest * (2 * config.hidden + 8 * config.width) * itemsize
-    states += (12 * rows + 16) * largest * config.vocab
-    maps = 6 * tokenizer.image_size**2 * tokenizer.ch * max(tokenizer.ch_mult[:2]) * 4
-    return max(1, generation_bytes(device) // max(cache + states, maps))
+    """Images of ``rows`` rows that ``GENERATION_BYTES`` holds at once on a device (cpu, cuda), at least one."""
+    return max(1, generation_bytes(device) // family.image_bytes(config, tokenizer, itemsize, rows))
 
 
-def guided_logits(
-    model: VARModel, labels_B: Tensor, inputs_BLz: Tensor, conditional_BLV: Tensor | None = None
-) -> Tensor:
-    """Predictions [B, L, V] under teacher forcing, guided as the model samples by default.
+class _Draws(NamedTuple):
+    """Where the random numbers of a call come from; see ``Model.generate``."""
 
-    Args:
-        model: dense, or with paired guidance.
-        labels_B, inputs_BLz: see ``VARTransformer.forward``.
-        conditional_BLV: the predictions with the class, where they are known.
-    """
-    transformer = model.transformer
-    conditional = transformer(labels_B, inputs_BLz) if conditional_BLV is None else conditional_BLV
-    unconditional = transformer(torch.full_like(labels_B, transformer.null_class), inputs_BLz)
-    return guided_as_sampled(model, torch.cat((conditional, unconditional)))
+    seed: int
+    chunk: int
+    at_once: int | None
+    device: torch.device
 
 
-def guided_as_sampled(model: VARModel, logits_2BLV: Tensor, sampling: Sampling | None = None) -> Tensor:
-    """Predictions [B, L, V] guided as in sampling, from those with and then those without the class.
-
-    Args:
-        model: whose scales they are of.
-        logits_2BLV: B rows with the class, then the same without.
-        sampling: that gives the strength; by default the model's own.
-    """
-    sampling = sampling or model.sampling
-    pyramid = model.transformer.config.pyramid
-    strengths = torch.tensor([sampling.strength(scale, pyramid.num_scales) for scale in range(pyramid.num_scales)])
-    strength = strengths.repeat_interleave(torch.tensor(pyramid.lengths)).unsqueeze(-1)
-    return guided(logits_2BLV, strength.to(logits_2BLV.device))
-
-
-class VARModel(nn.Module):
-    """A tokenizer and a transformer that fit each other.
+class Model(nn.Module):
+    """A tokenizer and a backbone that fit each other.
 
     Attributes:
+        family: what kind of generator it is.
+        plans: what a sparse model can run; None: the model is dense.
         sampling: the sampling that the model was measured with; what ``generate`` uses unless told otherwise.
-        origin: where the weights come from (name, path, vae, revision), as far as known, and the heads, sides and
-            residual_ratio that were given where the files do not tell; empty for a model that was made in memory.
+        origin: where the weights come from (name, path, vae, revision), as far as known, and the shape that was given
+            if the files do not tell; empty for a model that was made in memory.
         recordings: the CUDA graphs of ``generate(..., compile=True)``; ``recordings.clear()`` frees their memory.
     """
 
-    transformer: VARTransformer
-    tokenizer: VQVAE
+    transformer: Any
+    tokenizer: Any
 
-    def __init__(self, transformer: VARTransformer, tokenizer: VQVAE, sampling: Sampling | None = None) -> None:
+    def __init__(
+        self,
+        family: Family,
+        transformer: nn.Module,
+        tokenizer: nn.Module,
+        sampling: Sampling | None = None,
+        plans: Plans | None = None,
+    ) -> None:
         super().__init__()
-        self.transformer = transformer
-        self.tokenizer = tokenizer
+        self.family, self.plans = family, plans
+        self.transformer, self.tokenizer = transformer, tokenizer
         self.sampling = sampling or Sampling()
         self.origin: dict[str, str] = {}
         self.recordings = Recordings()
 
     @property
+    def config(self) -> Any:
+        """Shape of the backbone."""
+        return self.transformer.config
+
+    @property
+    def schedule(self) -> Schedule:
+        """The token maps of an image."""
+        schedule: Schedule = self.config.schedule
+        return schedule
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """What a token is."""
+        return self.family.alphabet(self.config)
+
+    @property
     def is_sparse(self) -> bool:
-        return False
+        return self.plans is not None
+
+    @property
+    def plan(self) -> SparsityPlan:
+        """The plan that a sparse model runs."""
+        assert self.plans is not None
+        return self.plans.current
+
+    @property
+    def folded(self) -> bool:
+        """Whether guidance is part of the predictions, so that an image takes one row."""
+        return self.plans is not None and self.plan.guidance == "folded"
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.pos_start.device
+        device: torch.device = next(self.transformer.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.pos_start.dtype
+        dtype: torch.dtype = next(self.transformer.parameters()).dtype
+        return dtype
+
+    def use_plan(self, name: str) -> None:
+        """Switches to another of the model's plans; nothing is copied or retrained.
+
+        Raises:
+            InputError: there is no such plan.
+        """
+        named = {} if self.plans is None else self.plans.named
+        if self.plans is None or name not in named:
+            raise InputError(f"no plan {name!r} in this model; it has {', '.join(sorted(named)) or 'none'}")
+        self.plans.name = name
+
+    def guidance(self, sampling: Sampling | None = None) -> Guidance:
+        """Guidance as the model samples, by default as it was measured."""
+        return self.family.guidance(self.config, sampling or self.sampling, folded=self.folded)
+
+    def start(self, condition: Any, inputs_BLz: Tensor) -> tuple[Tensor, Any, Call]:
+        """States before the first block under teacher forcing, the prepared condition, and the call of the blocks."""
+        backbone, schedule = self.transformer, self.schedule
+        prepared = backbone.prepare(condition)
+        x = backbone.states(prepared, inputs_BLz, schedule)
+        span = schedule.span(schedule.scales_in(x.shape[1]))
+        return x, prepared, Call(span, backbone.table(schedule, 0, x.shape[1]))
+
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """Inputs [B, L - L_0, z] of pyramids [B, L, ...]; of their first scales, up to the scale after those."""
+        schedule, f_hat = self.schedule, None
+        found: list[Tensor] = []
+        scales = self.split(tokens)
+        for scale, own in enumerate(scales[: schedule.num_scales - 1]):
+            f_hat = self.tokenizer.accumulate(f_hat, own, scale, schedule)
+            found.append(self.tokenizer.next_input(f_hat, scale + 1, schedule))
+        if not found:
+            nothing = self.tokenizer.accumulate(None, scales[0], 0, schedule)
+            found = [self.tokenizer.next_input(nothing, 0, schedule)[:, :0]]
+        return torch.cat(found, dim=1)
+
+    def guided_logits(self, condition: Any, inputs_BLz: Tensor, conditional_BLV: Tensor | None = None) -> Tensor:
+        """Predictions [B, L, V] under teacher forcing, guided as the model samples by default.
+
+        Args:
+            condition, inputs_BLz: of B images; the model is dense, or its guidance is paired.
+            conditional_BLV: the predictions with the condition, if they are known.
+        """
+        conditional = self.transformer(condition, inputs_BLz) if conditional_BLV is None else conditional_BLV
+        return self.guided(torch.cat((conditional, self.transformer(condition.null(), inputs_BLz))))
+
+    def guided(self, logits_2BLV: Tensor, sampling: Sampling | None = None) -> Tensor:
+        """Predictions [B, L, V] guided as in sampling, from B rows with the condition and then the same without."""
+        schedule, guidance = self.schedule, self.family.guidance(self.config, sampling or self.sampling, folded=False)
+        scales = schedule.scales_in(logits_2BLV.shape[1])
+        strengths = torch.tensor(guidance.strengths[:scales])
+        strength = strengths.repeat_interleave(torch.tensor(schedule.lengths[:scales])).unsqueeze(-1)
+        return guided(logits_2BLV, strength.to(logits_2BLV.device))
 
     @torch.inference_mode()
     def generate(
         self,
-        labels: Tensor | Sequence[int],
+        condition: Any,
         *,
         cfg: float | None = None,
         top_k: int | None = None,
@@ -137,35 +198,36 @@ class VARModel(nn.Module):
         noise: NoiseSource = "device",
         on_images: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
-        """Images of the given classes.
+        """Images of the given classes, or of whatever the family is conditioned on.
 
         Args:
-            labels: class indices [B]; ``classes`` (or -1) for no class.
-            cfg, top_k, top_p: see Sampling; the model's own values by default. cfg is fixed where guidance is folded.
+            condition: VAR: class indices [B]; ``classes`` (or -1) for no class.
+            cfg, top_k, top_p: see Sampling; the model's own values by default. cfg is fixed if guidance is folded.
             seed: every chunk draws from a generator of its own derived from it.
-            chunk: images that draw together. Part of the contract: equal (labels, seed, chunk, dtype, machine, noise)
-                give equal images.
+            chunk: images that draw together. Part of the contract: equal (condition, seed, chunk, dtype, machine,
+                noise) give equal images.
             at_once: images of a chunk that are under way at the same time, for memory; by default as many as
                 ``images_at_once`` says. Draws do not depend on it.
             compile: replay CUDA graphs, which the first call for a number of images records (seconds); the same images
                 up to rounding. For models on a GPU.
             noise: ``device`` draws on the GPU that the model is on, as the reference implementation does: at once, but
                 other kinds of GPU draw other numbers. ``cpu`` draws what a CPU draws, so that a seed means the same
-                image everywhere up to rounding: 20 ns a number, of which an image takes L V. On a CPU both are one.
-            on_images: called with the number of images that are ready anew: chunk by chunk, or piece by piece where
+                image everywhere up to rounding: 20 ns a number, one for every outcome of a token. On a CPU both are
+                one.
+            on_images: called with the number of images that are ready anew: chunk by chunk, or piece by piece if
                 memory cuts a chunk.
 
         Returns:
             images [B, 3, H, W] in [0, 1], fp32, on the model's device.
 
         Raises:
-            InputError: a label outside the classes, a value that makes no sense, or ``compile`` where there are no
-                CUDA graphs, or for a plan that they cannot hold.
+            InputError: a condition or a value that makes no sense, or ``compile`` if there are no CUDA graphs, or for a
+                plan that they cannot hold.
         """
-        given = self._labels(labels)
+        given = self.family.condition(self.config, condition).to(self.device)
         images, done = self._no_images(len(given)), 0
-        pieces = self._pieces(given, self._sampling(cfg, top_k, top_p), seed, chunk, at_once, compile, noise, True)
-        for piece in pieces:
+        draws = _Draws(seed, chunk, at_once, self._noise_device(noise))
+        for piece in self._pieces(given, self._sampling(cfg, top_k, top_p), draws, compile, decoded=True):
             images[done : done + len(piece)] = piece
             done += len(piece)
             on_images(len(piece))
@@ -174,7 +236,7 @@ class VARModel(nn.Module):
     @torch.inference_mode()
     def generate_tokens(
         self,
-        labels: Tensor | Sequence[int],
+        condition: Any,
         *,
         cfg: float | None = None,
         top_k: int | None = None,
@@ -185,43 +247,42 @@ class VARModel(nn.Module):
         compile: bool = False,
         noise: NoiseSource = "device",
     ) -> Tensor:
-        """Token pyramids [B, L] int64 of the given classes, all scales in one row; arguments as in ``generate``."""
-        given = self._labels(labels)
-        pieces = self._pieces(given, self._sampling(cfg, top_k, top_p), seed, chunk, at_once, compile, noise, False)
-        none = torch.zeros(0, self.transformer.config.pyramid.total, dtype=torch.int64, device=self.device)
+        """Token pyramids [B, L, ...] int64, all scales in one row; arguments as in ``generate``."""
+        given = self.family.condition(self.config, condition).to(self.device)
+        draws = _Draws(seed, chunk, at_once, self._noise_device(noise))
+        pieces = self._pieces(given, self._sampling(cfg, top_k, top_p), draws, compile, decoded=False)
+        none = torch.zeros(0, self.schedule.total, *self.alphabet.outcomes[:-1], dtype=torch.int64, device=self.device)
         return torch.cat([none, *pieces])
 
     def images_at_once(self) -> int:
         """Images that generation and decoding keep under way at once: those that ``GENERATION_BYTES`` holds."""
-        transformer, itemsize = self.transformer, self.dtype.itemsize
-        rows = transformer.rows_per_image
-        return images_at_once(transformer.config, self.tokenizer.config, itemsize, self.device, rows)
+        rows = self.guidance().rows
+        return images_at_once(self.family, self.config, self.tokenizer.config, self.dtype.itemsize, self.device, rows)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor | Sequence[Tensor]) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], fp32, of pyramids [B, L], or of the tokens [B, L_s] of every scale.
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], fp32, of pyramids [B, L, ...]; as many at a time as memory is meant for."""
+        images, limit = self._no_images(len(tokens)), self.images_at_once()
+        for begin in range(0, len(tokens), limit):
+            images[begin : begin + limit] = self.decoded(tokens[begin : begin + limit])
+        return images
 
-        As many at a time as memory is meant for.
-        """
-        scales = self.split(tokens) if isinstance(tokens, Tensor) else tokens
-        images, limit = self._no_images(len(scales[0])), self.images_at_once()
-        for begin in range(0, len(images), limit):
-            rows = slice(begin, begin + limit)
-            images[rows] = self.tokenizer.images([index[rows] for index in scales])
+    def decoded(self, tokens: Tensor) -> Tensor:
+        """The same, all at once."""
+        f_hat: Tensor | None = None
+        for scale, own in enumerate(self.split(tokens)):
+            f_hat = self.tokenizer.accumulate(f_hat, own, scale, self.schedule)
+        images: Tensor = self.tokenizer.images(f_hat)
         return images
 
     def _no_images(self, count: int) -> Tensor:
         """Room for images [count, 3, H, W], fp32."""
-        side = self.tokenizer.config.image_size
-        return torch.empty(count, 3, side, side, device=self.device)
+        return torch.empty(count, 3, *self.tokenizer.image_size(self.schedule), device=self.device)
 
-    def split(self, tokens_BL: Tensor) -> list[Tensor]:
-        """The tokens [B, L_s] of every scale of pyramids [B, L]."""
-        return list(torch.split(tokens_BL, list(self.transformer.config.pyramid.lengths), dim=1))
-
-    def teacher_forcing_input(self, tokens_BL: Tensor) -> Tensor:
-        """Transformer inputs [B, L - L_0, z] of pyramids [B, L]."""
-        return self.tokenizer.quantize.teacher_forcing_input(self.split(tokens_BL))
+    def split(self, tokens: Tensor) -> list[Tensor]:
+        """The tokens [B, L_s, ...] of every scale of pyramids [B, L, ...], or of their first scales."""
+        schedule = self.schedule
+        return list(torch.split(tokens, list(schedule.lengths[: schedule.scales_in(tokens.shape[1])]), dim=1))
 
     def _sampling(self, cfg: float | None, top_k: int | None, top_p: float | None) -> Sampling:
         chosen = Sampling(
@@ -229,7 +290,7 @@ class VARModel(nn.Module):
             self.sampling.top_k if top_k is None else top_k,
             self.sampling.top_p if top_p is None else top_p,
         )
-        if self.transformer.rows_per_image == 1 and chosen.cfg != self.sampling.cfg:
+        if self.folded and chosen.cfg != self.sampling.cfg:
             raise InputError(
                 f"guidance of strength {self.sampling.cfg:g} is folded into this model's predictions, so cfg "
                 f"{chosen.cfg:g} is out of reach; leave cfg out, or convert with budget.guidance paired"
@@ -240,64 +301,50 @@ class VARModel(nn.Module):
             raise InputError(f"top_k must be at least 0 and top_p within 0 to 1, got {chosen.top_k} and {chosen.top_p}")
         return chosen
 
-    def _labels(self, labels: Tensor | Sequence[int]) -> Tensor:
-        """Class indices [B] on the model's device; what is on the CPU is checked there, without waiting for a GPU."""
-        null = self.transformer.null_class
-        try:
-            given = torch.as_tensor(labels, dtype=torch.int64).flatten()
-        except (OverflowError, ValueError, RuntimeError) as error:
-            raise InputError(f"labels must be whole numbers within 0 to {null - 1}, or -1 for no class") from error
-        given = torch.where(given == -1, null, given)
-        if len(given) and (int(given.min()) < 0 or int(given.max()) > null):
-            raise InputError(f"labels must be within 0 to {null - 1}, or -1 for no class")
-        return given.to(self.device)
-
     def _noise_device(self, source: NoiseSource) -> torch.device:
         if source not in ("device", "cpu"):
             raise InputError(f"noise {source!r} is unknown; give device or cpu")
         return self.device if source == "device" and self.device.type == "cuda" else torch.device("cpu")
 
     def _pieces(
-        self,
-        labels_B: Tensor,
-        sampling: Sampling,
-        seed: int,
-        chunk: int,
-        at_once: int | None,
-        compile: bool,
-        source: NoiseSource,
-        decoded: bool,
+        self, condition: Any, sampling: Sampling, draws: _Draws, compile: bool, *, decoded: bool
     ) -> Iterator[Tensor]:
-        """Pyramids [b, L], or decoded images [b, 3, H, W], of as many images at a time as memory is meant for; a piece
-        may be overwritten by the next."""
-        limit = self.images_at_once() if at_once is None else at_once
+        """Pyramids [b, L, ...], or decoded images [b, 3, H, W], of as many images at a time as memory is meant for; a
+        piece may be overwritten by the next."""
+        limit, chunk = self.images_at_once() if draws.at_once is None else draws.at_once, draws.chunk
         if chunk < 1 or limit < 1:
             raise InputError(f"chunk and at_once must be at least 1, got {chunk} and {limit}")
-        device = self._noise_device(source)
-        for index, chunk_labels in enumerate(torch.split(labels_B, chunk) if len(labels_B) else ()):
-            count = len(chunk_labels)
-            noise = Noise(chunk_seed(seed, index), count, keep=count > limit, device=device)
-            for begin in range(0, count, limit):
-                rows = slice(begin, begin + limit)
-                own = chunk_labels[rows]
+        for index, begin in enumerate(range(0, len(condition), chunk)):
+            own = condition.rows(slice(begin, begin + chunk))
+            noise = Noise(chunk_seed(draws.seed, index), len(own), keep=len(own) > limit, device=draws.device)
+            for first in range(0, len(own), limit):
+                rows = slice(first, first + limit)
+                part = own.rows(rows)
                 if compile:
-                    recorded = self.recordings.of(self.transformer, self.tokenizer, len(own), sampling, self._plan_key)
-                    tokens = recorded.tokens(own, noise, rows)
-                    yield recorded.images() if decoded else torch.cat(tokens, dim=1)
+                    recorded = self.recordings.of(self, part, sampling)
+                    tokens = recorded.tokens(part, noise, rows)
+                    yield recorded.images() if decoded else tokens
                 else:
-                    tokens = self._sample(own, sampling, noise, rows)
-                    yield self.decode(tokens) if decoded else torch.cat(tokens, dim=1)
+                    tokens = self._sample(part, sampling, noise, rows)
+                    yield self.decode(tokens) if decoded else tokens
 
     @property
-    def _plan_key(self) -> Hashable:
+    def plan_key(self) -> Hashable:
         """What distinguishes the ways in which one set of weights can run."""
-        return None
+        return None if self.plans is None else self.plan
 
-    def _sample(self, labels_B: Tensor, sampling: Sampling, noise: Noise, rows: slice) -> list[Tensor]:
-        """Tokens [B, L_s] of every scale for some rows of a chunk."""
-        pyramid, vocab = self.transformer.config.pyramid, self.transformer.config.vocab
-        under_way = Generation(self.transformer, self.tokenizer.quantize, labels_B, sampling)
-        return [
-            under_way.step(scale, noise.exponential(scale, length, vocab)[rows])
-            for scale, length in enumerate(pyramid.lengths)
+    def _sample(self, condition: Any, sampling: Sampling, noise: Noise, rows: slice) -> Tensor:
+        """Tokens [b, L, ...] of some rows of a chunk."""
+        outcomes, under_way = self.alphabet.outcomes, Generation(self, condition, sampling)
+        found = [
+            under_way.step(scale, noise.exponential(scale, length, outcomes)[rows])
+            for scale, length in enumerate(self.schedule.lengths)
         ]
+        return torch.cat(found, dim=1)
+
+
+def differences(model: Any, teacher: Any, fields: Sequence[str] | None = None) -> list[str]:
+    """In what a model's config differs from its teacher's, a line for each field."""
+    names = fields or list(type(model).model_fields)
+    pairs = [(name, getattr(model, name), getattr(teacher, name, None)) for name in names]
+    return [f"{name}: the model has {ours}, its teacher {theirs}" for name, ours, theirs in pairs if ours != theirs]

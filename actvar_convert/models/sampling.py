@@ -6,40 +6,10 @@ Shapes: B images, L tokens of one scale, V codebook size.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class Sampling(NamedTuple):
-    """How tokens are drawn.
-
-    Attributes:
-        cfg: strength of classifier-free guidance; grows linearly from 0 at the first scale to this at the last.
-        top_k: only the k most likely tokens; 0: all.
-        top_p: only the most likely tokens that together reach this probability; 0: all.
-    """
-
-    cfg: float = 1.5
-    top_k: int = 0
-    top_p: float = 0.0
-
-    def strength(self, scale: int, num_scales: int) -> float:
-        """Strength of guidance at one scale."""
-        return self.cfg * scale / max(1, num_scales - 1)
-
-
-def guided(logits_2BLV: Tensor, strength: float | Tensor) -> Tensor:
-    """Guided predictions [B, L, V]: (1 + t) conditional - t unconditional (Ho and Salimans, arXiv 2207.12598).
-
-    Args:
-        logits_2BLV: B conditional rows, then the same without a class.
-        strength: t, of all tokens or [L, 1].
-    """
-    conditional, unconditional = logits_2BLV.chunk(2)
-    return (1 + strength) * conditional - strength * unconditional
 
 
 def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -87,11 +57,11 @@ class Noise:
         self._images, self._keep = images, keep
         self._kept: list[Tensor] = []
 
-    def exponential(self, scale: int, length: int, vocab: int) -> Tensor:
-        """Standard exponential numbers [images, length, vocab] fp32 of one scale; scales in order."""
+    def exponential(self, scale: int, length: int, outcomes: tuple[int, ...]) -> Tensor:
+        """Standard exponential numbers [images, length, *outcomes] fp32 of one scale; scales in order."""
         if scale < len(self._kept):
             return self._kept[scale]
-        drawn = torch.empty(self._images, length, vocab, device=self._generator.device)
+        drawn = torch.empty(self._images, length, *outcomes, device=self._generator.device)
         drawn.exponential_(1, generator=self._generator)
         if self._keep:
             self._kept.append(drawn)
@@ -114,7 +84,7 @@ GOLDEN = (5**0.5 - 1) / 2
 def balanced_labels(count: int, classes: int) -> Tensor:
     """Labels [count] int64 that go round the classes, so that every stretch of images is balanced.
 
-    Where there are too few for every class, they lie spread over all of them, and so do the first of them alone: the
+    If there are too few for every class, they lie spread over all of them, and so do the first of them alone: the
     classes of ImageNet are in order of kinship.
     """
     numbers = torch.arange(count)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from actvar_convert.models.base import Schedule
 
 MAX_TOKENS = 16384
 """Tokens of a pyramid; the largest published one has 2240."""
@@ -25,61 +27,6 @@ def _require_pyramid(sides: Sequence[int]) -> None:
     tokens = sum(side * side for side in sides)
     if tokens > MAX_TOKENS:
         raise ValueError(f"sides make a pyramid of {tokens:,} tokens; at most {MAX_TOKENS:,} are supported")
-
-
-class TokenPyramid(BaseModel):
-    """The token maps of an image, coarse to fine: scale s is a square map of ``sides[s]`` by ``sides[s]`` tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sides: tuple[int, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _ascending(self) -> TokenPyramid:
-        _require_pyramid(self.sides)
-        return self
-
-    @property
-    def num_scales(self) -> int:
-        return len(self.sides)
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each scale."""
-        return tuple(side * side for side in self.sides)
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Index one past the last token of each scale in the flattened sequence."""
-        total, ends = 0, []
-        for length in self.lengths:
-            total += length
-            ends.append(total)
-        return tuple(ends)
-
-    @cached_property
-    def begins(self) -> tuple[int, ...]:
-        """Index of the first token of each scale in the flattened sequence."""
-        return tuple(end - length for end, length in zip(self.ends, self.lengths, strict=True))
-
-    @property
-    def total(self) -> int:
-        """Tokens of all scales together."""
-        return self.ends[-1]
-
-    def slice(self, scale: int) -> slice:
-        """Positions of one scale in the flattened sequence."""
-        return slice(self.begins[scale], self.ends[scale])
-
-    def scales_in(self, tokens: int) -> int:
-        """How many scales, from the first on, so many tokens make up.
-
-        Raises:
-            ValueError: they are no whole number of scales.
-        """
-        if tokens not in self.ends:
-            raise ValueError(f"{tokens} tokens are no whole number of scales, which end at {self.ends}")
-        return self.ends.index(tokens) + 1
 
 
 class TransformerConfig(BaseModel):
@@ -107,8 +54,8 @@ class TransformerConfig(BaseModel):
         return self
 
     @cached_property
-    def pyramid(self) -> TokenPyramid:
-        return TokenPyramid(sides=self.sides)
+    def schedule(self) -> Schedule:
+        return Schedule.of_sides(self.sides)
 
     @property
     def num_scales(self) -> int:
@@ -122,14 +69,6 @@ class TransformerConfig(BaseModel):
     def attention_scale(self) -> float:
         """Factor on query-key products; with L2 normalisation the learnt scale takes its place."""
         return 1.0 if self.l2_attention else 0.25 / math.sqrt(self.head_dim)
-
-
-def differences(
-    model: TransformerConfig, teacher: TransformerConfig, fields: Iterable[str] = tuple(TransformerConfig.model_fields)
-) -> list[str]:
-    """In what a model differs from its teacher, a line for each of the fields."""
-    pairs = [(name, getattr(model, name), getattr(teacher, name)) for name in fields]
-    return [f"{name}: the model has {ours}, its teacher {theirs}" for name, ours, theirs in pairs if ours != theirs]
 
 
 class TokenizerConfig(BaseModel):
@@ -158,8 +97,8 @@ class TokenizerConfig(BaseModel):
         return self
 
     @cached_property
-    def pyramid(self) -> TokenPyramid:
-        return TokenPyramid(sides=self.sides)
+    def schedule(self) -> Schedule:
+        return Schedule.of_sides(self.sides)
 
     @property
     def downsampling(self) -> int:

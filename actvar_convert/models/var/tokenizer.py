@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actvar_convert.models.config import TokenizerConfig
+from actvar_convert.models.base import Schedule
+from actvar_convert.models.var.config import TokenizerConfig
 
 CHANNELS_LAST = ("cuda",)
 """Kinds of device whose convolutions read channels-last in 16-bit formats; on a CPU it was measured to gain nothing."""
@@ -225,13 +226,13 @@ class MultiScaleQuantizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        self.pyramid = config.pyramid
+        self.schedule = config.schedule
         self.embedding = nn.Embedding(config.vocab, config.z_channels)
         self.quant_resi = _SharedPhi(config.z_channels, config.residual_ratio, config.phis)
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.pyramid.num_scales, config.vocab))
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.schedule.num_scales, config.vocab))
 
     def _at(self, scale: int) -> float:
-        last = self.pyramid.num_scales - 1
+        last = self.schedule.num_scales - 1
         return scale / last if last else 0.0
 
     def nearest(self, z_NC: Tensor) -> Tensor:
@@ -242,25 +243,25 @@ class MultiScaleQuantizer(nn.Module):
 
     def contribution(self, scale: int, index_BL: Tensor) -> Tensor:
         """What the tokens [B, L_s] of one scale add to the feature map: [B, z, h, w] at the finest resolution."""
-        side, full = self.pyramid.sides[scale], self.pyramid.sides[-1]
+        side, full = self.schedule.maps[scale][0], self.schedule.maps[-1][0]
         h = self.embedding(index_BL).transpose(1, 2).reshape(len(index_BL), -1, side, side)
-        if scale != self.pyramid.num_scales - 1:
+        if scale != self.schedule.num_scales - 1:
             h = F.interpolate(h, size=(full, full), mode="bicubic")
         out: Tensor = self.quant_resi(h, self._at(scale))
         return out
 
     def downsample(self, f_Bchw: Tensor, scale: int) -> Tensor:
         """The feature map [B, z, h, w] averaged to the map of one scale."""
-        if scale == self.pyramid.num_scales - 1:
+        if scale == self.schedule.num_scales - 1:
             return f_Bchw
-        side = self.pyramid.sides[scale]
+        side = self.schedule.maps[scale][0]
         return F.interpolate(f_Bchw, size=(side, side), mode="area")
 
     def encode(self, f_Bchw: Tensor) -> list[Tensor]:
         """Tokens of every scale, each [B, L_s] int64, of a feature map [B, z, h, w]."""
         rest = f_Bchw.detach().clone()
         tokens = []
-        for scale in range(self.pyramid.num_scales):
+        for scale in range(self.schedule.num_scales):
             z = self.downsample(rest, scale).permute(0, 2, 3, 1)
             index = self.nearest(z.reshape(-1, z.shape[-1])).view(len(z), -1)
             rest -= self.contribution(scale, index)
@@ -270,20 +271,6 @@ class MultiScaleQuantizer(nn.Module):
     def next_input(self, f_Bchw: Tensor, scale: int) -> Tensor:
         """Input [B, L_s, z] of the transformer at ``scale``, from the map accumulated over the earlier scales."""
         return self.downsample(f_Bchw, scale).flatten(2).transpose(1, 2)
-
-    def teacher_forcing_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Transformer inputs [B, L - L_0, z] of all scales after the first, from tokens [B, L_s] of every scale.
-
-        Of the first scales alone: the inputs of the scales that they lead to.
-        """
-        f_hat: Tensor | float = 0.0
-        inputs = []
-        for scale in range(min(len(tokens), self.pyramid.num_scales - 1)):
-            f_hat = f_hat + self.contribution(scale, tokens[scale])
-            inputs.append(self.next_input(f_hat, scale + 1))
-        if not inputs:
-            return self.embedding.weight.new_zeros(len(tokens[0]), 0, self.embedding.embedding_dim)
-        return torch.cat(inputs, dim=1)
 
     def accumulate(self, tokens: Sequence[Tensor]) -> Tensor:
         """The feature map [B, z, h, w] that the tokens of all scales add up to."""
@@ -328,6 +315,27 @@ class VQVAE(nn.Module):
         """Images [B, 3, H, W] in [-1, 1] of tokens [B, L_s] of every scale."""
         return self.decode_features(self.quantize.accumulate(tokens))
 
-    def images(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], fp32, of tokens [B, L_s] of every scale."""
-        return self.decode(tokens).float().add_(1).mul_(0.5)
+    @property
+    def decoder_parts(self) -> list[nn.Module]:
+        return [self.decoder, self.post_quant_conv]
+
+    def tokens(self, image_B3HW: Tensor, schedule: Schedule) -> Tensor:
+        """Pyramids [B, L] int64 of images [B, 3, H, W] in [-1, 1]."""
+        return torch.cat(self.encode(image_B3HW), dim=1)
+
+    def accumulate(self, f_hat: Tensor | None, tokens: Tensor, scale: int, schedule: Schedule) -> Tensor:
+        """The feature map [B, z, h, w] with what the tokens [B, L_s] of one scale add to it."""
+        added = self.quantize.contribution(scale, tokens)
+        return added if f_hat is None else f_hat + added
+
+    def next_input(self, f_hat: Tensor, scale: int, schedule: Schedule) -> Tensor:
+        """Input [B, L_s, z] of the transformer at a scale."""
+        return self.quantize.next_input(f_hat, scale)
+
+    def images(self, f_hat: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], fp32, of an accumulated feature map [B, z, h, w]."""
+        return self.decode_features(f_hat).float().add_(1).mul_(0.5)
+
+    def image_size(self, schedule: Schedule) -> tuple[int, int]:
+        """Pixels (H, W) of an image."""
+        return self.config.image_size, self.config.image_size

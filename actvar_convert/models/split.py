@@ -1,0 +1,70 @@
+"""How a dense backbone becomes one that runs plans: its FFNs are swapped, and blocks that skip tokens are wrapped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from actvar_convert.errors import RecipeError
+from actvar_convert.models.base import inner
+from actvar_convert.models.experts import ExpertFFN
+from actvar_convert.models.gate import GatedBlock
+from actvar_convert.plan import Plans
+
+
+def split(backbone: Any, plans: Plans) -> None:
+    """Gives a dense backbone experts, routers, gates and reconstructions, all without values yet, in place.
+
+    Raises:
+        RecipeError: a plan does not fit the backbone, or the plans do not fit each other.
+    """
+    if plans.name not in plans.named:
+        raise RecipeError(f"plan {plans.name!r} is not among the plans: {', '.join(plans.named)}")
+    problems = plans.problems(backbone.config)
+    if problems:
+        raise RecipeError("the sparsity plans do not fit the model:", problems)
+    for index, block in enumerate(backbone.blocks):
+        fc1 = block.ffn.fc1
+        block.ffn = ExpertFFN(fc1.in_features, fc1.out_features, fc1.bias is not None, index, plans)
+        gating = plans.gated(index)
+        if gating:
+            rank = gating[0].reconstruction_rank
+            backbone.blocks[index] = GatedBlock(block, index, plans, backbone.config.schedule, fc1.in_features, rank)
+
+
+def expert_ffns(backbone: nn.Module) -> Iterator[ExpertFFN]:
+    """The FFNs of a backbone that was split, first block to last."""
+    return (module for module in backbone.modules() if isinstance(module, ExpertFFN))
+
+
+def gated_blocks(backbone: nn.Module) -> Iterator[GatedBlock]:
+    """The blocks with a gate, in order."""
+    return (module for module in backbone.modules() if isinstance(module, GatedBlock))
+
+
+def roles(backbone: nn.Module) -> dict[str, str]:
+    """The role of every tensor that the method added (router, gate, reconstruction, ...), by name."""
+    found: dict[str, str] = {}
+    for prefix, module in backbone.named_modules():
+        role = getattr(module, "role", None)
+        if role is not None:
+            found |= {f"{prefix}.{name}": role for name in module.state_dict()}
+    return found
+
+
+def stored_name(name: str) -> str:
+    """The name of a tensor on disk: that of the dense model for what the dense model has, gate or not."""
+    return re.sub(r"^(blocks\.\d+)\.block\.", r"\1.", name)
+
+
+def stored_state(backbone: nn.Module) -> dict[str, Tensor]:
+    """All tensors by their names on disk."""
+    return {stored_name(name): tensor for name, tensor in backbone.state_dict().items()}
+
+
+def ffn_of(block: nn.Module) -> Any:
+    """The FFN of a block, with or without a gate around the block."""
+    return inner(block).ffn

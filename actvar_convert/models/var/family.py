@@ -1,0 +1,184 @@
+"""VAR as a family: how it is built, conditioned, guided and priced.
+
+Source of the reference figures: github.com/FoundationVision/VAR, ``models/var.py`` and ``models/basic_vae.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from actvar_convert.errors import InputError
+from actvar_convert.models.alphabet import Codes
+from actvar_convert.models.base import Guidance, Sampling
+from actvar_convert.models.sampling import balanced_labels
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.labels import Labels
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
+
+
+class VARFamily:
+    """Next-scale prediction from class labels over square maps of codes (arXiv 2404.02905)."""
+
+    name = "var"
+    config_type = TransformerConfig
+    tokenizer_config_type = TokenizerConfig
+
+    def backbone(self, config: TransformerConfig) -> VARTransformer:
+        return VARTransformer(config)
+
+    def tokenizer(self, config: TokenizerConfig) -> VQVAE:
+        return VQVAE(config)
+
+    def alphabet(self, config: TransformerConfig) -> Codes:
+        return Codes(config.vocab)
+
+    def guidance(self, config: TransformerConfig, sampling: Sampling, *, folded: bool) -> Guidance:
+        """The strength grows linearly from 0 at the first scale to ``cfg`` at the last."""
+        scales = config.num_scales
+        strengths = tuple(sampling.cfg * scale / max(1, scales - 1) for scale in range(scales))
+        return Guidance(strengths, 1 if folded else 2)
+
+    def condition(self, config: TransformerConfig, given: Labels | Tensor | Sequence[int]) -> Labels:
+        """Class indices; -1 or the number of classes says no class. They are checked where they are."""
+        if isinstance(given, Labels):
+            return given
+        none = config.classes
+        try:
+            labels = torch.as_tensor(given, dtype=torch.int64).flatten()
+        except (OverflowError, ValueError, RuntimeError, TypeError) as error:
+            raise InputError(f"labels must be whole numbers within 0 to {none - 1}, or -1 for no class") from error
+        labels = torch.where(labels == -1, none, labels)
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > none):
+            raise InputError(f"labels must be within 0 to {none - 1}, or -1 for no class")
+        return Labels(labels, none)
+
+    def balanced(self, config: TransformerConfig, count: int) -> Labels:
+        return Labels(balanced_labels(count, config.classes), config.classes)
+
+    def image_bytes(self, config: TransformerConfig, tokenizer: TokenizerConfig, itemsize: int, rows: int) -> int:
+        """An image of R rows costs 2 R D L C numbers for its keys and values. To these come, at the largest scale, the
+        hidden states of a block, R L_s (2 H + 8 C) numbers, and the logits with what guidance, filters and drawing make
+        of them, (12 R + 16) L_s V bytes. Afterwards the decoder takes six of its widest maps, in fp32.
+        """
+        largest = max(config.schedule.lengths)
+        cache = 2 * rows * config.depth * config.schedule.total * config.width * itemsize
+        states = rows * largest * (2 * config.hidden + 8 * config.width) * itemsize
+        states += (12 * rows + 16) * largest * config.vocab
+        maps = 6 * tokenizer.image_size**2 * tokenizer.ch * max(tokenizer.ch_mult[:2]) * 4
+        return max(cache + states, maps)
+
+    def costs(self, config: TransformerConfig) -> VARCosts:
+        return VARCosts(config)
+
+    def decoder_macs(self, tokenizer: TokenizerConfig) -> int:
+        return sum(decoder_macs(tokenizer))
+
+
+VAR = VARFamily()
+
+
+@dataclass(frozen=True)
+class VARCosts:
+    """Multiply-adds of the transformer's parts for one row; C the width, k kept tokens, T their context."""
+
+    config: TransformerConfig
+
+    def block(self, kept: int, context: int) -> dict[str, int]:
+        """Query, key, value and output projections 4 C^2 k; scores and weighted sums 2 k T C."""
+        width = self.config.width
+        return {"attention_projections": 4 * width * width * kept, "attention_products": 2 * kept * context * width}
+
+    def ffn(self) -> int:
+        """2 C H."""
+        return 2 * self.config.width * self.config.hidden
+
+    def scale(self, scale: int) -> dict[str, int]:
+        """The classifier over the codebook."""
+        return {"head": self.config.schedule.lengths[scale] * self.config.width * self.config.vocab}
+
+    def once(self, scale: int) -> dict[str, int]:
+        """The word embedding; the first scale's input is the class."""
+        config = self.config
+        tokens = config.schedule.lengths[scale] if scale else 0
+        return {"word_embedding": tokens * config.z_channels * config.width}
+
+    def block_once(self) -> dict[str, int]:
+        """A block's own modulation; 0 if all blocks share one projection."""
+        return {"adaln": 0 if self.config.shared_adaln else 6 * self.config.width**2}
+
+    def image(self) -> dict[str, int]:
+        """The modulation that belongs to no block: before the head, and the shared projection."""
+        return {"adaln": (2 + (6 if self.config.shared_adaln else 0)) * self.config.width**2}
+
+
+class DecoderMacs(NamedTuple):
+    """Multiply-adds from tokens to an image.
+
+    Attributes:
+        convolutions: ``post_quant_conv`` and every convolution of the decoder, its attention's 1x1 ones included.
+        attention: scores and weighted sums of the decoder's attention.
+        phi: one phi convolution per scale at the resolution of the finest token map.
+    """
+
+    convolutions: int
+    attention: int
+    phi: int
+
+
+class _Conv(NamedTuple):
+    inputs: int
+    outputs: int
+    kernel: int
+    side: int
+
+    @property
+    def macs(self) -> int:
+        return self.inputs * self.outputs * self.kernel**2 * self.side**2
+
+
+def decoder_macs(config: TokenizerConfig) -> DecoderMacs:
+    """Multiply-adds of the VQVAE decoder for one image."""
+    widths = [config.ch * mult for mult in config.ch_mult]
+    side, z = config.sides[-1], config.z_channels
+    attentions = 1 + config.res_blocks + 1
+    phi = _Conv(z, z, 3, side).macs * config.schedule.num_scales
+    convolutions = sum(conv.macs for conv in _decoder_convolutions(config, widths))
+    return DecoderMacs(convolutions, attentions * 2 * side**4 * widths[-1], phi)
+
+
+def _decoder_convolutions(config: TokenizerConfig, widths: list[int]) -> Iterator[_Conv]:
+    side, z, last = config.sides[-1], config.z_channels, len(widths) - 1
+    coarsest = widths[-1]
+    yield _Conv(z, z, 3, side)
+    yield _Conv(z, coarsest, 3, side)
+    yield from _residual(coarsest, coarsest, side)
+    yield from _attention(coarsest, side)
+    yield from _residual(coarsest, coarsest, side)
+    for level in range(last, -1, -1):
+        width, before = widths[level], widths[min(level + 1, last)]
+        for index in range(config.res_blocks + 1):
+            yield from _residual(width if index else before, width, side)
+            if level == last:
+                yield from _attention(width, side)
+        if level:
+            side *= 2
+            yield _Conv(width, width, 3, side)
+    yield _Conv(widths[0], 3, 3, side)
+
+
+def _residual(inputs: int, outputs: int, side: int) -> Iterator[_Conv]:
+    yield _Conv(inputs, outputs, 3, side)
+    yield _Conv(outputs, outputs, 3, side)
+    if inputs != outputs:
+        yield _Conv(inputs, outputs, 1, side)
+
+
+def _attention(channels: int, side: int) -> Iterator[_Conv]:
+    yield _Conv(channels, 3 * channels, 1, side)
+    yield _Conv(channels, channels, 1, side)
