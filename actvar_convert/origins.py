@@ -20,21 +20,20 @@ from actvar_convert.files.sparse_folder import (
     read_provenance,
 )
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.system.device import DtypeLike, pick_device, pick_dtype
+from actvar_convert.system.device import pick_device, pick_dtype
 
 STATE = "state.safetensors"
 """File of an unfinished distillation in its ``work_folder``."""
 
 
-def provenance(teacher: VARModel, recipe: Recipe, **more: object) -> Provenance:
+def provenance(teacher: Model, recipe: Recipe, **more: object) -> Provenance:
     """Where a sparse model comes from: its source's files and the recipe by hash, the dense weights by fingerprint."""
     return provenance_of(teacher.origin, recipe=recipe.name, teacher_fingerprint=state_fingerprint(teacher), **more)
 
 
-def recorded_teacher(model: VARModel, *, device: str | None = None, dtype: DtypeLike | None = None) -> VARModel:
+def recorded_teacher(model: Model, *, device: str | None = None, dtype: str | None = None) -> Model:
     """The dense model that a sparse folder records as its source.
 
     Raises:
@@ -63,7 +62,7 @@ def recorded_teacher(model: VARModel, *, device: str | None = None, dtype: Dtype
         text = f"the recorded teacher of {folder} is not at hand; name the dense model (--teacher). {error}"
         raise InputError(text) from error
     expected = (recorded.model_extra or {}).get("teacher_fingerprint")
-    ours, theirs = ((each.transformer.config, each.tokenizer.config) for each in (model, teacher))
+    ours, theirs = ((each.config, each.tokenizer.config) for each in (model, teacher))
     differing = "shape differs" if ours != theirs else "weights differ"
     if ours != theirs or (expected is not None and expected != state_fingerprint(teacher)):
         raise CheckpointError(
@@ -86,9 +85,9 @@ def _recorded_vae(recorded: Provenance) -> str | None:
     return recorded.vae if recorded.name is None or Path(recorded.vae).exists() else None
 
 
-def class_names(model: VARModel) -> list[str]:
+def class_names(model: Model) -> list[str]:
     """Names of the classes: those of the bundled model where it is the source, numbers elsewhere; null last."""
-    classes = model.transformer.config.classes
+    classes = model.config.classes
     name = model.origin.get("name")
     if name is None and model.is_sparse and "path" in model.origin:
         name = read_provenance(model.origin["path"]).name
@@ -96,7 +95,7 @@ def class_names(model: VARModel) -> list[str]:
     return [*(names if len(names) == classes else map(str, range(classes))), "no class"]
 
 
-def require_dense(model: VARModel) -> None:
+def require_dense(model: Model) -> None:
     """Raises InputError for a model that is sparse already."""
     if model.is_sparse:
         raise InputError("this model is sparse already; give the dense model that it came from")
@@ -133,7 +132,7 @@ def refuse_other_state(out: Path, fingerprint: str) -> None:
         check_run_state(state, fingerprint)
 
 
-def run_fingerprint(teacher: VARModel, recipe: Recipe) -> str:
+def run_fingerprint(teacher: Model, recipe: Recipe) -> str:
     """Identifies what a conversion and its distillation depend on: the teacher, its sampling, and the recipe's settings
     of the method."""
     method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "samples", "checks", "description", "device"})
@@ -146,7 +145,7 @@ def run_fingerprint(teacher: VARModel, recipe: Recipe) -> str:
     return hashlib.sha256(f"{weights}/{method}{given}".encode()).hexdigest()
 
 
-def finished_model(folder: Path, fingerprint: str, *, distilled: bool = True) -> SparseVARModel | None:
+def finished_model(folder: Path, fingerprint: str, *, distilled: bool = True) -> Model | None:
     """The model in a folder, on the CPU, if it is what the run with this fingerprint makes; None for anything else.
 
     Args:

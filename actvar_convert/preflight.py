@@ -16,7 +16,7 @@ from actvar_convert.errors import InputError, RecipeError, counted
 from actvar_convert.files.source import model_shape
 from actvar_convert.measure.extractors import require_reference
 from actvar_convert.measure.quality_report import load_quality
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.load import RecipeSource, load_recipe
 from actvar_convert.recipe.schema import Recipe

@@ -30,9 +30,8 @@ from actvar_convert.measure.evaluation import Evaluation
 from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.latency import BenchmarkReport, Timing, hardware_name
 from actvar_convert.measure.quality_report import QualityReport, SamplingSettings, load_quality
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.origins import (
     class_names,
     finished_model,
@@ -101,7 +100,7 @@ def run(
 
     The recipe's checks are evaluated, not enforced: ``result.checks.raise_if_failed()`` does.
     """
-    teachers: list[VARModel] = []
+    teachers: list[Model] = []
 
     def config_of(recipe: Recipe) -> TransformerConfig:
         place = Path(out) if out is not None else Path("runs") / recipe.name
@@ -118,10 +117,10 @@ def run(
     progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
-    require_images(chosen, teacher.transformer.config.classes)
+    require_images(chosen, teacher.config.classes)
     extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
-    recipe_plans(teacher.transformer.config, chosen)
+    recipe_plans(teacher.config, chosen)
     fingerprint = run_fingerprint(teacher, chosen)
     model = _finished(folder, fingerprint, teacher)
     if model is None:
@@ -135,7 +134,7 @@ def run(
     return result
 
 
-def _extractor(recipe: Recipe, teacher: VARModel, progress: Progress) -> FeatureExtractor | None:
+def _extractor(recipe: Recipe, teacher: Model, progress: Progress) -> FeatureExtractor | None:
     """What judges the images; None, which is said, where the recipe names none and no bundled classifier knows them.
 
     Raises:
@@ -152,7 +151,7 @@ def _extractor(recipe: Recipe, teacher: VARModel, progress: Progress) -> Feature
     return None
 
 
-def _measured_by(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor | None) -> dict[str, object]:
+def _measured_by(recipe: Recipe, teacher: Model, extractor: FeatureExtractor | None) -> dict[str, object]:
     """How a recipe's evaluation measures, as its report will say."""
     settings = recipe.evaluate
     return {
@@ -164,7 +163,7 @@ def _measured_by(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor 
     }
 
 
-def _baseline(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor | None) -> QualityReport | None:
+def _baseline(recipe: Recipe, teacher: Model, extractor: FeatureExtractor | None) -> QualityReport | None:
     """The evaluation that the recipe's checks compare with, read and found comparable before any work."""
     if recipe.checks is None or recipe.checks.baseline is None:
         return None
@@ -173,15 +172,15 @@ def _baseline(recipe: Recipe, teacher: VARModel, extractor: FeatureExtractor | N
     return baseline
 
 
-def _finished(folder: Path, fingerprint: str, teacher: VARModel, *, distilled: bool = True) -> SparseVARModel | None:
+def _finished(folder: Path, fingerprint: str, teacher: Model, *, distilled: bool = True) -> Model | None:
     """What this very run left in ``folder``, on the teacher's device."""
     found = finished_model(folder, fingerprint, distilled=distilled)
     return None if found is None else found.to(teacher.device)
 
 
 def _make(
-    teacher: VARModel, recipe: Recipe, folder: Path, fingerprint: str, progress: Progress, processes: Processes
-) -> SparseVARModel:
+    teacher: Model, recipe: Recipe, folder: Path, fingerprint: str, progress: Progress, processes: Processes
+) -> Model:
     """Converts and distils."""
     work = work_folder(folder)
     converted = work / "converted"
@@ -228,8 +227,8 @@ def _timed_as(benchmark: BenchmarkReport, timing: Timing, device: torch.device) 
 
 
 def _measure(
-    model: SparseVARModel,
-    teacher: VARModel,
+    model: Model,
+    teacher: Model,
     recipe: Recipe,
     folder: Path,
     extractor: FeatureExtractor | None,

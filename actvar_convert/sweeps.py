@@ -25,8 +25,7 @@ from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.measure.cuts import CutMeasurement, SweepPoint, SweepReport, largest_within
 from actvar_convert.measure.evaluation import Evaluation
 from actvar_convert.measure.image_features import model_fingerprint
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.origins import require_dense, work_folder
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import load_recipe
@@ -55,7 +54,7 @@ _UNUSED: dict[str, Any] = {
 
 
 def sweep(
-    model: VARModel,
+    model: Model,
     *,
     recipe: verbs.RecipeLike,
     reductions: Sequence[float] = REDUCTIONS,
@@ -103,7 +102,7 @@ def sweep(
             fingerprint=fingerprint,
             calibration_pyramids=chosen.calibration.pyramids,
             held_out=held_out,
-            dense_flops=count_flops(model.transformer.config).dense.transformer.flops,
+            dense_flops=count_flops(model.config).dense.transformer.flops,
             points=tuple(points[target] for target in sorted(points)),
             max_kl=max_kl,
             chosen=None if best is None else best.target,
@@ -113,7 +112,7 @@ def sweep(
     for target in sorted(set(reductions)):
         if target not in points or not _complete(points[target], images):
             try:
-                uniform_plan(model.transformer.config, chosen, target)
+                uniform_plan(model.config, chosen, target)
                 targets.append(target)
             except RecipeError as error:
                 points[target] = SweepPoint(target=target, problem=str(error))
@@ -146,16 +145,16 @@ def sweep(
     return made
 
 
-def _recipe(source: verbs.RecipeLike, model: VARModel) -> Recipe:
+def _recipe(source: verbs.RecipeLike, model: Model) -> Recipe:
     """The recipe without stated plans and without what belongs to training, checked against the model."""
-    given = load_recipe(source, config=model.transformer.config)
+    given = load_recipe(source, config=model.config)
     chosen = given.model_copy(
         update={
             **{"plans": None, "default_plan": None, "distill": DistillRecipe(), "checks": None},
             "budget": given.budget.model_copy(update={"plans": {}, "guidance": "paired"}),
         }
     )
-    check_recipe(chosen, model.transformer.config)
+    check_recipe(chosen, model.config)
     return chosen
 
 
@@ -207,21 +206,21 @@ def _asking(recipe: Recipe, targets: Sequence[float]) -> Recipe:
 
 
 def _planned(
-    model: VARModel, recipe: Recipe, targets: Sequence[float], store: TokenStore, progress: Progress
+    model: Model, recipe: Recipe, targets: Sequence[float], store: TokenStore, progress: Progress
 ) -> Planned:
     """The plans of all targets, each under its target's name; a search looks at the model once."""
     asking = _asking(recipe, targets)
     tokens = store.tokens.long()
     if not searches(asking):
         return plan_model(model, asking, tokens, store.labels)
-    with progress.task("searching plans", search_steps(model.transformer.config, asking)) as task:
+    with progress.task("searching plans", search_steps(model.config, asking)) as task:
         return plan_model(model, asking, tokens, store.labels, on_step=task.advance)
 
 
 def _converted(
-    model: VARModel, recipe: Recipe, target: float, planned: Planned, store: TokenStore, progress: Progress
-) -> SparseVARModel:
-    steps = conversion_steps(model.transformer.config, recipe)
+    model: Model, recipe: Recipe, target: float, planned: Planned, store: TokenStore, progress: Progress
+) -> Model:
+    steps = conversion_steps(model.config, recipe)
     with progress.task(f"converting, {100 * target:g} % fewer FLOPs", steps) as task:
         return convert_model(
             model,

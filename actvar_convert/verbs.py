@@ -35,9 +35,7 @@ from actvar_convert.measure.extractors import FeatureExtractor, bundled_extracto
 from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_models
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.casting import cast
-from actvar_convert.models.config import differences
-from actvar_convert.models.model import NoiseSource, VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model, NoiseSource, differences
 from actvar_convert.origins import (
     STATE,
     class_names,
@@ -57,7 +55,7 @@ from actvar_convert.recipe.schema import Recipe
 from actvar_convert.show.pictures import picture
 from actvar_convert.stores import calibration_store, distillation_store, require_images
 from actvar_convert.system.atomic import write_whole
-from actvar_convert.system.device import DtypeLike, limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
+from actvar_convert.system.device import limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
 from actvar_convert.system.processes import ALONE, Processes, join
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 
@@ -72,11 +70,11 @@ def load(
     sides: Sequence[int] | None = None,
     residual_ratio: float | None = None,
     device: str | None = None,
-    dtype: DtypeLike | None = None,
-    decoder_dtype: DtypeLike | None = None,
+    dtype: str | None = None,
+    decoder_dtype: str | None = None,
     plan: str | None = None,
     recipe: RecipeLike | None = None,
-) -> VARModel:
+) -> Model:
     """A model, dense or sparse.
 
     Args:
@@ -86,7 +84,7 @@ def load(
         heads, sides, residual_ratio: of dense files that do not tell: attention heads, the side of every scale, and the
             share of the phi convolutions in the tokenizer. Kept in ``origin``, and in what is made from the model.
         device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
-        dtype: fp32, bf16 or fp16 (or torch's own), of the transformer; fp32 by default. The tokenizer is in fp32.
+        dtype: fp32, bf16 or fp16, of the transformer; fp32 by default. The tokenizer is in fp32.
         decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
             so. For generating: what is converted or saved from such a model keeps the rounded decoder.
         plan: of a sparse model, instead of its default plan.
@@ -127,14 +125,14 @@ def _require_memory_by_shape(
 
 
 def convert(
-    model: VARModel,
+    model: Model,
     *,
     recipe: RecipeLike,
     out: str | Path | None = None,
     work: str | Path | None = None,
     progress: Progress | None = None,
     replace: bool = True,
-) -> SparseVARModel:
+) -> Model:
     """A sparse model from a dense one: calibrated, usable at once without training.
 
     Args:
@@ -153,14 +151,14 @@ def convert(
     processes = join(model.device)
     progress = progress if progress is not None and processes.main else SilentProgress()
     require_dense(model)
-    chosen = load_recipe(recipe, config=model.transformer.config)
+    chosen = load_recipe(recipe, config=model.config)
     if out is not None:
         refuse_foreign(out)
         if not replace:
             refuse_distilled(Path(out))
-    config = model.transformer.config
+    config = model.config
     recipe_plans(config, chosen)
-    require_images(chosen, config.classes)
+    require_images(chosen, config.classes, data=False)
     require_memory(conversion_memory(model, chosen, processes), model.device)
     origin = provenance(model, chosen) if out is not None else None
     release_pages(model.tokenizer.state_dict().values())
@@ -191,7 +189,7 @@ def convert(
             planned = plan_model(model, chosen, tokens, labels, metrics=metrics, on_step=task.advance)
         del metrics
 
-    def make() -> SparseVARModel:
+    def make() -> Model:
         assert planned is not None
         with progress.task("converting blocks", conversion_steps(config, chosen)) as task:
             return convert_model(
@@ -218,7 +216,7 @@ def _data_path(work: Path, name: str) -> Path:
     return work / f"tokens-{name}.bin"
 
 
-def conversion_memory(model: VARModel, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
+def conversion_memory(model: Model, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
     """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
     transformer, weights = model.transformer, list(model.transformer.state_dict().values())
     config, tokenizer, device = transformer.config, model.tokenizer.config, model.device.type
@@ -228,16 +226,16 @@ def conversion_memory(model: VARModel, recipe: Recipe, processes: Processes = AL
 
 
 def distill(
-    model: VARModel,
+    model: Model,
     *,
-    teacher: VARModel | None = None,
+    teacher: Model | None = None,
     recipe: RecipeLike,
     out: str | Path,
     progress: Progress | None = None,
     origin: Provenance | None = None,
     shard: bool = False,
     replace: bool = True,
-) -> SparseVARModel:
+) -> Model:
     """Two-stage distillation of a converted model, in place; goes on where an interrupted call stopped.
 
     Where ``out`` holds the result of the same call already, the model takes its weights from there.
@@ -263,14 +261,14 @@ def distill(
     """
     processes = join(model.device, shard=shard)
     progress = progress if progress is not None and processes.main else SilentProgress()
-    if not isinstance(model, SparseVARModel):
+    if not isinstance(model, Model):
         raise InputError("this model is dense; convert it first (actvar convert MODEL --out DIR)")
     chosen = load_recipe(recipe)
-    check_recipe(chosen, model.transformer.config)
+    check_recipe(chosen, model.config)
     require_whole_student(chosen, processes)
     teacher = recorded_teacher(model) if teacher is None else teacher
     require_dense(teacher)
-    unlike = differences(model.transformer.config, teacher.transformer.config)
+    unlike = differences(model.config, teacher.config)
     if unlike:
         raise InputError("the model was not made from this teacher; give the dense model that it came from:", unlike)
     if (model.dtype, teacher.dtype) != (torch.float32, torch.float32):
@@ -292,7 +290,7 @@ def distill(
         return model
     if not replace:
         refuse_distilled(folder)
-    require_images(chosen, teacher.transformer.config.classes)
+    require_images(chosen, teacher.config.classes, calibration=False)
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(folder, fingerprint)
     work.mkdir(parents=True, exist_ok=True)
@@ -300,7 +298,7 @@ def distill(
         path = _data_path(work, fingerprint[:12])
         store = distillation_store(teacher, chosen, path=path, progress=progress, processes=processes)
     else:
-        store = TokenStore(torch.empty(0, teacher.transformer.config.pyramid.total), torch.empty(0))
+        store = TokenStore(torch.empty(0, teacher.config.schedule.total), torch.empty(0))
     log = MetricsLog(work / "metrics.jsonl") if processes.main else None
     with log or nullcontext():
         distill_model(
@@ -331,7 +329,7 @@ def distill(
     return model
 
 
-def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str, student: str) -> bool:
+def _take_finished(model: Model, folder: Path, fingerprint: str, student: str) -> bool:
     """Gives a model the weights of the finished run in ``folder``, if that began with it or is it."""
     found = finished_model(folder, fingerprint)
     if found is None or (student != read_provenance(folder).student and student != student_print(found)):
@@ -340,10 +338,10 @@ def _take_finished(model: SparseVARModel, folder: Path, fingerprint: str, studen
     return True
 
 
-def distillation_memory(teacher: VARModel, recipe: Recipe, processes: Processes) -> MemoryEstimate:
+def distillation_memory(teacher: Model, recipe: Recipe, processes: Processes) -> MemoryEstimate:
     """What each of the processes that share a distillation will need."""
     return estimate_distill(
-        teacher.transformer.config,
+        teacher.config,
         teacher.tokenizer.config,
         recipe,
         processes=processes.count,
@@ -353,9 +351,9 @@ def distillation_memory(teacher: VARModel, recipe: Recipe, processes: Processes)
 
 
 def evaluate(
-    model: VARModel,
+    model: Model,
     *,
-    teacher: VARModel | None = None,
+    teacher: Model | None = None,
     settings: Evaluation | None = None,
     reference: str | Path | None = None,
     extractor: FeatureExtractor | None = None,
@@ -403,7 +401,7 @@ def evaluate(
     return report.model_copy(update={"notes": (*report.notes, doubt)})
 
 
-def extractor_for(model: VARModel, reference: str | Path | None = None) -> FeatureExtractor:
+def extractor_for(model: Model, reference: str | Path | None = None) -> FeatureExtractor:
     """What judges a model's images: Inception where real images are named, else a bundled classifier that knows them.
 
     Raises:
@@ -429,9 +427,9 @@ def extractor_for(model: VARModel, reference: str | Path | None = None) -> Featu
 
 
 def benchmark(
-    model: VARModel,
+    model: Model,
     *,
-    against: VARModel | None = None,
+    against: Model | None = None,
     timing: Timing | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
@@ -445,7 +443,7 @@ def benchmark(
 
 
 def report_flops(
-    model: VARModel | str | Path,
+    model: Model | str | Path,
     *,
     vae: str | Path | None = None,
     heads: int | None = None,
@@ -461,14 +459,14 @@ def report_flops(
         vae, heads, sides, residual_ratio: see ``load``.
         guidance: with classifier-free guidance.
     """
-    if not isinstance(model, VARModel):
+    if not isinstance(model, Model):
         shape = model_shape(model, vae, heads=heads, sides=sides, residual_ratio=residual_ratio)
         return count_flops(shape.transformer, shape.tokenizer, shape.plans, shape.default_plan, guidance=guidance)
     plans: Mapping[str, SparsityPlan] | None = None
     default = None
-    if isinstance(model, SparseVARModel):
+    if isinstance(model, Model):
         plans, default = model.plans, model.plan_name
-    return count_flops(model.transformer.config, model.tokenizer.config, plans, default, guidance=guidance)
+    return count_flops(model.config, model.tokenizer.config, plans, default, guidance=guidance)
 
 
 def inspect(
@@ -499,7 +497,7 @@ def inspect(
 
 
 def sample(
-    model: VARModel,
+    model: Model,
     *,
     out: str | Path | None = None,
     labels: Sequence[int] | None = None,
@@ -519,10 +517,10 @@ def sample(
         model: dense or sparse.
         out: PNG to write, a column per label.
         labels: classes; the first ten by default.
-        per_class, seed, cfg, top_k, top_p, chunk, compile, noise: see ``VARModel.generate``.
+        per_class, seed, cfg, top_k, top_p, chunk, compile, noise: see ``Model.generate``.
         progress: told about the images.
     """
-    classes = model.transformer.config.classes
+    classes = model.config.classes
     columns = list(range(min(classes, 10))) if labels is None else list(labels)
     with (progress or SilentProgress()).task("generating", len(columns) * per_class) as task:
         images = model.generate(
@@ -543,7 +541,7 @@ def sample(
 
 
 def export(
-    model: VARModel | str | Path,
+    model: Model | str | Path,
     *,
     out: str | Path,
     vae_out: str | Path | None = None,
@@ -564,5 +562,5 @@ def export(
     """
     if format != "reference":
         raise InputError(f"format {format!r} is unknown; give reference")
-    loaded = model if isinstance(model, VARModel) else load(model, device="cpu")
+    loaded = model if isinstance(model, Model) else load(model, device="cpu")
     return export_reference(loaded, Path(out), None if vae_out is None else Path(vae_out))

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from actvar_convert.cost.macs import transformer_macs
 from actvar_convert.errors import RecipeError
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 
@@ -26,7 +26,7 @@ class Choice(NamedTuple):
 
 def may_skip(config: TransformerConfig, recipe: Recipe, scale: int) -> bool:
     """Whether a recipe lets blocks skip tokens at a scale."""
-    return recipe.budget.gate_keep < 1 and scale >= config.pyramid.num_scales - recipe.budget.gate_scales
+    return recipe.budget.gate_keep < 1 and scale >= config.schedule.num_scales - recipe.budget.gate_scales
 
 
 def assemble_plan(
@@ -36,7 +36,7 @@ def assemble_plan(
     keep: Callable[[int, int], float],
 ) -> SparsityPlan:
     """The plan of a recipe with ``choice(block, scale)`` as active experts, ``keep(block, scale)`` as keep ratios."""
-    scales = range(config.pyramid.num_scales)
+    scales = range(config.schedule.num_scales)
     blocks = []
     for block in range(config.depth):
         row = [choice(block, scale) for scale in scales]
@@ -69,7 +69,7 @@ def make_plan(config: TransformerConfig, recipe: Recipe, active: list[int], *, g
         return Choice(always, active[block] - always)
 
     def keep(block: int, scale: int) -> float:
-        inner = scale == config.pyramid.num_scales - 1 and 0 < block < config.depth - 1
+        inner = scale == config.schedule.num_scales - 1 and 0 < block < config.depth - 1
         named = gates == "all" or (gates == "inner" and inner)
         return recipe.budget.gate_keep if named and may_skip(config, recipe, scale) else 1.0
 

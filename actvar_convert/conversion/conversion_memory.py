@@ -21,9 +21,8 @@ from actvar_convert.conversion.search import searches
 from actvar_convert.conversion.sensitivity import TOKENS as MEASURED_TOKENS
 from actvar_convert.errors import InputError
 from actvar_convert.files.skeleton import NoWeights
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import images_at_once
-from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.device import DTYPES, free_memory_bytes, memory_text
 
@@ -68,7 +67,7 @@ def sampling_memory(
     guidance, filtering and drawing make of them, 40 B L_S V (three fp32 rows of both halves, values and order of a
     sort, probabilities). Where a batch is cut into pieces, the random numbers of all its images too, 4 L V each.
     """
-    pyramid, last = config.pyramid, config.pyramid.lengths[-1]
+    pyramid, last = config.schedule, config.schedule.lengths[-1]
     under_way = min(batch, images_at_once(config, tokenizer, itemsize, device))
     block = 2 * under_way * last * (2 * config.hidden + 8 * config.width) * itemsize
     return {
@@ -167,7 +166,7 @@ def estimate_convert(
 
 
 def _searching(config: TransformerConfig, recipe: Recipe, itemsize: int) -> dict[str, int]:
-    pyramid, width, depth = config.pyramid, config.width, config.depth
+    pyramid, width, depth = config.schedule, config.width, config.depth
     pyramids = min(recipe.calibration.pyramids, recipe.budget.pyramids)
     rows = min(recipe.calibration.batch, pyramids) * pyramid.total
     backwards = 4 * rows * ((depth + 12) * width + 8 * config.hidden + 4 * config.vocab)
@@ -185,7 +184,7 @@ def _searching(config: TransformerConfig, recipe: Recipe, itemsize: int) -> dict
 
 
 def _refitting(config: TransformerConfig, recipe: Recipe, plans: int, itemsize: int) -> dict[str, int]:
-    pyramid, width, hidden = config.pyramid, config.width, config.hidden
+    pyramid, width, hidden = config.schedule, config.width, config.hidden
     pyramids, batch = recipe.calibration.pyramids, min(recipe.calibration.batch, recipe.calibration.pyramids)
     through = batch * pyramid.total * (2 * hidden + 14 * width) * itemsize
     gate = 12 * 8 * width * width + 3 * 8 * CHUNK * width
@@ -200,13 +199,13 @@ def _refitting(config: TransformerConfig, recipe: Recipe, plans: int, itemsize: 
 
 def _sampled(config: TransformerConfig, wanted: Wanted, pyramids: int, per_scale: int) -> int:
     """FFN inputs that are sampled of one block."""
-    return sum(min(per_scale, pyramids * config.pyramid.lengths[scale]) for scale in wanted.ffn)
+    return sum(min(per_scale, pyramids * config.schedule.lengths[scale]) for scale in wanted.ffn)
 
 
 def _records(
     config: TransformerConfig, wanted: list[Wanted], pyramids: int, itemsize: int, per_scale: int = TOKENS_PER_SCALE
 ) -> dict[str, int]:
-    pyramid = config.pyramid
+    pyramid = config.schedule
     around = [0 if w.states_from is None else pyramid.total - pyramid.begins[w.states_from] for w in wanted]
     sampled = max(_sampled(config, each, pyramids, per_scale) for each in wanted)
     return {
@@ -223,7 +222,7 @@ def _steps(
     sampled = max(_sampled(config, each, recipe.calibration.pyramids, per_scale) for each in wanted)
     router = CHUNK * 4 * hidden + hidden * hidden // recipe.experts.count + width * hidden
     return {
-        "batch": batch * config.pyramid.total * (2 * hidden + 8 * width) * itemsize,
+        "batch": batch * config.schedule.total * (2 * hidden + 8 * width) * itemsize,
         "clustering": sampled * (2 * hidden * itemsize + min(PROFILES, hidden) * 8),
         "router": router * itemsize + 3 * 8 * width * width,
         "gate": 12 * 8 * width * width + 3 * 8 * CHUNK * width,

@@ -17,7 +17,7 @@ from torch import Tensor
 from actvar_convert.conversion.clustering import METHODS, Clustering
 from actvar_convert.conversion.least_squares import CHUNK, Moments
 from actvar_convert.models.experts import ExpertFFN
-from actvar_convert.models.var import FFN
+from actvar_convert.models.var.network import FFN
 from actvar_convert.recipe.schema import ExpertsRecipe
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from actvar_convert.conversion.activations import Calibration, Wanted, record_blocks
 from actvar_convert.conversion.budget import (
@@ -35,8 +34,8 @@ from actvar_convert.cost.macs import block_macs
 from actvar_convert.models.model import Model
 from actvar_convert.plan import SparsityPlan, kept_tokens
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.system.processes import ALONE, Processes
 from actvar_convert.system.device import autocast_dtype, release_pages
+from actvar_convert.system.processes import ALONE, Processes
 
 TOKENS_PER_SCALE = 512
 """FFN inputs per scale and block on which experts are formed and choices are measured; all scales take part."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from actvar_convert.cost import macs as costs
 from actvar_convert.cost.var_macs import decoder_macs
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
 
 
@@ -174,7 +174,7 @@ def _plan_cost(
 
 
 def _model_cost(config: TransformerConfig, plan: SparsityPlan, decoder: int | None, guidance: bool) -> ModelCost:
-    pyramid, priced = config.pyramid, costs.plan_macs(config, plan, guidance)
+    pyramid, priced = config.schedule, costs.plan_macs(config, plan, guidance)
     per_scale = []
     for s, outside in enumerate(priced.scales):
         macs = costs.added([*(block[s] for block in priced.cells), outside])

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from actvar_convert.cost.var_macs import VARCosts
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 
 FLOPS_PER_MAC = 2
@@ -82,7 +82,7 @@ def rows(guidance: bool, plan: SparsityPlan | None = None) -> int:
 
 def context_tokens(config: TransformerConfig, plan: SparsityPlan, block: int, scale: int) -> int:
     """Tokens whose keys and values a token of one scale meets in one block."""
-    pyramid = config.pyramid
+    pyramid = config.schedule
     return sum(plan.blocks[block].kept(s, pyramid.lengths[s]) for s in range(scale + 1))
 
 
@@ -92,7 +92,7 @@ def block_macs(config: TransformerConfig, plan: SparsityPlan, block: int, scale:
     With C the width, F the family's price of a token in the whole FFN, a of E experts active, k of L tokens kept: FFN
     F k a / E, router C E_r k over E_r routed experts, gate C L, reconstruction 2 C r (L - k).
     """
-    costs, C, length = family_costs(config), config.width, config.pyramid.lengths[scale]
+    costs, C, length = family_costs(config), config.width, config.schedule.lengths[scale]
     kept = plan.blocks[block].kept(scale, length)
     skipped = length - kept
     return {
@@ -128,7 +128,7 @@ class PlanMacs(NamedTuple):
 def plan_macs(config: TransformerConfig, plan: SparsityPlan | None, guidance: bool = True) -> PlanMacs:
     """Prices the transformer for one image; ``plan`` None is the dense model."""
     plan, costs = plan or SparsityPlan.dense(config), family_costs(config)
-    count, scales, blocks = rows(guidance, plan), range(config.pyramid.num_scales), range(config.depth)
+    count, scales, blocks = rows(guidance, plan), range(config.schedule.num_scales), range(config.depth)
     return PlanMacs(
         cells=[[_times(block_macs(config, plan, block, scale), count) for scale in scales] for block in blocks],
         blocks=[_times(costs.block_once(), count) for _ in blocks],

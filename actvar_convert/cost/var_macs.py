@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class VARCosts:
 
     def scale(self, scale: int) -> dict[str, int]:
         """The classifier over the codebook."""
-        return {"head": self.config.pyramid.lengths[scale] * self.config.width * self.config.vocab}
+        return {"head": self.config.schedule.lengths[scale] * self.config.width * self.config.vocab}
 
     def once(self, scale: int) -> dict[str, int]:
         """The word embedding; the first scale's input is the class."""
         config = self.config
-        tokens = config.pyramid.lengths[scale] if scale else 0
+        tokens = config.schedule.lengths[scale] if scale else 0
         return {"word_embedding": tokens * config.z_channels * config.width}
 
     def block_once(self) -> dict[str, int]:
@@ -76,7 +76,7 @@ def decoder_macs(config: TokenizerConfig) -> DecoderMacs:
     widths = [config.ch * mult for mult in config.ch_mult]
     side, z = config.sides[-1], config.z_channels
     attentions = 1 + config.res_blocks + 1
-    phi = _Conv(z, z, 3, side).macs * config.pyramid.num_scales
+    phi = _Conv(z, z, 3, side).macs * config.schedule.num_scales
     convolutions = sum(conv.macs for conv in _decoder_convolutions(config, widths))
     return DecoderMacs(convolutions, attentions * 2 * side**4 * widths[-1], phi)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,42 +16,50 @@ from torch import Tensor
 
 from actvar_convert.errors import InputError
 from actvar_convert.files.run_state import fingerprint_of
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sampling import balanced_labels
+from actvar_convert.models.model import Model
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.images import IMAGE_ENDINGS, list_images, read_image
 from actvar_convert.system.processes import ALONE, Processes
 from actvar_convert.system.progress import Progress
-
-MOST_CODES = 2**16
-"""Codes that two bytes tell apart."""
 
 _Maker = Callable[[int], Tensor]
 """Makes the rows of one part, from its index."""
 
 
 class TokenStore:
-    """Token pyramids and labels in memory, two bytes a token, replayed in an order that depends on the seed alone."""
+    """Token pyramids and their conditions in memory, packed, replayed in an order that depends on the seed alone.
 
-    def __init__(self, tokens_NL: Tensor, labels_N: Tensor) -> None:
-        self.tokens = tokens_NL.to(torch.uint16)
-        self.labels = labels_N.to(torch.int64)
+    Args:
+        model: whose tokens they are.
+        tokens: [N, L, ...] int64.
+        condition: of each, as the model's family takes it.
+    """
+
+    def __init__(self, model: Model, tokens: Tensor, condition: Any) -> None:
+        self.alphabet = model.alphabet
+        self.packed = self.alphabet.pack(tokens)
+        self.condition = model.family.condition(model.config, condition)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.packed)
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Pyramids [B, L] int64 and labels [B] of one step; every epoch is a permutation of the store."""
+    @property
+    def tokens(self) -> Tensor:
+        """All pyramids [N, L, ...] int64."""
+        return self.alphabet.unpack(self.packed)
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Any]:
+        """Pyramids [B, L, ...] int64 and conditions of one step; every epoch is a permutation of the store."""
         size = min(size, len(self))
         per_epoch = len(self) // size
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
         index = order[place * size : (place + 1) * size]
-        return self.tokens[index].long(), self.labels[index]
+        return self.alphabet.unpack(self.packed[index]), self.condition.rows(index)
 
 
 def store_from_teacher(
-    teacher: VARModel,
+    teacher: Model,
     count: int,
     *,
     path: Path | None,
@@ -65,20 +74,19 @@ def store_from_teacher(
     Sampled batch by batch, each from a seed of its own, and appended to ``path``: an interrupted call goes on where it
     stopped and ends with the same tokens, as does one whose ``processes`` share the batches.
     """
-    pyramid = teacher.transformer.config.pyramid
-    labels = balanced_labels(count, teacher.transformer.config.classes)
-    parts = list(torch.split(labels, batch))
+    condition = teacher.family.balanced(teacher.config, count)
+    parts = [condition.rows(slice(begin, begin + batch)) for begin in range(0, count, batch)]
 
     def sample(index: int) -> Tensor:
-        return teacher.generate_tokens(parts[index], seed=seed + 7_919 * (index + 1), chunk=batch, cfg=cfg).cpu()
+        return teacher.generate_tokens(parts[index], seed=seed + 7_919 * (index + 1), chunk=batch, cfg=cfg)
 
     lengths = [len(part) for part in parts]
-    tokens = _collect(path, lengths, pyramid.total, sample, progress, "sampling from the teacher", processes)
-    return TokenStore(tokens, labels)
+    tokens = _collect(teacher, path, lengths, sample, progress, "sampling from the teacher", processes)
+    return TokenStore(teacher, tokens, condition)
 
 
 def store_from_images(
-    teacher: VARModel,
+    teacher: Model,
     folder: Path,
     count: int,
     *,
@@ -93,10 +101,10 @@ def store_from_images(
     Images are centre-cropped and resized to the model's size; ``count`` of them are chosen without replacement, or all
     if there are fewer. Those made are kept in a file named after ``path`` and the images that it is of.
     """
-    files, labels = labelled_images(folder, teacher.transformer.config.classes)
+    files, labels = labelled_images(folder, teacher.config.classes)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
     chosen = [files[i] for i in order.tolist()]
-    size = teacher.tokenizer.config.image_size
+    size = teacher.tokenizer.image_size(teacher.schedule)[0]
     if path is not None:
         which = fingerprint_of(*(file.relative_to(folder).as_posix() for file in chosen))
         path = path.with_name(f"{path.stem}-{which[:12]}{path.suffix}")
@@ -105,11 +113,12 @@ def store_from_images(
     def encode(index: int) -> Tensor:
         images = torch.stack([read_image(file, size) for file in parts[index]]).to(teacher.device)
         with torch.inference_mode():
-            return torch.cat(teacher.tokenizer.encode(images * 2 - 1), dim=1).cpu()
+            tokens: Tensor = teacher.tokenizer.tokens(images * 2 - 1, teacher.schedule)
+            return tokens
 
-    lengths, width = [len(part) for part in parts], teacher.transformer.config.pyramid.total
-    tokens = _collect(path, lengths, width, encode, progress, "tokenising images", processes)
-    return TokenStore(tokens, labels[order])
+    lengths = [len(part) for part in parts]
+    tokens = _collect(teacher, path, lengths, encode, progress, "tokenising images", processes)
+    return TokenStore(teacher, tokens, labels[order])
 
 
 def labelled_images(folder: Path, classes: int) -> tuple[list[Path], Tensor]:
@@ -135,21 +144,22 @@ def labelled_images(folder: Path, classes: int) -> tuple[list[Path], Tensor]:
 
 
 def _collect(
+    model: Model,
     path: Path | None,
     lengths: list[int],
-    width: int,
     make: _Maker,
     progress: Progress,
     description: str,
     processes: Processes,
 ) -> Tensor:
-    """Rows [N, width] of all parts, appended to ``path`` as they are made; parts already there are not made again.
+    """Tokens [N, L, ...] of all parts, appended to ``path`` as they are made; parts already there are not made again.
 
     Processes make neighbouring parts at the same time; the main one writes them in order.
     """
-    rows = np.zeros((0, width), np.uint16)
+    alphabet, width = model.alphabet, model.schedule.total * model.alphabet.stored_bytes
+    rows = np.zeros((0, width), np.uint8)
     if processes.main and path is not None and path.exists():
-        flat = np.fromfile(path, np.uint16)
+        flat = np.fromfile(path, np.uint8)
         rows = flat[: len(flat) // width * width].reshape(-1, width)
     rows = processes.from_main(rows)
     ends = np.cumsum([0, *lengths])
@@ -160,12 +170,13 @@ def _collect(
         task.advance(int(ends[done]))
         for first in range(done, len(lengths), processes.count):
             own = first + processes.rank
-            made = make(own).numpy().astype(np.uint16) if own < len(lengths) else rows[:0]
+            made = alphabet.pack(make(own)).flatten(1).numpy() if own < len(lengths) else rows[:0]
             for part in processes.gather(made):
                 append(part)
                 pieces.append(part)
                 task.advance(len(part))
-    return torch.from_numpy(np.concatenate(pieces))
+    packed = torch.from_numpy(np.concatenate(pieces))
+    return alphabet.unpack(packed.view(len(packed), model.schedule.total, -1))
 
 
 @contextmanager

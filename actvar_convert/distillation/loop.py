@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,14 @@ from torch import Tensor
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.lora import attach_lora, fold_lora
 from actvar_convert.distillation.optimizers import Optimizers
-from actvar_convert.distillation.schedule import drop_labels, learning_rate, plan_of_step
+from actvar_convert.distillation.schedule import partly_dropped, learning_rate, plan_of_step
 from actvar_convert.distillation.sharding import shard_student, split_like, whole, whole_student
 from actvar_convert.distillation.stages import STAGES, Stage, lora_rank, trainable_parameters, trains_gates
 from actvar_convert.errors import CheckpointError, Diverged, InputError, Interrupted
 from actvar_convert.files.run_state import RunState, Scalar, load_run_state, save_run_state
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
+from actvar_convert.models.split import added, gated_blocks, plans_of
 from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.schema import PlanTurns, Recipe, StageRecipe
 from actvar_convert.system.device import autocast_dtype
@@ -90,7 +91,7 @@ class StageRun:
 
     def __init__(
         self,
-        model: SparseVARModel,
+        model: Model,
         stage: Stage,
         recipe: StageRecipe,
         seed: int,
@@ -113,15 +114,15 @@ class StageRun:
         if self.processes.shard:
             self.objective = shard_student(model.transformer, stage.objective, self.processes)
         self.parameters = trainable_parameters(model.transformer, recipe)
-        self.optimizers = Optimizers(self.parameters, recipe)
-        for block in model.transformer.sparse_layers:
+        self.optimizers = Optimizers(self.parameters, recipe, added(model.transformer))
+        for block in gated_blocks(model.transformer):
             block.straight_through = trains_gates(recipe)
         self.step = 0
         if state is not None:
             self._restore(state)
 
     def train_step(
-        self, teacher: VARModel, tokens_BL: Tensor, labels_B: Tensor, autocast: AbstractContextManager[object]
+        self, teacher: Model, tokens: Tensor, condition: Any, autocast: AbstractContextManager[object]
     ) -> dict[str, float]:
         """One optimiser step on this process's rows; returns losses, learning rate and gradient norm of all rows.
 
@@ -130,7 +131,7 @@ class StageRun:
         recipe, processes = self.recipe, self.processes
         rate = learning_rate(recipe, self.step)
         with autocast:
-            losses = self.objective(self.model, teacher, recipe, tokens_BL, labels_B, processes.total)
+            losses = self.objective(self.model, teacher, recipe, tokens, condition, processes.total)
         shares = torch.stack(list(losses.values())) if losses else None
         if shares is None or not shares.requires_grad:
             if len(self.plans) > 1:
@@ -161,11 +162,11 @@ class StageRun:
     def finish(self) -> None:
         """Folds low-rank updates and freezes the model again."""
         if self.processes.shard:
-            self.model.transformer = whole_student(self.model.transformer, self.lora_rank)
+            whole_student(self.model, self.lora_rank)
         else:
             fold_lora(self.model.transformer)
             self.model.transformer.requires_grad_(False)
-        for block in self.model.transformer.sparse_layers:
+        for block in gated_blocks(self.model.transformer):
             block.straight_through = False
 
     def tensors(self) -> dict[str, Tensor]:
@@ -197,8 +198,8 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def distill_model(
-    model: SparseVARModel,
-    teacher: VARModel,
+    model: Model,
+    teacher: Model,
     recipe: Recipe,
     store: TokenStore,
     *,
@@ -231,7 +232,7 @@ def distill_model(
     processes = processes or Processes(device=model.device)
     _require_rows(stages, store, processes)
     require_whole_student(recipe, processes)
-    plan = model.plan_name
+    plan = plans_of(model).name
     found = processes.from_main(state_path is not None and state_path.exists())
     state = load_run_state(state_path, fingerprint) if found and state_path is not None else None
     if state_path is not None and not student:
@@ -258,13 +259,13 @@ def distill_model(
             finally:
                 model.use_plan(plan)
             run.finish()
-    model.use_plan(model.plan_name)
 
 
-def student_print(model: SparseVARModel) -> str:
+def student_print(model: Model) -> str:
     """Identifies the model that a training begins with: weights and plans."""
-    plans = {name: plan.model_dump(mode="json") for name, plan in model.plans.items()}
-    return state_fingerprint(model.transformer, plans=plans, default=model.plan_name)
+    own = plans_of(model)
+    plans = {name: plan.model_dump(mode="json") for name, plan in own.named.items()}
+    return state_fingerprint(model.transformer, plans=plans, default=own.name)
 
 
 def _require_rows(stages: Sequence[tuple[Stage, StageRecipe]], store: TokenStore, processes: Processes) -> None:
@@ -295,7 +296,7 @@ def require_whole_student(recipe: Recipe, processes: Processes) -> None:
 
 def _run_stage(
     run: StageRun,
-    teacher: VARModel,
+    teacher: Model,
     recipe: Recipe,
     store: TokenStore,
     state_path: Path | None,
@@ -325,12 +326,10 @@ def _run_stage(
         saved_at, took = time.monotonic(), 0.0
         while run.step < steps:
             step = run.step
-            tokens, labels = store.batch(step, run.recipe.batch, run.seed)
+            tokens, condition = store.batch(step, run.recipe.batch, run.seed)
             own, chosen = processes.part(len(tokens)), run.choose()
-            labels = drop_labels(
-                labels, teacher.transformer.null_class, recipe.data.null_share, run.seed * 1_000_003 + step
-            )
-            values = run.train_step(teacher, tokens[own].to(device), labels[own].to(device), autocast())
+            condition = partly_dropped(condition, recipe.data.null_share, run.seed * 1_000_003 + step)
+            values = run.train_step(teacher, tokens[own].to(device), condition.rows(own).to(device), autocast())
             if run.step == step:
                 break
             if log is not None:

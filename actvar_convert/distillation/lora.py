@@ -5,15 +5,17 @@ weight = W + B A, A [r, in] and B [out, r] (Hu et al., 2021, arXiv 2106.09685).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from actvar_convert.models.sparse import SparseVARTransformer
-
 
 class LowRankUpdate(nn.Module):
     """W to W + lora_up lora_down; starts at zero."""
+
+    role: ClassVar = "low-rank update"
 
     def __init__(self, out_features: int, in_features: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -25,16 +27,18 @@ class LowRankUpdate(nn.Module):
         return weight + self.lora_up @ self.lora_down
 
 
-def lora_targets(transformer: SparseVARTransformer) -> list[nn.Linear]:
-    """The layers that get a low-rank update: attention and FFN matrices of every block."""
-    return [
-        layer
-        for block in transformer.sparse_layers
-        for layer in (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2)
-    ]
+def lora_targets(transformer: nn.Module) -> list[nn.Linear]:
+    """The layers that get a low-rank update: the matrices of every block that have no role of their own."""
+    blocks = transformer.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    found: list[nn.Linear] = []
+    for block in map(inner, blocks):
+        left_out = {module for each in block.modules() if hasattr(each, "role") for module in each.modules()}
+        found += [each for each in block.modules() if isinstance(each, nn.Linear) and each not in left_out]
+    return found
 
 
-def attach_lora(transformer: SparseVARTransformer, rank: int, seed: int) -> None:
+def attach_lora(transformer: nn.Module, rank: int, seed: int) -> None:
     """Adds a low-rank update to the attention and FFN matrices of every block."""
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_targets(transformer):
@@ -42,7 +46,7 @@ def attach_lora(transformer: SparseVARTransformer, rank: int, seed: int) -> None
         parametrize.register_parametrization(layer, "weight", update.to(layer.weight.device, layer.weight.dtype))
 
 
-def fold_lora(transformer: SparseVARTransformer) -> None:
+def fold_lora(transformer: nn.Module) -> None:
     """Adds the low-rank updates to the weights they belong to and removes them."""
     for layer in lora_targets(transformer):
         if parametrize.is_parametrized(layer, "weight"):

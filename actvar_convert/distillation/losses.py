@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from actvar_convert.models.base import Alphabet
 
 Total = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes that share a batch."""
@@ -62,16 +63,15 @@ def regression(prediction: Tensor, target: Tensor, weights_BL: Tensor | None = N
     return _weighted((prediction.float() - target).square(), weights_BL).sum() / torch.maximum(spread, floor)
 
 
-def kl(teacher_BLV: Tensor, student_BLV: Tensor, weights_BL: Tensor | None = None, total: Total = alone) -> Tensor:
+def kl(
+    alphabet: Alphabet,
+    teacher_BLV: Tensor,
+    student_BLV: Tensor,
+    weights_BL: Tensor | None = None,
+    total: Total = alone,
+) -> Tensor:
     """Mean KL(teacher || student) of the tokens, in nats."""
-    return weighted_mean(kl_per_token(teacher_BLV, student_BLV), weights_BL, total)
-
-
-def kl_per_token(teacher_BLV: Tensor, student_BLV: Tensor) -> Tensor:
-    """KL(teacher || student) [B, L] of the two softmaxes, in nats."""
-    teacher = F.log_softmax(teacher_BLV.float(), dim=-1)
-    student = F.log_softmax(student_BLV.float(), dim=-1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return weighted_mean(alphabet.divergence(teacher_BLV.float(), student_BLV.float()), weights_BL, total)
 
 
 def weighted_mean(value_BL: Tensor, weights_BL: Tensor | None = None, total: Total = alone) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Optimizers:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: StageRecipe) -> None:
-        matrices = hidden_matrices(parameters) if recipe.optimizer == "muon" else {}
+        matrices = hidden_matrices(parameters, added) if recipe.optimizer == "muon" else {}
         rest = [p for name, p in parameters.items() if name not in matrices]
         kinds = [[p for p in rest if is_split(p) is split] for split in (False, True)]
         groups = [{"params": kind} for kind in kinds if kind] or [{"params": []}]
@@ -59,15 +59,14 @@ class Optimizers:
         self._of[parameter].state[parameter] = dict(state)
 
 
-def hidden_matrices(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def hidden_matrices(parameters: Mapping[str, nn.Parameter], added: Collection[str]) -> dict[str, nn.Parameter]:
     """The weight matrices of the blocks that the dense model has too: what Muon is made for.
 
-    Not routers, gates, reconstructions and low-rank additions, which are small and start at or near zero, nor
-    embeddings and head.
+    Not what the method ``added`` (routers, gates, reconstructions and low-rank updates are small and start at or near
+    zero), nor embeddings and head.
     """
-    own = {"router", "gate", "reconstruction", "lora_down", "lora_up"}
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if name.startswith("blocks.") and parameter.ndim == 2 and not own & set(name.split("."))
+        if name.startswith("blocks.") and parameter.ndim == 2 and name not in added
     }

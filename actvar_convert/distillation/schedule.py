@@ -7,9 +7,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from actvar_convert.recipe.schema import StageRecipe
 
@@ -22,10 +22,9 @@ def learning_rate(recipe: StageRecipe, step: int) -> float:
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def drop_labels(labels_B: Tensor, null_class: int, share: float, seed: int) -> Tensor:
-    """Labels with a random ``share`` replaced by the null class."""
-    dropped = torch.rand(len(labels_B), generator=torch.Generator().manual_seed(seed)) < share
-    return torch.where(dropped, null_class, labels_B)
+def partly_dropped(condition: Any, share: float, seed: int) -> Any:
+    """Conditions of which a random ``share`` says nothing."""
+    return condition.dropped(torch.rand(len(condition), generator=torch.Generator().manual_seed(seed)) < share)
 
 
 def plan_of_step(plans: Iterable[str], seed: int, step: int) -> str:

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from actvar_convert.distillation.lora import attach_lora, fold_lora
-from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.files.skeleton import empty_backbone
+from actvar_convert.models.base import inner
+from actvar_convert.models.model import Model
+from actvar_convert.models.split import plans_of, roles
 from actvar_convert.system.processes import Processes, is_split
 
 if TYPE_CHECKING:
@@ -24,14 +27,14 @@ if TYPE_CHECKING:
 
 Objective = Callable[..., dict[str, Tensor]]
 
-WHOLE = ("router", "gate", "ada_gss")
-"""Parts of the names of the parameters that are not split."""
+WHOLE = ("router", "gate")
+"""Roles of the parameters that are not split; a block's own parameters, outside of its layers, are not either."""
 
 
 class Step(nn.Module):
     """The objective as forward pass of a module around the student: in it the weights outside the blocks are whole."""
 
-    def __init__(self, transformer: SparseVARTransformer, objective: Objective) -> None:
+    def __init__(self, transformer: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.transformer, self.objective = transformer, objective
 
@@ -39,7 +42,7 @@ class Step(nn.Module):
         return self.objective(*args)
 
 
-def shard_student(transformer: SparseVARTransformer, objective: Objective, processes: Processes) -> Step:
+def shard_student(transformer: nn.Module, objective: Objective, processes: Processes) -> Step:
     """Splits a student, in place; returns what to call instead of the objective.
 
     ``requires_grad`` has to be set before: it decides which gradients are exchanged.
@@ -48,14 +51,15 @@ def shard_student(transformer: SparseVARTransformer, objective: Objective, proce
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(processes.device.type, (processes.count,))
-    kept = {p for name, p in transformer.named_parameters() if any(part in WHOLE for part in name.split("."))}
-    for block in transformer.sparse_layers:
-        units: list[nn.Module] = [block.ffn, block]
-        if not transformer.config.shared_adaln:
-            units.insert(0, block.ada_lin)
-        for unit in units:
+    role = roles(transformer)
+    kept = {p for name, p in transformer.named_parameters() if role.get(name) in WHOLE}
+    for block in cast(nn.ModuleList, transformer.blocks):
+        own = inner(block)
+        kept |= set(own.parameters(recurse=False))
+        modulations = [each for each in own.modules() if getattr(each, "role", None) == "modulation"]
+        for unit in (*modulations, own.ffn, block):
             fully_shard(unit, mesh=mesh, ignored_params=kept)
-        block.ffn.register_forward_pre_hook(_with_gradient, prepend=True)
+        own.ffn.register_forward_pre_hook(_with_gradient, prepend=True)
     step = Step(transformer, objective)
     fully_shard(step, mesh=mesh, ignored_params=kept)
     for module in step.modules():
@@ -103,18 +107,18 @@ def split_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_student(transformer: SparseVARTransformer, lora_rank: int | None) -> SparseVARTransformer:
-    """A student of ordinary modules from one that was split.
+def whole_student(model: Model, lora_rank: int | None) -> None:
+    """Makes a student of ordinary modules from one that was split, in place.
 
     Args:
-        transformer: the split one.
+        model: with the split backbone.
         lora_rank: rank of its low-rank updates, which are folded; None: it has none.
     """
-    state = {name: whole(tensor).detach() for name, tensor in transformer.state_dict().items()}
-    with torch.device("meta"):
-        fresh = SparseVARTransformer(transformer.config, transformer.plans, transformer.plan_name)
+    split, plans = model.transformer, plans_of(model)
+    state = {name: whole(tensor).detach() for name, tensor in split.state_dict().items()}
+    fresh = empty_backbone(model.family, model.config, plans)
     if lora_rank is not None:
         attach_lora(fresh, lora_rank, seed=0)
     fresh.load_state_dict(state, assign=True)
     fold_lora(fresh)
-    return fresh.requires_grad_(False).train(transformer.training)
+    model.transformer = fresh.requires_grad_(False).train(split.training)

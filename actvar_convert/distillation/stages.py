@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actvar_convert.conversion.experts import expert_sizes
@@ -23,14 +23,16 @@ from actvar_convert.conversion.gates import relative_update
 from actvar_convert.distillation.losses import WEIGHTS, Total, alone, kl, regression, relative_error
 from actvar_convert.distillation.sharding import gathered
 from actvar_convert.distillation.traces import Trace, trace
-from actvar_convert.models.model import VARModel, guided_logits
-from actvar_convert.models.sparse import SparseBlock, SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import Span
+from actvar_convert.models.base import Span
+from actvar_convert.models.experts import ExpertFFN
+from actvar_convert.models.gate import GatedBlock
+from actvar_convert.models.model import Model
+from actvar_convert.models.split import added, expert_ffns, gated_blocks, plans_of
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import JointStage, PlanTurns, StageRecipe
 
 Losses = dict[str, Tensor]
-Objective = Callable[[SparseVARModel, VARModel, StageRecipe, Tensor, Tensor, Total], Losses]
+Objective = Callable[[Model, Model, StageRecipe, Tensor, Any, Total], Losses]
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ class Stage:
     objective: Objective
     joint: bool
 
-    def plans(self, model: SparseVARModel, turns: PlanTurns) -> list[str]:
+    def plans(self, model: Model, turns: PlanTurns) -> list[str]:
         """Names of the plans that the steps run by turns: the active one, or all that the stage can train."""
+        own = plans_of(model)
         if turns == "random":
-            able = [name for name, plan in model.plans.items() if self.joint or _saves_experts(plan)]
-            return able or [model.plan_name]
-        return [model.plan_name]
+            able = [name for name, plan in own.named.items() if self.joint or _saves_experts(plan)]
+            return able or [own.name]
+        return [own.name]
 
 
 def _saves_experts(plan: SparsityPlan) -> bool:
@@ -76,7 +79,7 @@ def lora_rank(recipe: StageRecipe) -> int | None:
     return recipe.lora_rank if isinstance(recipe, JointStage) and recipe.trainable == "lora" else None
 
 
-def trainable_parameters(transformer: SparseVARTransformer, recipe: StageRecipe) -> dict[str, nn.Parameter]:
+def trainable_parameters(transformer: nn.Module, recipe: StageRecipe) -> dict[str, nn.Parameter]:
     """The parameters that a stage changes, by name.
 
     Stage 1 trains routers and FFNs. In stage 2 routers are frozen, gates and reconstructions train unless they are
@@ -85,19 +88,21 @@ def trainable_parameters(transformer: SparseVARTransformer, recipe: StageRecipe)
     """
     joint = isinstance(recipe, JointStage)
     trainable = recipe.trainable if isinstance(recipe, JointStage) else "experts"
-    chosen = {}
+    trains = {
+        "router": not joint,
+        "gate": trains_gates(recipe),
+        "reconstruction": trains_gates(recipe),
+        "low-rank update": True,
+    }
+    role, chosen = added(transformer), {}
+    experts = {id(parameter) for ffn in expert_ffns(transformer) for parameter in ffn.parameters()}
     for name, parameter in transformer.named_parameters():
-        part = name.split(".")
-        if "router" in part:
-            train = not joint
-        elif "gate" in part or "reconstruction" in part:
-            train = trains_gates(recipe)
-        elif part[-1] in ("lora_down", "lora_up"):
-            train = True
-        elif "parametrizations" in part:
+        if name in role:
+            train = trains[role[name]]
+        elif ".parametrizations." in name:
             train = False
         else:
-            train = trainable == "all" or (trainable == "experts" and ".ffn." in name)
+            train = trainable == "all" or (trainable == "experts" and id(parameter) in experts)
         if train:
             chosen[name] = parameter
     return chosen
@@ -109,92 +114,73 @@ def _counted(losses: Losses) -> Losses:
 
 
 def stage1(
-    model: SparseVARModel,
-    teacher: VARModel,
-    recipe: StageRecipe,
-    tokens_BL: Tensor,
-    labels_B: Tensor,
-    total: Total = alone,
+    model: Model, teacher: Model, recipe: StageRecipe, tokens: Tensor, condition: Any, total: Total = alone
 ) -> Losses:
     """Local losses of every FFN on the teacher's inputs."""
     with torch.no_grad():
-        seen = trace(teacher.transformer, labels_B, teacher.teacher_forcing_input(tokens_BL), ffn=True, logits=False)
-    pyramid = model.transformer.config.pyramid
+        seen = trace(teacher, condition, teacher.inputs(tokens), ffn=True, logits=False)
+    schedule, plan = model.schedule, model.plan
     output, router = [], []
-    for block, x, y in zip(model.transformer.sparse_layers, seen.ffn_input, seen.ffn_output, strict=True):
-        first = next((s for s in range(pyramid.num_scales) if not block.plan.runs_all(block.index, s)), None)
+    for ffn, x, y in zip(expert_ffns(model.transformer), seen.ffn_input, seen.ffn_output, strict=True):
+        first = next((s for s in range(schedule.num_scales) if not plan.runs_all(ffn.index, s)), None)
         if first is None:
             continue
-        begin = pyramid.begins[first]
-        span = Span(first, pyramid.lengths[first:])
-        output.append(relative_error(block.ffn(x[:, begin:], span), y[:, begin:], total=total))
-        if _routed_scales(block):
-            router.append(_router_regression(block, x, total))
+        begin = schedule.begins[first]
+        span = Span(first, schedule.lengths[first:])
+        output.append(relative_error(ffn(x[:, begin:], span), y[:, begin:], total=total))
+        routed = [scale for scale in range(schedule.num_scales) if plan.routes(ffn.index, scale)]
+        if routed:
+            router.append(torch.stack([_router_regression(ffn, x[:, schedule.slice(s)], total) for s in routed]).mean())
     losses = {"output": output, "router": router}
     return _counted({name: torch.stack(values).mean() for name, values in losses.items() if values})
 
 
-def _routed_scales(block: SparseBlock) -> list[int]:
-    """Scales at which the active plan has the router of a block choose."""
-    return [scale for scale in range(block.config.pyramid.num_scales) if block.plan.routes(block.index, scale)]
-
-
-def _router_regression(block: SparseBlock, x_BLC: Tensor, total: Total) -> Tensor:
-    """Router scores against ||f_e(x)|| at the scales that route, on detached inputs."""
-    ffn, pyramid, losses = block.ffn, block.config.pyramid, []
+def _router_regression(ffn: ExpertFFN, x_BLC: Tensor, total: Total) -> Tensor:
+    """Router scores against ||f_e(x)||, for tokens of one scale, on detached inputs."""
     assert ffn.router is not None
-    for scale in _routed_scales(block):
-        x = x_BLC[:, pyramid.slice(scale)].detach().flatten(0, 1)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), gathered(ffn):
-            hidden = F.gelu(F.linear(x.float(), ffn.fc1.weight, ffn.fc1.bias), approximate="tanh")
-            target = expert_sizes(ffn, hidden)[:, ffn.experts - ffn.scored :]
-        losses.append(regression(ffn.router(x), target, total=total))
-    return torch.stack(losses).mean()
+    x = x_BLC.detach().flatten(0, 1)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), gathered(ffn):
+        target = expert_sizes(ffn, ffn.hidden(x.float()))[:, ffn.experts - ffn.scored :]
+    return regression(ffn.router(x), target, total=total)
 
 
 def stage2(
-    model: SparseVARModel,
-    teacher: VARModel,
-    recipe: StageRecipe,
-    tokens_BL: Tensor,
-    labels_B: Tensor,
-    total: Total = alone,
+    model: Model, teacher: Model, recipe: StageRecipe, tokens: Tensor, condition: Any, total: Total = alone
 ) -> Losses:
     """KL on the logits, error of the hidden states, and the regression of gates that train.
 
     If the student's guidance is folded, its predictions are compared with the teacher's guided ones; its states then
     have none to be compared with, for those of the teacher are of unguided predictions.
     """
-    inputs, folded = teacher.teacher_forcing_input(tokens_BL), model.transformer.rows_per_image == 1
+    inputs = teacher.inputs(tokens)
     with torch.no_grad():
-        seen = trace(teacher.transformer, labels_B, inputs)
-        if folded:
-            seen.logits = guided_logits(teacher, labels_B, inputs, seen.logits)
-    own = trace(model.transformer, labels_B, inputs)
+        seen = trace(teacher, condition, inputs)
+        if model.folded:
+            seen.logits = teacher.guided_logits(condition, inputs, seen.logits)
+    own = trace(model, condition, inputs)
     assert seen.logits is not None and own.logits is not None
-    losses = {"kl": kl(seen.logits, own.logits, total=total)}
-    if not folded:
+    losses = {"kl": kl(model.alphabet, seen.logits, own.logits, total=total)}
+    if not model.folded:
         errors = [relative_error(a, b, total=total) for a, b in zip(own.hidden[1:], seen.hidden[1:], strict=True)]
         losses["hidden"] = torch.stack(errors).mean()
-    gated = [block for block in model.transformer.sparse_layers if _gated_scales(block)]
+    gated = [block for block in gated_blocks(model.transformer) if _skipping_scales(block)]
     if gated and trains_gates(recipe):
         losses["gate"] = torch.stack([gate_regression(block, seen, total) for block in gated]).mean()
     return _counted(losses)
 
 
-def _gated_scales(block: SparseBlock) -> list[int]:
+def _skipping_scales(block: GatedBlock) -> list[int]:
     """Scales at which the active plan has a block skip tokens."""
-    plan, lengths = block.plan.blocks[block.index], block.config.pyramid.lengths
+    plan, lengths = block.plans.current.blocks[block.index], block.schedule.lengths
     return [scale for scale, length in enumerate(lengths) if plan.kept(scale, length) < length]
 
 
-def gate_regression(block: SparseBlock, seen: Trace, total: Total = alone) -> Tensor:
+def gate_regression(block: GatedBlock, seen: Trace, total: Total = alone) -> Tensor:
     """Gate scores against the teacher's relative update norms, at the gated scales; at least one."""
-    assert block.gate is not None
     before, after = seen.hidden[block.index].float(), seen.hidden[block.index + 1].float()
     losses = []
-    for scale in _gated_scales(block):
-        part = block.config.pyramid.slice(scale)
+    for scale in _skipping_scales(block):
+        part = block.schedule.slice(scale)
         size = relative_update(before[:, part], after[:, part])
         losses.append(regression(block.gate(before[:, part]), size, total=total))
     return torch.stack(losses).mean()

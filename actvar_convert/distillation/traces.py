@@ -1,16 +1,17 @@
 """Teacher-forcing passes that keep what distillation compares: hidden states, FFN inputs and outputs.
 
-Shapes: B pyramids, L tokens, C width, V codebook, D blocks.
+Shapes: B pyramids, L tokens, z channels of an input, C width, V logits of a token, D blocks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.base import walk
+from actvar_convert.models.model import Model
 
 
 @dataclass
@@ -19,8 +20,8 @@ class Trace:
 
     Attributes:
         hidden: D + 1 states [B, L, C]: before each block, and after the last.
-        ffn_input, ffn_output: per block [B, L, C], when asked for.
-        logits: [B, L, V] fp32; None when not asked for.
+        ffn_input, ffn_output: per block [B, L, C], if they were asked for.
+        logits: [B, L, V] fp32; None if they were not asked for.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -29,29 +30,16 @@ class Trace:
     logits: Tensor | None = None
 
 
-def trace(
-    transformer: VARTransformer, labels_B: Tensor, inputs_BLz: Tensor, *, ffn: bool = False, logits: bool = True
-) -> Trace:
-    """Runs teacher forcing and keeps the states; gradients flow as they would through ``transformer(...)``."""
-    kept = Trace()
-    handles = []
-    if ffn:
-
-        def keep(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            kept.ffn_input.append(args[0])
-            kept.ffn_output.append(output)
-
-        handles = [block.ffn.register_forward_hook(keep) for block in transformer.layers]
-    try:
-        x, modulation = transformer.embed(labels_B, inputs_BLz)
-        span, mask = transformer.forced(x)
-        kept.hidden.append(x)
-        for block, block_modulation in zip(transformer.layers, modulation.blocks, strict=True):
-            x = block(x, block_modulation, span, mask)
-            kept.hidden.append(x)
-        if logits:
-            kept.logits = transformer.logits(x, modulation.head)
-    finally:
-        for handle in handles:
-            handle.remove()
+def trace(model: Model, condition: Any, inputs_BLz: Tensor, *, ffn: bool = False, logits: bool = True) -> Trace:
+    """Runs teacher forcing and keeps the states; gradients flow as they would through ``model.transformer(...)``."""
+    x, prepared, call = model.start(condition, inputs_BLz)
+    kept, states = Trace([x]), [x]
+    for _, passing in walk(model.transformer.blocks, states, [prepared], call, observe=ffn):
+        for passed in passing:
+            kept.hidden.append(passed.after)
+            if passed.ffn_input is not None and passed.ffn_output is not None:
+                kept.ffn_input.append(passed.ffn_input)
+                kept.ffn_output.append(passed.ffn_output)
+    if logits:
+        kept.logits = model.transformer.logits(states[0], prepared)
     return kept

@@ -14,8 +14,7 @@ from actvar_convert.distillation.lora import lora_targets
 from actvar_convert.distillation.optimizers import hidden_matrices
 from actvar_convert.distillation.stages import lora_rank, trainable_parameters
 from actvar_convert.files.skeleton import NoWeights
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.recipe.schema import JointStage, Recipe, StageRecipe
 from actvar_convert.system.device import DTYPES
 
@@ -67,8 +66,7 @@ def estimate_distill(
         RecipeError: the recipe's budget is out of reach.
     """
     plans, default = recipe_plans(config, recipe)
-    with NoWeights():
-        student = SparseVARTransformer(config, plans, default)
+    student = empty_backbone(family, config, Plans(plans, default))
     numbers = sum(tensor.numel() for tensor in student.state_dict().values())
     weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
     phases = [MemoryEstimate("distill", "nothing", weights, ())]
@@ -116,14 +114,14 @@ def _data_phase(
     return MemoryEstimate(work, "sampling from the teacher", sampling, ("data.batch",))
 
 
-def _split(student: SparseVARTransformer, parts: dict[str, int], processes: int) -> dict[str, int]:
+def _split(student: Any, parts: dict[str, int], processes: int) -> dict[str, int]:
     """The parts that get smaller when a student is split.
 
     Beside its share a process holds all weights of two blocks with their gradients, and all outside of the blocks.
     """
     numbers = sum(tensor.numel() for tensor in student.state_dict().values())
-    block = max(sum(tensor.numel() for tensor in each.state_dict().values()) for each in student.layers)
-    gathered = 4 * block + 2 * (numbers - block * len(student.layers))
+    block = max(sum(tensor.numel() for tensor in each.state_dict().values()) for each in student.blocks)
+    gathered = 4 * block + 2 * (numbers - block * len(student.blocks))
     split = {name: parts[name] // processes for name in ("gradients", "optimiser")}
     return {
         **split,
@@ -133,11 +131,11 @@ def _split(student: SparseVARTransformer, parts: dict[str, int], processes: int)
     }
 
 
-def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> dict[str, int]:
+def _training(student: Any, stage: StageRecipe, dtype: str) -> dict[str, int]:
     numbers = sum(parameter.numel() for parameter in student.parameters())
     parameters = trainable_parameters(student, stage)
     trained = sum(parameter.numel() for parameter in parameters.values())
-    matrices = [each.numel() for each in hidden_matrices(parameters).values()] if stage.optimizer == "muon" else []
+    matrices = [each.numel() for each in hidden_matrices(parameters, added(student)).values()] if stage.optimizer == "muon" else []
     updated = 0
     rank = lora_rank(stage)
     if rank is not None:
@@ -153,8 +151,8 @@ def _training(student: SparseVARTransformer, stage: StageRecipe, dtype: str) -> 
 
 
 def _forward(config: TransformerConfig, stage: StageRecipe, per_token: _Activations) -> dict[str, int]:
-    tokens = stage.batch * config.pyramid.total
+    tokens = stage.batch * config.schedule.total
     return {
         "activations": tokens * config.width * (per_token.block * config.depth + per_token.rest),
-        "logits": tokens * config.vocab * per_token.head,
+        "logits": tokens * outcomes * per_token.head,
     }

@@ -24,11 +24,12 @@ from actvar_convert.files.dense import build_dense, read_dense
 from actvar_convert.files.layout import Overrides
 from actvar_convert.files.skeleton import compare
 from actvar_convert.files.tensors import read_json, read_tensors, weight_file, write_weights
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import Sampling, VARModel
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.system.atomic import replacing_files
 
 BUNDLE_SHARD_BYTES = 15_900_000
@@ -71,7 +72,7 @@ def bundled_config(bundle: str | Path) -> dict[str, Any]:
     return read_json(bundled_folder(bundle) / "config.json")
 
 
-def load_bundled(bundle: str | Path) -> VARModel:
+def load_bundled(bundle: str | Path) -> Model:
     """A bundled model in float32 with the sampling that it was measured with.
 
     Raises:
@@ -83,7 +84,7 @@ def load_bundled(bundle: str | Path) -> VARModel:
     known = Overrides(transformer.heads, tokenizer.residual_ratio, transformer.sides)
     dense = read_dense(folder, None)._replace(hints={"norm_eps": transformer.norm_eps})
     model = build_dense(dense, known, sampling=Sampling(**config["sampling"]))
-    if (model.transformer.config, model.tokenizer.config) != (transformer, tokenizer):
+    if (model.config, model.tokenizer.config) != (transformer, tokenizer):
         raise CheckpointError(f"the weights in {folder} are not those that its config.json describes. Install again.")
     if isinstance(bundle, str):
         model.origin = {"name": bundle, **model.origin}

@@ -34,8 +34,8 @@ from actvar_convert.files.skeleton import (
 )
 from actvar_convert.files.sparse_folder import is_sparse_folder
 from actvar_convert.files.tensors import INDEX_SUFFIX, read_json, read_tensors, require_exists, weight_file
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sampling import Sampling
+from actvar_convert.models.base import Sampling
+from actvar_convert.models.model import Model
 
 AS_VAE = "with --vae (vae=, or vae in a recipe: --set vae=FILE)"
 """How a tokenizer's file is given."""
@@ -94,7 +94,7 @@ def load_dense(
     residual_ratio: float | None = None,
     sides: Sequence[int] | None = None,
     dtype: DTypeChoice = None,
-) -> VARModel:
+) -> Model:
     """A dense VAR from files; its shape is inferred from names and shapes of the tensors.
 
     Nothing in the files is executed. Weights stay in the mapped files until they are used if no conversion is
@@ -121,7 +121,7 @@ def load_dense(
 
 def build_dense(
     files: DenseFiles, overrides: Overrides, dtype: DTypeChoice = None, sampling: Sampling | None = None
-) -> VARModel:
+) -> Model:
     """A model from the tensors of files, after checking everything about them.
 
     Its sampling is the given one, else the published one for a model of a published shape, else the default.
@@ -173,7 +173,7 @@ def build_dense(
     wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
     assign(transformer, files.transformer, common_dtype(files.transformer.values()) if keep else wanted)
     assign(tokenizer, files.tokenizer, common_dtype(files.tokenizer.values()) if keep else torch.float32)
-    model = VARModel(transformer, tokenizer, sampling or published_sampling(config))
+    model = Model(transformer, tokenizer, sampling or published_sampling(config))
     model.eval()
     model.origin = {"path": str(path.absolute()), "vae": str(tokenizer_path.absolute())}
     return model

@@ -14,7 +14,7 @@ from torch import Tensor
 from actvar_convert.errors import InputError, counted, explain_os_errors
 from actvar_convert.files.layout import reference_tokenizer
 from actvar_convert.files.tensors import separate, size_of, write_tensors
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.system.atomic import replacing
 from actvar_convert.system.device import require_space
 
@@ -42,7 +42,7 @@ class Exported(NamedTuple):
     left_out: tuple[str, ...]
 
 
-def dense_skeleton(model: VARModel) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def dense_skeleton(model: Model) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors of the transformer under their official names, and what was left out.
 
     The neurons of a sparse FFN go back to the places that ``ffn.permutation`` records, so an undistilled conversion
@@ -79,7 +79,7 @@ def _in_order(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return tensor.index_select(1 if leaf == "fc2.weight" else 0, torch.argsort(order))
 
 
-def export_reference(model: VARModel, out: Path, vae_out: Path | None = None) -> Exported:
+def export_reference(model: Model, out: Path, vae_out: Path | None = None) -> Exported:
     """Writes the dense skeleton, and if asked for the tokenizer, as files of the official layout.
 
     Args:

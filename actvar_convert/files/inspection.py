@@ -40,7 +40,7 @@ from actvar_convert.files.sparse_folder import (
     sparse_skeleton,
 )
 from actvar_convert.files.tensors import require_exists, sniff
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -224,13 +224,13 @@ def _inspect_sparse(folder: Path, values: bool) -> Inspection:
 
 def _active_share(config: TransformerConfig, plan: SparsityPlan) -> float:
     """Share of all (token, expert) pairs of an image that the plan computes."""
-    lengths = config.pyramid.lengths
+    lengths = config.schedule.lengths
     computed = sum(
         plan.active(block, scale) * plan.blocks[block].kept(scale, length)
         for block in range(config.depth)
         for scale, length in enumerate(lengths)
     )
-    return computed / (plan.experts * config.depth * config.pyramid.total)
+    return computed / (plan.experts * config.depth * config.schedule.total)
 
 
 def _plans_text(config: SparseConfig, plans: Mapping[str, float]) -> str:

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError
-from actvar_convert.models.config import MAX_BLOCKS, MAX_TOKENS, TokenizerConfig, TokenPyramid, TransformerConfig
-from actvar_convert.models.sampling import Sampling
+from actvar_convert.models.base import Sampling, Schedule
+from actvar_convert.models.var.config import MAX_BLOCKS, MAX_TOKENS, TokenizerConfig, TransformerConfig
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -178,7 +178,7 @@ class Overrides(NamedTuple):
         return [name for name, value in self._asdict().items() if value is not None]
 
     def as_origin(self) -> dict[str, str]:
-        """What was given, as ``VARModel.origin`` keeps it; the sides as 1,2,3."""
+        """What was given, as ``Model.origin`` keeps it; the sides as 1,2,3."""
         texts = {name: str(value) for name, value in self._asdict().items() if value is not None}
         return texts if self.sides is None else {**texts, "sides": _list(self.sides)}
 
@@ -465,7 +465,7 @@ def _sides(
     if read:
         return read
     for standard in (SIDES_256, SIDES_512):
-        if (TokenPyramid(sides=standard).total, len(standard)) == (total, scales):
+        if (Schedule(sides=standard).total, len(standard)) == (total, scales):
             return standard
     raise CheckpointError(
         f"the token pyramid cannot be read from the file: lvl_1L is absent, and {scales} scales with {total} tokens "

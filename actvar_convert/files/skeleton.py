@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from actvar_convert.files.layout import DERIVED_SUFFIXES, OPTIONAL_SUFFIXES
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.sparse import SparseVARTransformer
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
-from actvar_convert.plan import SparsityPlan
+from actvar_convert.models.base import Family
+from actvar_convert.models.split import split
+from actvar_convert.plan import Plans
 
 FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 """Dtypes that weights may have, with the names that people read."""
@@ -43,26 +41,23 @@ class NoWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty_transformer(config: TransformerConfig) -> VARTransformer:
-    """A dense transformer whose weights have shapes but no memory."""
-    with NoWeights():
-        return VARTransformer(config)
-
-
-def empty_sparse(config: TransformerConfig, plans: Mapping[str, SparsityPlan], default: str) -> SparseVARTransformer:
-    """The same of a sparse transformer.
+def empty_backbone(family: Family, config: Any, plans: Plans | None = None) -> Any:
+    """A backbone whose weights have shapes but no memory: dense, or split for the plans.
 
     Raises:
         RecipeError: the plans cannot be executed by one model.
     """
     with NoWeights():
-        return SparseVARTransformer(config, plans, default)
+        backbone = family.backbone(config)
+        if plans is not None:
+            split(backbone, plans)
+    return backbone
 
 
-def empty_tokenizer(config: TokenizerConfig) -> VQVAE:
+def empty_tokenizer(family: Family, config: Any) -> Any:
     """The same of a tokenizer."""
     with NoWeights():
-        return VQVAE(config)
+        return family.tokenizer(config)
 
 
 class Comparison(NamedTuple):

@@ -18,8 +18,8 @@ from actvar_convert.files.layout import Overrides, official_config, official_nam
 from actvar_convert.files.skeleton import empty_transformer
 from actvar_convert.files.sparse_folder import is_sparse_folder, load_sparse, read_sparse_config
 from actvar_convert.files.tensors import require_exists
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
 
 REPOSITORY = "FoundationVision/var"
@@ -62,7 +62,7 @@ def load_any(
     sides: Sequence[int] | None = None,
     dtype: DTypeChoice = None,
     revision: str | None = None,
-) -> VARModel:
+) -> Model:
     """A model from its name or path; dense and sparse models are used alike.
 
     A plain name means a bundled or published model even if a file has that name; write ``./NAME`` for the file.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from actvar_convert.measure.image_features import remembered
 from actvar_convert.measure.quality_report import AgreementQuality, KLQuality
-from actvar_convert.models.model import Sampling, VARModel, guided_as_sampled, guided_logits
+from actvar_convert.models.base import Sampling
+from actvar_convert.models.model import Model
 from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.system.progress import Progress, Task
 
@@ -48,8 +49,8 @@ class LogitsAgreement:
 
 @torch.inference_mode()
 def compare_logits(
-    student: VARModel,
-    teacher: VARModel,
+    student: Model,
+    teacher: Model,
     tokens_NL: Tensor,
     labels_N: Tensor,
     task: Task,
@@ -65,10 +66,10 @@ def compare_logits(
         guided: sampling under whose guidance predictions are compared as well, which takes both models twice as long;
             not for a folded student.
     """
-    config = teacher.transformer.config
-    lengths = config.pyramid.lengths
-    rows = max(1, min(64, LOGITS_AT_ONCE // (config.pyramid.total * config.vocab)))
-    folded = student.transformer.rows_per_image == 1
+    config = teacher.config
+    lengths = config.schedule.lengths
+    rows = max(1, min(64, LOGITS_AT_ONCE // (config.schedule.total * config.vocab)))
+    folded = student.ROWS1
     kl, top1, of_guided = [], [], []
     for tokens_BL, labels_B in zip(torch.split(tokens_NL, rows), torch.split(labels_N, rows), strict=True):
         labels_B = labels_B.to(teacher.device)
@@ -88,7 +89,7 @@ def compare_logits(
 
 
 def held_out_pyramids(
-    teacher: VARModel,
+    teacher: Model,
     count: int,
     batch: int,
     *,
@@ -104,7 +105,7 @@ def held_out_pyramids(
         cache: folder in which they are kept and found again.
         fingerprint: ``model_fingerprint(teacher)``.
     """
-    labels = balanced_labels(count, teacher.transformer.config.classes)
+    labels = balanced_labels(count, teacher.config.classes)
     with progress.task("held-out pyramids", count) as task:
 
         def sample() -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ def kl_quality(kl_NS: Tensor, found: LogitsAgreement) -> KLQuality:
     )
 
 
-def _logits(student: VARModel, labels_B: Tensor, inputs_BLz: Tensor) -> Tensor:
+def _logits(student: Model, labels_B: Tensor, inputs_BLz: Tensor) -> Tensor:
     """A student's predictions on the device of its teacher, which labels and inputs are on."""
     logits: Tensor = student.transformer(labels_B.to(student.device), inputs_BLz.to(student.device))
     return logits.to(inputs_BLz.device)

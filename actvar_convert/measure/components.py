@@ -16,9 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseBlock
-from actvar_convert.models.var import Block
+from actvar_convert.models.model import Model
 from actvar_convert.system.device import DTYPES, synchronize
 
 SAMPLING = "sampling"
@@ -75,7 +73,7 @@ class ComponentClock:
         return call
 
 
-def _boundaries(model: VARModel) -> Iterator[tuple[nn.Module, str, str]]:
+def _boundaries(model: Model) -> Iterator[tuple[nn.Module, str, str]]:
     """(module, method, component) of everything that is timed; what surrounds them is charged to sampling."""
     transformer, quantizer = model.transformer, model.tokenizer.quantize
     yield transformer, "modulation", "adaln"
@@ -102,7 +100,7 @@ def _boundaries(model: VARModel) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 @contextmanager
-def timed_components(model: VARModel) -> Iterator[ComponentClock]:
+def timed_components(model: Model) -> Iterator[ComponentClock]:
     """Times the components of whatever the model does inside the ``with``; afterwards the model is as before."""
     clock = ComponentClock(model.device)
     with ExitStack() as undo:
@@ -112,7 +110,7 @@ def timed_components(model: VARModel) -> Iterator[ComponentClock]:
         yield clock
 
 
-def split_components(model: VARModel, batch: int, *, repeats: int = 3, seed: int = 0) -> ComponentTimes:
+def split_components(model: Model, batch: int, *, repeats: int = 3, seed: int = 0) -> ComponentTimes:
     """Time of ``generate`` by component.
 
     Args:
@@ -121,7 +119,7 @@ def split_components(model: VARModel, batch: int, *, repeats: int = 3, seed: int
         repeats: runs after one to warm up; the one with the median total is reported.
         seed: of the sampled tokens.
     """
-    labels = [index % model.transformer.config.classes for index in range(batch)]
+    labels = [index % model.config.classes for index in range(batch)]
     runs = []
     for _ in range(repeats + 1):
         with timed_components(model) as clock, clock.running(SAMPLING):

@@ -19,9 +19,8 @@ from actvar_convert.measure.fid import frechet_inception_distance, paired_jackkn
 from actvar_convert.measure.image_features import Features, ImageSet, generated_features
 from actvar_convert.measure.quality_report import AgreementQuality, KLQuality
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.system.device import pick_dtype
+from actvar_convert.models.model import Model
+from actvar_convert.system.device import DTYPES
 from actvar_convert.system.progress import Progress
 
 
@@ -101,7 +100,7 @@ class CutMeasurement:
 
     def __init__(
         self,
-        model: VARModel,
+        model: Model,
         settings: Evaluation,
         extractor: FeatureExtractor | None,
         *,
@@ -135,9 +134,9 @@ class CutMeasurement:
         if extractor is not None and self.dense is not None:
             self.dense_fid = frechet_inception_distance(self.dense.features_NF, extractor.reference())
 
-    def point(self, target: float, sparse: SparseVARModel, expected: float | None) -> SweepPoint:
+    def point(self, target: float, sparse: Model, expected: float | None) -> SweepPoint:
         """Cost and quality of one cut, beside the KL that the search expected."""
-        config = self.model.transformer.config
+        config = self.model.config
         priced = count_flops(config, self.model.tokenizer.config, {"plan": sparse.plan}, "plan")
         assert priced.sparse is not None and priced.reduction is not None
         with self.progress.task("agreement of the sparse model", len(self.tokens)) as task:
@@ -155,7 +154,7 @@ class CutMeasurement:
             fid=self._fid(sparse),
         )
 
-    def _fid(self, sparse: SparseVARModel) -> SweepFid | None:
+    def _fid(self, sparse: Model) -> SweepFid | None:
         if self.extractor is None or self.dense is None:
             return None
         reference = self.extractor.reference()
@@ -169,11 +168,11 @@ class CutMeasurement:
             jackknife_error=paired_jackknife_error(self.dense.features_NF, found.features_NF, reference),
         )
 
-    def _features(self, of: VARModel, extractor: FeatureExtractor, what: str) -> Features:
+    def _features(self, of: Model, extractor: FeatureExtractor, what: str) -> Features:
         dtype = self.settings.dtype
         with self.progress.task(f"images of the {what}", self.settings.images) as task:
             return generated_features(
-                of if dtype is None else cast(of, pick_dtype(dtype, of.device)),
+                of if dtype is None else cast(of, DTYPES[dtype]),
                 extractor,
                 self.wanted,
                 task,

@@ -24,9 +24,9 @@ from actvar_convert.files import bundled as zoo
 from actvar_convert.files.run_state import fingerprint_of
 from actvar_convert.files.tensors import sha256_of
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.config import TokenizerConfig
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig
 from actvar_convert.system.images import IMAGE_ENDINGS, list_images, read_image
 
 
@@ -86,7 +86,7 @@ class FeatureExtractor(Protocol):
     def reference(self) -> Reference:
         """Statistics of the real images."""
 
-    def problems(self, model: VARModel) -> list[str]:
+    def problems(self, model: Model) -> list[str]:
         """Why images of this model cannot be measured with this extractor; empty when they can."""
 
     def tokenizer_distance(self, tokenizer: nn.Module) -> float | None:
@@ -133,9 +133,9 @@ class ClassifierExtractor:
     def reference(self) -> Reference:
         return self._reference
 
-    def problems(self, model: VARModel) -> list[str]:
+    def problems(self, model: Model) -> list[str]:
         found = []
-        side, classes = model.tokenizer.config.image_size, model.transformer.config.classes
+        side, classes = model.tokenizer.config.image_size, model.config.classes
         if side != self.image_size:
             found.append(f"images of {side} x {side} pixels; {self.name} knows {self.image_size} x {self.image_size}")
         if classes != self.classes:
@@ -272,7 +272,7 @@ class InceptionExtractor:
     def reference(self) -> Reference:
         return self._reference
 
-    def problems(self, model: VARModel) -> list[str]:
+    def problems(self, model: Model) -> list[str]:
         return []
 
     def tokenizer_distance(self, tokenizer: nn.Module) -> float | None:

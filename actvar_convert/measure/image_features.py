@@ -18,10 +18,10 @@ from torch import Tensor
 
 from actvar_convert._version import __version__
 from actvar_convert.measure.extractors import FeatureExtractor
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import Sampling, VARModel, chunk_seed
+from actvar_convert.models.model import Model, chunk_seed
 from actvar_convert.models.sampling import balanced_labels
-from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.progress import Task
 
@@ -37,9 +37,9 @@ class Features:
     logits_NK: Tensor
 
 
-def model_fingerprint(model: VARModel) -> str:
+def model_fingerprint(model: Model) -> str:
     """Identifies the weights, the shapes and the plan in use, and the arithmetic that equal images depend on."""
-    plan = model.plan.model_dump(mode="json") if isinstance(model, SparseVARModel) else None
+    plan = model.plan.model_dump(mode="json") if isinstance(model, Model) else None
     config = [part.config.model_dump(mode="json") for part in (model.transformer, model.tokenizer)]
     machine = (model.device.type, str(model.dtype), torch.__version__, __version__)
     return state_fingerprint(model, config=config, plan=plan, machine=machine)
@@ -62,7 +62,7 @@ class ImageSet:
 
 
 def generated_features(
-    model: VARModel,
+    model: Model,
     extractor: FeatureExtractor,
     wanted: ImageSet,
     task: Task,
@@ -78,7 +78,7 @@ def generated_features(
         fingerprint: ``model_fingerprint(model)``, if it is known already.
     """
     chunk, sampling = wanted.chunk, wanted.sampling._asdict()
-    parts = list(chunks(balanced_labels(wanted.images, model.transformer.config.classes), wanted.seed, chunk))
+    parts = list(chunks(balanced_labels(wanted.images, model.config.classes), wanted.seed, chunk))
     group = max(1, GROUP // chunk)
     key = {
         "model": fingerprint or (model_fingerprint(model) if cache else ""),

@@ -20,17 +20,8 @@ from actvar_convert.cost.flops import count_flops
 from actvar_convert.errors import InputError
 from actvar_convert.measure.components import ComponentTimes, split_components
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.system.device import (
-    DTYPES,
-    DtypeLike,
-    peak_memory_bytes,
-    pick_dtype,
-    reset_peak_memory,
-    synchronize,
-)
-from actvar_convert.system.dtype_names import short_dtype
+from actvar_convert.models.model import Model
+from actvar_convert.system.device import DTYPES, peak_memory_bytes, reset_peak_memory, synchronize
 from actvar_convert.system.progress import Progress, SilentProgress, Task
 
 
@@ -82,8 +73,8 @@ class _Call(NamedTuple):
     with_decoder: bool
     graphs: bool
 
-    def seconds(self, model: VARModel) -> float:
-        labels = [index % model.transformer.config.classes for index in range(self.batch)]
+    def seconds(self, model: Model) -> float:
+        labels = [index % model.config.classes for index in range(self.batch)]
         run = model.generate if self.with_decoder else model.generate_tokens
         synchronize(model.device)
         began = time.perf_counter()
@@ -114,30 +105,25 @@ class Timing:
 
     Attributes:
         batches: images at once.
-        dtypes: fp32, bf16 or fp16 (or torch's own), of the transformer.
+        dtypes: fp32, bf16 or fp16, of the transformer.
         decoder_dtype: of both sides' decoders; None: what the model has, which after ``load`` is fp32.
         repeats: timed runs per side and row, after one to warm up.
         with_decoder: False for tokens, True for images; one row each.
         split: also the time by component, per batch size, dtype and side.
-        compile: replay CUDA graphs on both sides, see ``VARModel.generate``; None: if both can.
+        compile: replay CUDA graphs on both sides, see ``Model.generate``; None: if both can.
     """
 
     batches: Sequence[int] = (1, 4, 16)
-    dtypes: Sequence[DtypeLike] = ("fp32",)
-    decoder_dtype: DtypeLike | None = None
+    dtypes: Sequence[str] = ("fp32",)
+    decoder_dtype: str | None = None
     repeats: int = 5
     with_decoder: Sequence[bool] = (False, True)
     split: bool = False
     compile: bool | None = None
 
-    @property
-    def names(self) -> list[str]:
-        """The dtypes by their short names."""
-        return [str(short_dtype(dtype)) for dtype in self.dtypes]
-
 
 def benchmark_models(
-    model: VARModel, against: VARModel | None, timing: Timing, *, progress: Progress | None = None
+    model: Model, against: Model | None, timing: Timing, *, progress: Progress | None = None
 ) -> BenchmarkReport:
     """Times generation with guidance.
 
@@ -151,13 +137,13 @@ def benchmark_models(
         InputError: settings or models that cannot be measured, all problems at once.
     """
     _check(model, against, timing)
-    given = timing.decoder_dtype
-    decoder = model.tokenizer.decoder_dtype if given is None else pick_dtype(given, model.device)
+    name = timing.decoder_dtype
+    decoder = model.tokenizer.decoder_dtype if name is None else DTYPES[name]
     runs = len(timing.batches) * len(timing.dtypes) * len(timing.with_decoder) * (timing.repeats + 1)
     rows: list[BenchmarkRow] = []
     components: list[ComponentTimes] = []
     with (progress or SilentProgress()).task("benchmark", runs * (1 if against is None else 2)) as task:
-        for dtype in timing.names:
+        for dtype in timing.dtypes:
             sides = [cast(side, DTYPES[dtype], decoder=decoder) for side in (model, against) if side is not None]
             graphs = _all_record(sides) if timing.compile is None else timing.compile
             for batch in timing.batches:
@@ -167,7 +153,7 @@ def benchmark_models(
                 if timing.split:
                     components += [split_components(side, batch) for side in sides]
     return BenchmarkReport(
-        plan=model.plan_name if isinstance(model, SparseVARModel) else None,
+        plan=model.plan_name if isinstance(model, Model) else None,
         hardware=hardware_name(model.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -187,7 +173,7 @@ def hardware_name(device: torch.device) -> str:
     return names[0] if names else device.type
 
 
-def _all_record(sides: Sequence[VARModel]) -> bool:
+def _all_record(sides: Sequence[Model]) -> bool:
     """Whether generation of all sides can be recorded as CUDA graphs; tried with one image."""
     try:
         for side in sides:
@@ -197,7 +183,7 @@ def _all_record(sides: Sequence[VARModel]) -> bool:
     return True
 
 
-def _row(sides: Sequence[VARModel], dtype: str, call: _Call, timings: Sequence[_Times]) -> BenchmarkRow:
+def _row(sides: Sequence[Model], dtype: str, call: _Call, timings: Sequence[_Times]) -> BenchmarkRow:
     own = sides[0]
     sparse: _Times | None = None
     dense: _Times | None = None
@@ -230,7 +216,7 @@ def _row(sides: Sequence[VARModel], dtype: str, call: _Call, timings: Sequence[_
     )
 
 
-def _alternate(sides: Sequence[VARModel], call: _Call, repeats: int, task: Task) -> list[_Times]:
+def _alternate(sides: Sequence[Model], call: _Call, repeats: int, task: Task) -> list[_Times]:
     """Times every side ``repeats`` times in turn, after one run each to warm up; that one records the graphs."""
     for side in sides:
         side.recordings.clear()  # of other batches, whose memory is not this row's
@@ -247,10 +233,10 @@ def _alternate(sides: Sequence[VARModel], call: _Call, repeats: int, task: Task)
     return [_Times(own, peak) for own, peak in zip(seconds, peaks, strict=True)]
 
 
-def _macs(model: VARModel, with_decoder: bool) -> int:
+def _macs(model: Model, with_decoder: bool) -> int:
     """MACs per image of what the model executes: its plan, or the dense model."""
-    config, tokenizer = model.transformer.config, model.tokenizer.config
-    if isinstance(model, SparseVARModel):
+    config, tokenizer = model.config, model.tokenizer.config
+    if isinstance(model, Model):
         cost = count_flops(config, tokenizer, {model.plan_name: model.plan}).sparse
     else:
         cost = count_flops(config, tokenizer).dense
@@ -258,14 +244,14 @@ def _macs(model: VARModel, with_decoder: bool) -> int:
     return cost.end_to_end.macs if with_decoder else cost.transformer.macs
 
 
-def _check(model: VARModel, against: VARModel | None, timing: Timing) -> None:
+def _check(model: Model, against: Model | None, timing: Timing) -> None:
     problems = []
     if not timing.batches or min(timing.batches) < 1:
         problems.append(f"batches: {list(timing.batches)} given, one or more numbers of at least 1 needed")
-    unknown = [name for name in timing.names if name not in DTYPES]
+    unknown = [name for name in timing.dtypes if name not in DTYPES]
     if unknown or not timing.dtypes:
         problems.append(f"dtypes: {unknown or 'none'} given, known are {', '.join(DTYPES)}")
-    if timing.decoder_dtype is not None and short_dtype(timing.decoder_dtype) not in DTYPES:
+    if timing.decoder_dtype is not None and timing.decoder_dtype not in DTYPES:
         problems.append(f"decoder_dtype: {timing.decoder_dtype} given, known are {', '.join(DTYPES)}")
     if timing.repeats < 1:
         problems.append(f"repeats: {timing.repeats} given, at least 1 needed")
@@ -274,7 +260,7 @@ def _check(model: VARModel, against: VARModel | None, timing: Timing) -> None:
             problems.append("against: a sparse model given; compare with the dense model it was made from")
         if against.device != model.device:
             problems.append(f"against: on {against.device}, the model on {model.device}; put both on one device")
-        ours, theirs = model.transformer.config, against.transformer.config
+        ours, theirs = model.config, against.config
         if ours != theirs:
             differ = [name for name in type(ours).model_fields if getattr(ours, name) != getattr(theirs, name)]
             problems.append(f"against: another shape than the model's ({', '.join(differ)} differ)")

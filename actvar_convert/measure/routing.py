@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from actvar_convert.measure.quality_report import RoutingLoad
+from actvar_convert.models.base import Span
 from actvar_convert.models.experts import ExpertFFN
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.models.var import Span
+from actvar_convert.models.model import Model
 
 
 class RoutingWatch:
@@ -29,11 +28,11 @@ class RoutingWatch:
         self._tokens[key] = self._tokens.get(key, 0) + len(selected_TF)
         self._chosen[key] = self._chosen[key] + counts if key in self._chosen else counts
 
-    def loads(self, model: VARModel) -> tuple[RoutingLoad, ...]:
+    def loads(self, model: Model) -> tuple[RoutingLoad, ...]:
         """What was chosen, by block and scale; empty if nothing routes."""
         found = []
         for (block, scale), counts in sorted(self._chosen.items(), key=lambda item: item[0]):
-            assert isinstance(model, SparseVARModel)
+            assert isinstance(model, Model)
             load = counts / self._tokens[block, scale]
             found.append(
                 RoutingLoad(
@@ -61,10 +60,10 @@ def experts_per_token(loads: Sequence[RoutingLoad]) -> float:
 
 
 @contextmanager
-def watched_routing(model: VARModel) -> Iterator[RoutingWatch]:
+def watched_routing(model: Model) -> Iterator[RoutingWatch]:
     """Counts the choices of a model's routers while the block runs, by hooks in front of its FFNs."""
     watch = RoutingWatch()
-    ffns = [layer.ffn for layer in model.transformer.sparse_layers] if isinstance(model, SparseVARModel) else []
+    ffns = [layer.ffn for layer in model.transformer.sparse_layers] if isinstance(model, Model) else []
 
     def before(ffn: nn.Module, given: tuple[Tensor, Span]) -> None:
         assert isinstance(ffn, ExpertFFN)

@@ -45,14 +45,24 @@ def gated_blocks(backbone: nn.Module) -> Iterator[GatedBlock]:
     return (module for module in backbone.modules() if isinstance(module, GatedBlock))
 
 
+ADDED = ("router", "gate", "reconstruction", "low-rank update")
+"""Roles of what the method adds; other roles mark parts that a dense backbone has."""
+
+
 def roles(backbone: nn.Module) -> dict[str, str]:
-    """The role of every tensor that the method added (router, gate, reconstruction, ...), by name."""
+    """The role of every tensor of a module that has one (router, gate, reconstruction, modulation ...), by name."""
     found: dict[str, str] = {}
     for prefix, module in backbone.named_modules():
         role = getattr(module, "role", None)
         if role is not None:
-            found |= {f"{prefix}.{name}": role for name in module.state_dict()}
+            for tensors in (module.named_parameters(), module.named_buffers()):
+                found |= {f"{prefix}.{name}": role for name, _ in tensors}
     return found
+
+
+def added(backbone: nn.Module) -> dict[str, str]:
+    """The same of what the method has added alone."""
+    return {name: role for name, role in roles(backbone).items() if role in ADDED}
 
 
 def stored_name(name: str) -> str:
@@ -63,6 +73,13 @@ def stored_name(name: str) -> str:
 def stored_state(backbone: nn.Module) -> dict[str, Tensor]:
     """All tensors by their names on disk."""
     return {stored_name(name): tensor for name, tensor in backbone.state_dict().items()}
+
+
+def plans_of(model: Any) -> Plans:
+    """The plans of a sparse model."""
+    assert model.plans is not None
+    plans: Plans = model.plans
+    return plans
 
 
 def ffn_of(block: nn.Module) -> Any:

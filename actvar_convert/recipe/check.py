@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from actvar_convert.errors import RecipeError
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.recipe.schema import Recipe, StageRecipe
 
 
@@ -89,7 +89,7 @@ def _beside_plans(recipe: Recipe) -> Iterator[str]:
 
 
 def _misfits(recipe: Recipe, config: TransformerConfig) -> Iterator[str]:
-    scales, experts, budget = config.pyramid.num_scales, recipe.experts, recipe.budget
+    scales, experts, budget = config.schedule.num_scales, recipe.experts, recipe.budget
     if config.hidden % experts.count:
         divisors = [n for n in range(1, config.hidden + 1) if config.hidden % n == 0]
         near = min(divisors, key=lambda n: (abs(n - experts.count), n))

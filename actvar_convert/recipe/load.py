@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.recipe.check import problems_for
 from actvar_convert.recipe.fields import allowed, find, nearest
 from actvar_convert.recipe.removed import drop_removed, replacement

@@ -7,7 +7,7 @@ dimension, D conditioning (= C), V codebook size.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,8 +123,10 @@ class FFN(nn.Module):
         return linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
-class SharedAdaLin(nn.Linear):
-    """The modulation projection that all blocks share (VAR-d36)."""
+class Modulation(nn.Sequential):
+    """A projection of the class to gates, scales and shifts: SiLU, then a linear layer."""
+
+    role: ClassVar = "modulation"
 
 
 class VARBlock(nn.Module):
@@ -143,7 +145,7 @@ class VARBlock(nn.Module):
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+            self.ada_lin = Modulation(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
     def context(self, prepared: Prepared) -> Tensor:
         """Gates, scales with 1 added, and shifts [B, 6, C] of this block."""
@@ -186,7 +188,7 @@ class AdaLNBeforeHead(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.width, self.eps = config.width, config.norm_eps
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.ada_lin = Modulation(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, x_BLC: Tensor, modulation_B2C: Tensor) -> Tensor:
         scale, shift = modulation_B2C.unbind(1)
@@ -217,7 +219,7 @@ class VARTransformer(nn.Module):
         bias = torch.where(level.unsqueeze(1) >= level.unsqueeze(0), 0.0, -torch.inf)
         self.register_buffer("attn_bias_for_masking", bias.view(1, 1, schedule.total, schedule.total))
         if config.shared_adaln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), SharedAdaLin(width, 6 * width))
+            self.shared_ada_lin = Modulation(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(VARBlock(config) for _ in range(config.depth))
         self.head_nm = AdaLNBeforeHead(config)
         self.head = nn.Linear(width, config.vocab)
