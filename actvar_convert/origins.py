@@ -87,7 +87,7 @@ def _recorded_vae(recorded: Provenance) -> str | None:
 
 def class_names(model: Model) -> list[str]:
     """Names of the classes: those of the bundled model where it is the source, numbers elsewhere; null last."""
-    classes = model.config.classes
+    classes = model.family.classes(model.config) or 0
     name = model.origin.get("name")
     if name is None and model.is_sparse and "path" in model.origin:
         name = read_provenance(model.origin["path"]).name

@@ -16,6 +16,7 @@ from actvar_convert.errors import InputError, RecipeError, counted
 from actvar_convert.files.source import model_shape
 from actvar_convert.measure.extractors import require_reference
 from actvar_convert.measure.quality_report import load_quality
+from actvar_convert.models.families import family_of
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.load import RecipeSource, load_recipe
@@ -105,7 +106,7 @@ def validate_recipe(
     ]
     wrong += split_problems(chosen) if sharded else []
     config, tokenizer, line = shapes[-1]
-    wrong += _not_at_hand(chosen, config.classes)
+    wrong += _not_at_hand(chosen, family_of(config).classes(config))
     if wrong:
         raise RecipeError(f"recipe {chosen.name!r}: {counted(len(wrong), 'problem')}", wrong)
     try:
@@ -134,7 +135,7 @@ def validate_recipe(
     )
 
 
-def _not_at_hand(recipe: Recipe, classes: int) -> list[str]:
+def _not_at_hand(recipe: Recipe, classes: int | None) -> list[str]:
     """What a recipe names beside its model and that no machine has, or that is not there, or no such thing."""
     baseline = None if recipe.checks is None else recipe.checks.baseline
     named: list[tuple[str, Callable[[str], object], str | None]] = [

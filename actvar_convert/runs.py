@@ -31,6 +31,7 @@ from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.latency import BenchmarkReport, Timing, hardware_name
 from actvar_convert.measure.quality_report import QualityReport, SamplingSettings, load_quality
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import plans_of
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.origins import (
     class_names,
@@ -42,7 +43,7 @@ from actvar_convert.origins import (
     work_folder,
 )
 from actvar_convert.recipe.load import dump_recipe, load_recipe
-from actvar_convert.recipe.schema import Recipe
+from actvar_convert.recipe.schema import BenchmarkRecipe, Recipe
 from actvar_convert.show.card import model_card
 from actvar_convert.show.html import report_html
 from actvar_convert.show.pictures import samples_picture
@@ -108,7 +109,8 @@ def run(
         due = None if begun else recipe  # what is converted already needs no memory for it
         made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, **recipe.shape)
         teachers.append(made)
-        return teachers[-1].transformer.config
+        config: TransformerConfig = made.config
+        return config
 
     chosen = load_recipe(recipe, overrides, config=config_of)
     teacher = teachers[-1]
@@ -117,7 +119,7 @@ def run(
     progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
-    require_images(chosen, teacher.config.classes)
+    require_images(chosen, teacher.family.classes(teacher.config))
     extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
     recipe_plans(teacher.config, chosen)
@@ -157,7 +159,7 @@ def _measured_by(recipe: Recipe, teacher: Model, extractor: FeatureExtractor | N
     return {
         "images": 0 if extractor is None else settings.images,
         "sampling": SamplingSettings(**teacher.sampling._asdict(), chunk=settings.batch),
-        "dtype": str(DTYPES[recipe.dtype]).removeprefix("torch."),
+        "dtype": str(DTYPES[settings.dtype]).removeprefix("torch."),
         "extractor": None if extractor is None else extractor.name,
         "reference": None if extractor is None else extractor.reference().fingerprint,
     }
@@ -213,17 +215,17 @@ def _stored(path: Path, kind: type[Report]) -> Report | None:
 def _measured_as(quality: QualityReport, recipe: Recipe, measurement: Mapping[str, object]) -> bool:
     """Whether a stored evaluation is the one that a recipe asks for."""
     settings = recipe.evaluate
-    own = (quality.seeds, quality.kl.pyramids)
+    own = (quality.seeds, quality.kl.pyramids, quality.neighbours)
     same = all(getattr(quality, name) == value for name, value in measurement.items())
-    return same and own == (settings.seeds, settings.held_out)
+    return same and own == (settings.seeds, settings.held_out, settings.neighbours)
 
 
-def _timed_as(benchmark: BenchmarkReport, timing: Timing, device: torch.device) -> bool:
+def _timed_as(benchmark: BenchmarkReport, settings: BenchmarkRecipe, device: torch.device) -> bool:
     """Whether a stored benchmark is the one that a recipe asks for, made on this machine's device."""
     timed = {(row.device, row.dtype, row.batch) for row in benchmark.rows}
-    asked = set(product([str(device)], timing.names, timing.batches))
+    asked = set(product([str(device)], settings.dtypes, settings.batches))
     own = (benchmark.repeats, benchmark.hardware)
-    return timed == asked and own == (timing.repeats, hardware_name(device))
+    return timed == asked and own == (settings.repeats, hardware_name(device))
 
 
 def _measure(
@@ -250,8 +252,9 @@ def _measure(
                 seeds=settings.seeds,
                 batch=settings.batch,
                 held_out=settings.held_out,
-                plans=[name for name in model.plans if name != model.plan_name],
-                dtype=recipe.dtype,
+                neighbours=settings.neighbours,
+                plans=[name for name in plans_of(model).named if name != plans_of(model).name],
+                dtype=settings.dtype,
             ),
             reference=settings.reference,
             extractor=extractor,
@@ -259,19 +262,22 @@ def _measure(
             progress=progress,
         )
         update_file(folder, "eval.json", quality.to_json().encode())
-    timing = Timing(recipe.benchmark.batches, recipe.benchmark.dtypes)
+    timing = recipe.benchmark
     benchmark = _stored(folder / "benchmark.json", BenchmarkReport)
     if benchmark is None or not _timed_as(benchmark, timing, model.device):
         benchmark = verbs.benchmark(
             model,
             against=teacher,
-            timing=timing,
+            timing=Timing(timing.batches, timing.dtypes, repeats=timing.repeats),
             progress=progress,
         )
         update_file(folder, "benchmark.json", benchmark.to_json().encode())
     names = class_names(teacher)
     shown = list(range(min(len(names) - 1, 10)))
-    pictures = [verbs.sample(each, labels=shown) for each in (teacher, model)]
+    pictures = [
+        verbs.sample(each, labels=shown, per_class=recipe.samples.per_class, seed=recipe.samples.seed)
+        for each in (teacher, model)
+    ]
     samples = samples_picture(pictures[0], pictures[1], [names[label] for label in shown])
     update_file(folder, "samples.png", samples)
     checks = None

@@ -49,7 +49,7 @@ def distillation_store(
     )
 
 
-def require_images(recipe: Recipe, classes: int, *, calibration: bool = True, data: bool = True) -> None:
+def require_images(recipe: Recipe, classes: int | None, *, calibration: bool = True, data: bool = True) -> None:
     """Checks that the images of a recipe's sections are there, in as many class folders as the model has classes.
 
     Raises:

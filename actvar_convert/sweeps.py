@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from actvar_convert import verbs
+from actvar_convert.conversion.activations import Calibration
 from actvar_convert.conversion.budget import uniform_plan
 from actvar_convert.conversion.conversion_memory import require_memory
 from actvar_convert.conversion.converter import conversion_steps, convert_model
@@ -205,16 +206,14 @@ def _asking(recipe: Recipe, targets: Sequence[float]) -> Recipe:
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update=wanted)})
 
 
-def _planned(
-    model: Model, recipe: Recipe, targets: Sequence[float], store: TokenStore, progress: Progress
-) -> Planned:
+def _planned(model: Model, recipe: Recipe, targets: Sequence[float], store: TokenStore, progress: Progress) -> Planned:
     """The plans of all targets, each under its target's name; a search looks at the model once."""
     asking = _asking(recipe, targets)
-    tokens = store.tokens.long()
+    calibration = Calibration(store.tokens, store.condition, recipe.calibration.batch)
     if not searches(asking):
-        return plan_model(model, asking, tokens, store.labels)
+        return plan_model(model, asking, calibration)
     with progress.task("searching plans", search_steps(model.config, asking)) as task:
-        return plan_model(model, asking, tokens, store.labels, on_step=task.advance)
+        return plan_model(model, asking, calibration, on_step=task.advance)
 
 
 def _converted(
@@ -222,13 +221,6 @@ def _converted(
 ) -> Model:
     steps = conversion_steps(model.config, recipe)
     with progress.task(f"converting, {100 * target:g} % fewer FLOPs", steps) as task:
-        return convert_model(
-            model,
-            {"default": planned.plans[str(target)]},
-            "default",
-            recipe,
-            store.tokens.long(),
-            store.labels,
-            partitions=planned.partitions,
-            on_block=task.advance,
-        )
+        own = planned._replace(plans={"default": planned.plans[str(target)]}, default="default")
+        calibration = Calibration(store.tokens, store.condition, recipe.calibration.batch)
+        return convert_model(model, own, recipe, calibration, on_block=task.advance)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from actvar_convert.conversion.activations import Calibration
 from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, require_memory
 from actvar_convert.conversion.converter import conversion_steps, convert_model, made_by_main
@@ -158,7 +159,7 @@ def convert(
             refuse_distilled(Path(out))
     config = model.config
     recipe_plans(config, chosen)
-    require_images(chosen, config.classes, data=False)
+    require_images(chosen, model.family.classes(config), data=False)
     require_memory(conversion_memory(model, chosen, processes), model.device)
     origin = provenance(model, chosen) if out is not None else None
     release_pages(model.tokenizer.state_dict().values())
@@ -168,40 +169,24 @@ def convert(
         kept = {what: Path(work) / f"{what}-{name}" for what in ("calibration", "search")}
     store = calibration_store(model, chosen, path=kept.get("calibration"), progress=progress, processes=processes)
 
-    tokens, labels = store.tokens.long(), store.labels
+    calibration = Calibration(store.tokens, store.condition, chosen.calibration.batch)
     planned = None
     reporter = progress if searches(chosen) else SilentProgress()
     with reporter.task("searching for a plan", search_steps(config, chosen)) as task:
         metrics = None
         if searches(chosen):
+            state = kept.get("search") if processes.count == 1 else None
             metrics = measure_metrics(
-                model,
-                chosen,
-                tokens,
-                labels,
-                state=kept.get("search") if processes.count == 1 else None,
-                on_step=task.advance,
-                rank=processes.rank,
-                processes=processes.count,
-                total=processes.total,
+                model, chosen, calibration, state=state, processes=processes, on_step=task.advance
             )
         if processes.main:
-            planned = plan_model(model, chosen, tokens, labels, metrics=metrics, on_step=task.advance)
+            planned = plan_model(model, chosen, calibration, metrics=metrics, on_step=task.advance)
         del metrics
 
     def make() -> Model:
         assert planned is not None
         with progress.task("converting blocks", conversion_steps(config, chosen)) as task:
-            return convert_model(
-                model,
-                planned.plans,
-                planned.default,
-                chosen,
-                tokens,
-                labels,
-                partitions=planned.partitions,
-                on_block=task.advance,
-            )
+            return convert_model(model, planned, chosen, calibration, on_block=task.advance)
 
     sparse = made_by_main(make, model, processes)
     sparse.origin = {}
@@ -261,7 +246,7 @@ def distill(
     """
     processes = join(model.device, shard=shard)
     progress = progress if progress is not None and processes.main else SilentProgress()
-    if not isinstance(model, Model):
+    if not model.is_sparse:
         raise InputError("this model is dense; convert it first (actvar convert MODEL --out DIR)")
     chosen = load_recipe(recipe)
     check_recipe(chosen, model.config)
@@ -290,7 +275,7 @@ def distill(
         return model
     if not replace:
         refuse_distilled(folder)
-    require_images(chosen, teacher.config.classes, calibration=False)
+    require_images(chosen, teacher.family.classes(teacher.config), calibration=False)
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(folder, fingerprint)
     work.mkdir(parents=True, exist_ok=True)
@@ -298,7 +283,8 @@ def distill(
         path = _data_path(work, fingerprint[:12])
         store = distillation_store(teacher, chosen, path=path, progress=progress, processes=processes)
     else:
-        store = TokenStore(torch.empty(0, teacher.config.schedule.total), torch.empty(0))
+        nothing = teacher.family.balanced(teacher.config, 1)
+        store = TokenStore(teacher, teacher.generate_tokens(nothing)[:0], nothing.rows(slice(0)))
     log = MetricsLog(work / "metrics.jsonl") if processes.main else None
     with log or nullcontext():
         distill_model(
@@ -464,8 +450,8 @@ def report_flops(
         return count_flops(shape.transformer, shape.tokenizer, shape.plans, shape.default_plan, guidance=guidance)
     plans: Mapping[str, SparsityPlan] | None = None
     default = None
-    if isinstance(model, Model):
-        plans, default = model.plans, model.plan_name
+    if model.plans is not None:
+        plans, default = model.plans.named, model.plans.name
     return count_flops(model.config, model.tokenizer.config, plans, default, guidance=guidance)
 
 
@@ -520,7 +506,7 @@ def sample(
         per_class, seed, cfg, top_k, top_p, chunk, compile, noise: see ``Model.generate``.
         progress: told about the images.
     """
-    classes = model.config.classes
+    classes = model.family.classes(model.config) or 1
     columns = list(range(min(classes, 10))) if labels is None else list(labels)
     with (progress or SilentProgress()).task("generating", len(columns) * per_class) as task:
         images = model.generate(

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from actvar_convert.cost.macs import transformer_macs
 from actvar_convert.errors import RecipeError
-from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.base import Config
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 
@@ -24,13 +24,13 @@ class Choice(NamedTuple):
     routed: int
 
 
-def may_skip(config: TransformerConfig, recipe: Recipe, scale: int) -> bool:
+def may_skip(config: Config, recipe: Recipe, scale: int) -> bool:
     """Whether a recipe lets blocks skip tokens at a scale."""
     return recipe.budget.gate_keep < 1 and scale >= config.schedule.num_scales - recipe.budget.gate_scales
 
 
 def assemble_plan(
-    config: TransformerConfig,
+    config: Config,
     recipe: Recipe,
     choice: Callable[[int, int], Choice],
     keep: Callable[[int, int], float],
@@ -55,7 +55,7 @@ def assemble_plan(
     )
 
 
-def make_plan(config: TransformerConfig, recipe: Recipe, active: list[int], *, gates: Gates = "all") -> SparsityPlan:
+def make_plan(config: Config, recipe: Recipe, active: list[int], *, gates: Gates = "all") -> SparsityPlan:
     """The plan of a recipe in which block b runs ``active[b]`` experts per token at all scales.
 
     Of the scales that may skip tokens the blocks that ``gates`` names keep ``budget.gate_keep`` of them.
@@ -76,7 +76,7 @@ def make_plan(config: TransformerConfig, recipe: Recipe, active: list[int], *, g
     return assemble_plan(config, recipe, choice, keep)
 
 
-def uniform_plan(config: TransformerConfig, recipe: Recipe, target: float | None = None) -> SparsityPlan:
+def uniform_plan(config: Config, recipe: Recipe, target: float | None = None) -> SparsityPlan:
     """The plan with the most active experts that still saves the target share of the transformer's FLOPs.
 
     Every block runs the same number of experts, up to one: the last one to go leaves blocks spread over the depth.
@@ -129,7 +129,7 @@ def targets(recipe: Recipe) -> tuple[dict[str, float], str]:
     return {name: recipe.budget.reduction, **further}, recipe.default_plan or name
 
 
-def recipe_plans(config: TransformerConfig, recipe: Recipe) -> tuple[dict[str, SparsityPlan], str]:
+def recipe_plans(config: Config, recipe: Recipe) -> tuple[dict[str, SparsityPlan], str]:
     """The plans that a recipe asks for as far as shapes alone tell, and the default's name.
 
     Those that it states, or uniform ones of its budget, which stand for the plans that a search will find.
@@ -140,7 +140,7 @@ def recipe_plans(config: TransformerConfig, recipe: Recipe) -> tuple[dict[str, S
     return {name: uniform_plan(config, recipe, share) for name, share in wanted.items()}, default
 
 
-def reduction(config: TransformerConfig, plan: SparsityPlan) -> float:
+def reduction(config: Config, plan: SparsityPlan) -> float:
     """Share of the transformer's FLOPs, with guidance, that a plan saves."""
     return 1 - transformer_macs(config, plan) / transformer_macs(config, None)
 

@@ -7,7 +7,7 @@ and what a library keeps for itself beyond PROGRAM, and it counts on the system 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,11 @@ from actvar_convert.conversion.search import TOKENS_PER_SCALE as SEARCH_TOKENS
 from actvar_convert.conversion.search import searches
 from actvar_convert.conversion.sensitivity import TOKENS as MEASURED_TOKENS
 from actvar_convert.errors import InputError
-from actvar_convert.files.skeleton import NoWeights
+from actvar_convert.files.skeleton import empty_backbone
+from actvar_convert.models.base import Config
+from actvar_convert.models.families import logits_of
 from actvar_convert.models.model import images_at_once
-from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.plan import Plans
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.device import DTYPES, free_memory_bytes, memory_text
 
@@ -56,9 +58,7 @@ def fullest(*phases: MemoryEstimate) -> MemoryEstimate:
     return max(phases, key=lambda phase: phase.total)
 
 
-def sampling_memory(
-    config: TransformerConfig, tokenizer: TokenizerConfig, batch: int, itemsize: int, device: str = "cpu"
-) -> dict[str, int]:
+def sampling_memory(config: Config, tokenizer: Any, batch: int, itemsize: int, device: str = "cpu") -> dict[str, int]:
     """Bytes that ``generate_tokens`` needs beside the weights, of which it keeps no more images B under way at once
     than ``GENERATION_BYTES`` holds on this kind of device.
 
@@ -72,14 +72,14 @@ def sampling_memory(
     block = 2 * under_way * last * (2 * config.hidden + 8 * config.width) * itemsize
     return {
         "keys and values": 4 * config.depth * under_way * pyramid.total * config.width * itemsize,
-        "tokens of the last scale": max(block, 40 * under_way * last * config.vocab),
-        "random numbers": 4 * batch * pyramid.total * config.vocab if under_way < batch else 0,
+        "tokens of the last scale": max(block, 40 * under_way * last * logits_of(config)),
+        "random numbers": 4 * batch * pyramid.total * logits_of(config) if under_way < batch else 0,
     }
 
 
 def estimate_convert(
-    config: TransformerConfig,
-    tokenizer: TokenizerConfig,
+    config: Config,
+    tokenizer: Any,
     recipe: Recipe,
     *,
     held: int = 0,
@@ -121,11 +121,10 @@ def estimate_convert(
         RecipeError: the recipe's budget is out of reach.
     """
     plans, default = recipe_plans(config, recipe)
-    with NoWeights():
-        transformer = SparseVARTransformer(config, plans, default)
+    transformer = empty_backbone(config, Plans(plans, default))
     sparse = itemsize * sum(tensor.numel() for tensor in transformer.state_dict().values())
-    block_weights = itemsize * sum(tensor.numel() for tensor in transformer.layers[0].state_dict().values())
-    wanted = [wanted_of(block) for block in transformer.sparse_layers]
+    block_weights = itemsize * sum(tensor.numel() for tensor in transformer.blocks[0].state_dict().values())
+    wanted = [wanted_of(block) for block in transformer.blocks]
     calibration = recipe.calibration
     common = {"program": PROGRAM, "dense weights in memory": held}
 
@@ -165,11 +164,11 @@ def estimate_convert(
     return fullest(*phases)
 
 
-def _searching(config: TransformerConfig, recipe: Recipe, itemsize: int) -> dict[str, int]:
+def _searching(config: Config, recipe: Recipe, itemsize: int) -> dict[str, int]:
     pyramid, width, depth = config.schedule, config.width, config.depth
     pyramids = min(recipe.calibration.pyramids, recipe.budget.pyramids)
     rows = min(recipe.calibration.batch, pyramids) * pyramid.total
-    backwards = 4 * rows * ((depth + 12) * width + 8 * config.hidden + 4 * config.vocab)
+    backwards = 4 * rows * ((depth + 12) * width + 8 * config.hidden + 4 * logits_of(config))
     gated = recipe.budget.gate_keep < 1 and recipe.budget.gate_scales > 0
     every = Wanted(frozenset(range(pyramid.num_scales)), 0 if gated else None)
     records = _records(config, [every], pyramids, itemsize, SEARCH_TOKENS)
@@ -183,13 +182,13 @@ def _searching(config: TransformerConfig, recipe: Recipe, itemsize: int) -> dict
     }
 
 
-def _refitting(config: TransformerConfig, recipe: Recipe, plans: int, itemsize: int) -> dict[str, int]:
+def _refitting(config: Config, recipe: Recipe, plans: int, itemsize: int) -> dict[str, int]:
     pyramid, width, hidden = config.schedule, config.width, config.hidden
     pyramids, batch = recipe.calibration.pyramids, min(recipe.calibration.batch, recipe.calibration.pyramids)
     through = batch * pyramid.total * (2 * hidden + 14 * width) * itemsize
     gate = 12 * 8 * width * width + 3 * 8 * CHUNK * width
     added = 4 * batch * pyramid.lengths[-1] * (4 * hidden + 2 * width)
-    logits = 4 * batch * pyramid.total * 3 * config.vocab
+    logits = 4 * batch * pyramid.total * 3 * logits_of(config)
     solved = 20 * hidden * hidden + 28 * hidden * width
     return {
         "states of the calibration pyramids": (2 + plans) * pyramids * (pyramid.total + 1) * width * itemsize,
@@ -197,13 +196,13 @@ def _refitting(config: TransformerConfig, recipe: Recipe, plans: int, itemsize: 
     }
 
 
-def _sampled(config: TransformerConfig, wanted: Wanted, pyramids: int, per_scale: int) -> int:
+def _sampled(config: Config, wanted: Wanted, pyramids: int, per_scale: int) -> int:
     """FFN inputs that are sampled of one block."""
     return sum(min(per_scale, pyramids * config.schedule.lengths[scale]) for scale in wanted.ffn)
 
 
 def _records(
-    config: TransformerConfig, wanted: list[Wanted], pyramids: int, itemsize: int, per_scale: int = TOKENS_PER_SCALE
+    config: Config, wanted: list[Wanted], pyramids: int, itemsize: int, per_scale: int = TOKENS_PER_SCALE
 ) -> dict[str, int]:
     pyramid = config.schedule
     around = [0 if w.states_from is None else pyramid.total - pyramid.begins[w.states_from] for w in wanted]
@@ -216,7 +215,7 @@ def _records(
 
 
 def _steps(
-    config: TransformerConfig, recipe: Recipe, wanted: list[Wanted], itemsize: int, per_scale: int = TOKENS_PER_SCALE
+    config: Config, recipe: Recipe, wanted: list[Wanted], itemsize: int, per_scale: int = TOKENS_PER_SCALE
 ) -> dict[str, int]:
     width, hidden, batch = config.width, config.hidden, min(recipe.calibration.batch, recipe.calibration.pyramids)
     sampled = max(_sampled(config, each, recipe.calibration.pyramids, per_scale) for each in wanted)

@@ -18,7 +18,7 @@ from actvar_convert.conversion.gates import first_needed_scale, start_gate
 from actvar_convert.conversion.refitting import refit_in_order
 from actvar_convert.conversion.search import Planned
 from actvar_convert.files.skeleton import empty_backbone
-from actvar_convert.models.base import inner
+from actvar_convert.models.base import Config, inner
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.gate import GatedBlock
 from actvar_convert.models.model import Model
@@ -51,7 +51,7 @@ def convert_model(
         on_block: called after every block, ``conversion_steps`` times.
     """
     plans = Plans(planned.plans, planned.default)
-    backbone = empty_backbone(dense.family, dense.config, plans)
+    backbone = empty_backbone(dense.config, plans)
     _fill(backbone, dense.transformer.state_dict(), dense.transformer.head.weight, but=("blocks.",))
     records = record_blocks(
         dense,
@@ -67,13 +67,13 @@ def convert_model(
         release_pages(block.state_dict().values())
         on_block()
     backbone.requires_grad_(False)
-    sparse = Model(dense.family, backbone, dense.tokenizer, dense.sampling, plans).train(dense.training)
+    sparse = Model(backbone, dense.tokenizer, dense.sampling, plans).train(dense.training)
     if recipe.experts.compensation == "sequential":
         refit_in_order(dense, sparse, calibration, on_block=on_block)
     return sparse
 
 
-def conversion_steps(config: Any, recipe: Recipe) -> int:
+def conversion_steps(config: Config, recipe: Recipe) -> int:
     """How often ``convert_model`` calls ``on_block``."""
     depth: int = config.depth
     return depth * (2 if recipe.experts.compensation == "sequential" else 1)
@@ -143,8 +143,8 @@ def made_by_main(make: Callable[[], Model], dense: Model, processes: Processes) 
     )
     if model is None:
         plans = Plans(named, name)
-        backbone = empty_backbone(dense.family, dense.config, plans)
-        model = Model(dense.family, backbone, dense.tokenizer, dense.sampling, plans)
+        backbone = empty_backbone(dense.config, plans)
+        model = Model(backbone, dense.tokenizer, dense.sampling, plans)
     dtypes = processes.from_main({name: tensor.dtype for name, tensor in model.transformer.state_dict().items()})
     if not processes.main:
         empty = {

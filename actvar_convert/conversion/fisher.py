@@ -187,9 +187,7 @@ def _noise(tokens: Tensor, model: Model, generator: torch.Generator) -> Tensor:
     return torch.empty(*tokens.shape[:2], *model.alphabet.outcomes).exponential_(1, generator=generator)
 
 
-def _through(
-    block: Any, x_BLC: Tensor, prepared: Any, call: Call, gradient_BLC: Tensor
-) -> tuple[Tensor, Tensor]:
+def _through(block: Any, x_BLC: Tensor, prepared: Any, call: Call, gradient_BLC: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient at a block's output to those at its input and at its FFN's output, each [B, L, C]."""
     outputs: list[Tensor] = []
     handle = inner(block).ffn.register_forward_hook(lambda _, args, out: outputs.append(out))

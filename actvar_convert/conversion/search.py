@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from actvar_convert.conversion.experts import Partition
 from actvar_convert.conversion.fisher import BlockMetrics, Measuring, output_metrics
 from actvar_convert.conversion.sensitivity import BlockSensitivity, expert_damage, gate_damage
 from actvar_convert.cost.macs import block_macs
+from actvar_convert.models.base import Config
 from actvar_convert.models.model import Model
 from actvar_convert.plan import SparsityPlan, kept_tokens
 from actvar_convert.recipe.schema import Recipe
@@ -108,7 +109,7 @@ def searches(recipe: Recipe) -> bool:
     return not recipe.plans
 
 
-def search_steps(config: Any, recipe: Recipe) -> int:
+def search_steps(config: Config, recipe: Recipe) -> int:
     """Steps that ``plan_model`` reports: pyramids, then blocks; 0 without a search."""
     return min(recipe.budget.pyramids, recipe.calibration.pyramids) + config.depth if searches(recipe) else 0
 
@@ -185,7 +186,7 @@ def keep_levels(recipe: Recipe) -> list[float]:
 
 
 def search_plan(
-    config: Any,
+    config: Config,
     recipe: Recipe,
     sensitivities: Sequence[BlockSensitivity],
     target: float,
@@ -243,7 +244,7 @@ def _offered(sensitivities: Sequence[BlockSensitivity]) -> list[Choice]:
 
 
 def _tables(
-    config: Any,
+    config: Config,
     recipe: Recipe,
     sensitivities: Sequence[BlockSensitivity],
     settings: Sequence[Setting],
@@ -265,7 +266,7 @@ def _tables(
     return cost, np.broadcast_to(price, cost.shape)
 
 
-def setting_price(config: Any, recipe: Recipe, setting: Setting, scale: int) -> int:
+def setting_price(config: Config, recipe: Recipe, setting: Setting, scale: int) -> int:
     """Multiply-adds of one row in any block at one scale under a setting, the same at all scales."""
     plan = assemble_plan(config, recipe, lambda b, s: setting.choice, lambda b, s: setting.keep)
     return sum(block_macs(config, plan, 0, scale).values())

@@ -6,14 +6,14 @@ The convention: ``actvar_convert.cost.macs``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from actvar_convert.cost import macs as costs
-from actvar_convert.cost.var_macs import decoder_macs
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.base import Config
+from actvar_convert.models.families import family_of
 from actvar_convert.plan import SparsityPlan
 
 
@@ -118,8 +118,8 @@ class FlopsReport(_Value):
 
 
 def count_flops(
-    config: TransformerConfig,
-    tokenizer: TokenizerConfig | None = None,
+    config: Config,
+    tokenizer: Any | None = None,
     plans: Mapping[str, SparsityPlan] | None = None,
     default: str | None = None,
     guidance: bool = True,
@@ -148,7 +148,7 @@ def count_flops(
         named = "name the plan to report on" if default is None else f"there is no plan {default!r}"
         raise InputError(f"{named}; the model's plans: {known}")
 
-    decoder = None if tokenizer is None else sum(decoder_macs(tokenizer))
+    decoder = None if tokenizer is None else family_of(config).decoder_macs(tokenizer)
     dense = _model_cost(config, SparsityPlan.dense(config), decoder, guidance)
     priced = {name: _plan_cost(config, plan, decoder, guidance, dense) for name, plan in plans.items()}
     chosen = priced.pop(default) if default is not None else None
@@ -162,9 +162,7 @@ def count_flops(
     )
 
 
-def _plan_cost(
-    config: TransformerConfig, plan: SparsityPlan, decoder: int | None, guidance: bool, dense: ModelCost
-) -> PlanCost:
+def _plan_cost(config: Config, plan: SparsityPlan, decoder: int | None, guidance: bool, dense: ModelCost) -> PlanCost:
     sparse = _model_cost(config, plan, decoder, guidance)
     end_to_end = None
     if dense.end_to_end is not None and sparse.end_to_end is not None:
@@ -173,12 +171,12 @@ def _plan_cost(
     return PlanCost(sparse=sparse, reduction=reduction)
 
 
-def _model_cost(config: TransformerConfig, plan: SparsityPlan, decoder: int | None, guidance: bool) -> ModelCost:
+def _model_cost(config: Config, plan: SparsityPlan, decoder: int | None, guidance: bool) -> ModelCost:
     pyramid, priced = config.schedule, costs.plan_macs(config, plan, guidance)
     per_scale = []
     for s, outside in enumerate(priced.scales):
         macs = costs.added([*(block[s] for block in priced.cells), outside])
-        shape = {"scale": s, "side": pyramid.sides[s], "tokens": pyramid.lengths[s]}
+        shape = {"scale": s, "side": pyramid.maps[s][0], "tokens": pyramid.lengths[s]}
         per_scale.append(ScaleCost(**shape, components=_costs(macs), **_total(macs)))
 
     per_block = []

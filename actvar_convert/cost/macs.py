@@ -4,10 +4,10 @@ Convention, the only place that states it:
 
 - One MAC is one multiply-add; 1 MAC = 2 FLOPs. The unit is one image, generated scale by scale with a cache of keys
   and values.
-- A family prices the parts of its network (``Costs``): matrix products, convolutions, and attention's scores and
-  weighted sums over the context that is there (a token of scale s attends to the scales 0 to s). What a class or a
-  text fixes, such as AdaLN, is priced once per image, for dense and sparse alike. The decoder is all that leads from
-  tokens to an image, its convolutions and the products of its attention.
+- A family prices the parts of its network (``models.base.Costs``): matrix products, convolutions, and attention's
+  scores and weighted sums over the context that is there (a token of scale s attends to the scales 0 to s). What a
+  class or a text fixes, such as AdaLN, is priced once per image, for dense and sparse alike. The decoder is all that
+  leads from tokens to an image, its convolutions and the products of its attention.
 - The method prices what it changes: of the FFN a sparse block runs its prefix and the K routed experts of the plan;
   router, token gate and low-rank reconstruction come to it.
 - Guidance runs every row twice, with the condition and without, and doubles all of the transformer but what is the same
@@ -22,10 +22,10 @@ Convention, the only place that states it:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from actvar_convert.cost.var_macs import VARCosts
-from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.base import Config
+from actvar_convert.models.families import family_of
 from actvar_convert.plan import SparsityPlan
 
 FLOPS_PER_MAC = 2
@@ -42,57 +42,24 @@ NOT_COUNTED = (
 )
 
 
-class Costs(Protocol):
-    """Multiply-adds of a backbone's parts for one row, by name of the component; the method prices its own parts."""
-
-    def block(self, kept: int, context: int) -> dict[str, int]:
-        """One block at one scale, but for its FFN: ``kept`` tokens that attend to ``context`` ones."""
-        ...
-
-    def ffn(self) -> int:
-        """One token in the whole FFN of a block."""
-        ...
-
-    def scale(self, scale: int) -> dict[str, int]:
-        """What a scale costs outside of the blocks, in every row."""
-        ...
-
-    def once(self, scale: int) -> dict[str, int]:
-        """What a scale costs once an image, whatever the rows."""
-        ...
-
-    def block_once(self) -> dict[str, int]:
-        """What a block costs once an image: its modulation, its keys and values of the condition."""
-        ...
-
-    def image(self) -> dict[str, int]:
-        """What a row costs once an image outside of the blocks: modulation, condition."""
-        ...
-
-
-def family_costs(config: TransformerConfig) -> Costs:
-    """The prices of the family that a configuration belongs to."""
-    return VARCosts(config)
-
-
 def rows(guidance: bool, plan: SparsityPlan | None = None) -> int:
     """Rows of the transformer per image; ``plan`` None is the dense model."""
     return 1 if not guidance else 2 if plan is None else plan.rows
 
 
-def context_tokens(config: TransformerConfig, plan: SparsityPlan, block: int, scale: int) -> int:
+def context_tokens(config: Config, plan: SparsityPlan, block: int, scale: int) -> int:
     """Tokens whose keys and values a token of one scale meets in one block."""
     pyramid = config.schedule
     return sum(plan.blocks[block].kept(s, pyramid.lengths[s]) for s in range(scale + 1))
 
 
-def block_macs(config: TransformerConfig, plan: SparsityPlan, block: int, scale: int) -> dict[str, int]:
+def block_macs(config: Config, plan: SparsityPlan, block: int, scale: int) -> dict[str, int]:
     """MACs of one block at one scale for one row, by component: the family's, then those of the method.
 
     With C the width, F the family's price of a token in the whole FFN, a of E experts active, k of L tokens kept: FFN
     F k a / E, router C E_r k over E_r routed experts, gate C L, reconstruction 2 C r (L - k).
     """
-    costs, C, length = family_costs(config), config.width, config.schedule.lengths[scale]
+    costs, C, length = family_of(config).costs(config), config.width, config.schedule.lengths[scale]
     kept = plan.blocks[block].kept(scale, length)
     skipped = length - kept
     return {
@@ -125,9 +92,9 @@ class PlanMacs(NamedTuple):
         return added([*(cell for block in self.cells for cell in block), *self.blocks, self.image, *self.scales])
 
 
-def plan_macs(config: TransformerConfig, plan: SparsityPlan | None, guidance: bool = True) -> PlanMacs:
+def plan_macs(config: Config, plan: SparsityPlan | None, guidance: bool = True) -> PlanMacs:
     """Prices the transformer for one image; ``plan`` None is the dense model."""
-    plan, costs = plan or SparsityPlan.dense(config), family_costs(config)
+    plan, costs = plan or SparsityPlan.dense(config), family_of(config).costs(config)
     count, scales, blocks = rows(guidance, plan), range(config.schedule.num_scales), range(config.depth)
     return PlanMacs(
         cells=[[_times(block_macs(config, plan, block, scale), count) for scale in scales] for block in blocks],
@@ -137,7 +104,7 @@ def plan_macs(config: TransformerConfig, plan: SparsityPlan | None, guidance: bo
     )
 
 
-def transformer_macs(config: TransformerConfig, plan: SparsityPlan | None, guidance: bool = True) -> int:
+def transformer_macs(config: Config, plan: SparsityPlan | None, guidance: bool = True) -> int:
     """MACs of the transformer per image, as one number; ``plan`` None is the dense model."""
     return sum(plan_macs(config, plan, guidance).components.values())
 

@@ -101,7 +101,7 @@ def store_from_images(
     Images are centre-cropped and resized to the model's size; ``count`` of them are chosen without replacement, or all
     if there are fewer. Those made are kept in a file named after ``path`` and the images that it is of.
     """
-    files, labels = labelled_images(folder, teacher.config.classes)
+    files, labels = labelled_images(folder, teacher.family.classes(teacher.config))
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
     chosen = [files[i] for i in order.tolist()]
     size = teacher.tokenizer.image_size(teacher.schedule)[0]
@@ -121,7 +121,7 @@ def store_from_images(
     return TokenStore(teacher, tokens, labels[order])
 
 
-def labelled_images(folder: Path, classes: int) -> tuple[list[Path], Tensor]:
+def labelled_images(folder: Path, classes: int | None) -> tuple[list[Path], Tensor]:
     """Image files of a class-per-folder tree and the class index of each.
 
     Raises:
@@ -129,6 +129,8 @@ def labelled_images(folder: Path, classes: int) -> tuple[list[Path], Tensor]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the root of a class-per-folder tree of images")
+    if classes is None:
+        raise InputError(f"{folder}: images of classes given, and the model is conditioned on no classes")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if len(names) != classes:
         raise InputError(f"{folder}: holds {len(names)} class folders, the model has {classes} classes")

@@ -23,7 +23,7 @@ from torch import Tensor
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.lora import attach_lora, fold_lora
 from actvar_convert.distillation.optimizers import Optimizers
-from actvar_convert.distillation.schedule import partly_dropped, learning_rate, plan_of_step
+from actvar_convert.distillation.schedule import learning_rate, partly_dropped, plan_of_step
 from actvar_convert.distillation.sharding import shard_student, split_like, whole, whole_student
 from actvar_convert.distillation.stages import STAGES, Stage, lora_rank, trainable_parameters, trains_gates
 from actvar_convert.errors import CheckpointError, Diverged, InputError, Interrupted

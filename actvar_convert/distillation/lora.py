@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from actvar_convert.models.base import inner
+
 
 class LowRankUpdate(nn.Module):
     """W to W + lora_up lora_down; starts at zero."""

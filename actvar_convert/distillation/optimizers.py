@@ -21,10 +21,11 @@ class Optimizers:
 
     Args:
         parameters: those that the stage trains, by name.
+        added: names of what the method has added to the dense model.
         recipe: which optimiser.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: StageRecipe) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: StageRecipe, added: Collection[str]) -> None:
         matrices = hidden_matrices(parameters, added) if recipe.optimizer == "muon" else {}
         rest = [p for name, p in parameters.items() if name not in matrices]
         kinds = [[p for p in rest if is_split(p) is split] for split in (False, True)]

@@ -116,7 +116,7 @@ def whole_student(model: Model, lora_rank: int | None) -> None:
     """
     split, plans = model.transformer, plans_of(model)
     state = {name: whole(tensor).detach() for name, tensor in split.state_dict().items()}
-    fresh = empty_backbone(model.family, model.config, plans)
+    fresh = empty_backbone(model.config, plans)
     if lora_rank is not None:
         attach_lora(fresh, lora_rank, seed=0)
     fresh.load_state_dict(state, assign=True)

@@ -6,15 +6,18 @@ token, and rounded up: the dtype decides, not the size of the model.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import PROGRAM, MemoryEstimate, fullest, sampling_memory
 from actvar_convert.distillation.lora import lora_targets
 from actvar_convert.distillation.optimizers import hidden_matrices
 from actvar_convert.distillation.stages import lora_rank, trainable_parameters
-from actvar_convert.files.skeleton import NoWeights
-from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.files.skeleton import empty_backbone
+from actvar_convert.models.base import Config
+from actvar_convert.models.families import logits_of
+from actvar_convert.models.split import added
+from actvar_convert.plan import Plans
 from actvar_convert.recipe.schema import JointStage, Recipe, StageRecipe
 from actvar_convert.system.device import DTYPES
 
@@ -34,8 +37,8 @@ _LOCAL = {"fp32": _Activations(62, 0, 32), "bf16": _Activations(41, 0, 32), "fp1
 
 
 def estimate_distill(
-    config: TransformerConfig,
-    tokenizer: TokenizerConfig,
+    config: Config,
+    tokenizer: Any,
     recipe: Recipe,
     *,
     processes: int = 1,
@@ -66,7 +69,7 @@ def estimate_distill(
         RecipeError: the recipe's budget is out of reach.
     """
     plans, default = recipe_plans(config, recipe)
-    student = empty_backbone(family, config, Plans(plans, default))
+    student = empty_backbone(config, Plans(plans, default))
     numbers = sum(tensor.numel() for tensor in student.state_dict().values())
     weights = {"program": PROGRAM, "weights of teacher and student": 2 * FP32 * numbers}
     phases = [MemoryEstimate("distill", "nothing", weights, ())]
@@ -94,8 +97,8 @@ def _fewer(stage: StageRecipe) -> tuple[str, ...]:
 
 def _data_phase(
     work: str,
-    config: TransformerConfig,
-    tokenizer: TokenizerConfig,
+    config: Config,
+    tokenizer: Any,
     recipe: Recipe,
     weights: dict[str, int],
     numbers: int,
@@ -135,7 +138,11 @@ def _training(student: Any, stage: StageRecipe, dtype: str) -> dict[str, int]:
     numbers = sum(parameter.numel() for parameter in student.parameters())
     parameters = trainable_parameters(student, stage)
     trained = sum(parameter.numel() for parameter in parameters.values())
-    matrices = [each.numel() for each in hidden_matrices(parameters, added(student)).values()] if stage.optimizer == "muon" else []
+    matrices = (
+        [each.numel() for each in hidden_matrices(parameters, added(student)).values()]
+        if stage.optimizer == "muon"
+        else []
+    )
     updated = 0
     rank = lora_rank(stage)
     if rank is not None:
@@ -150,9 +157,9 @@ def _training(student: Any, stage: StageRecipe, dtype: str) -> dict[str, int]:
     }
 
 
-def _forward(config: TransformerConfig, stage: StageRecipe, per_token: _Activations) -> dict[str, int]:
+def _forward(config: Config, stage: StageRecipe, per_token: _Activations) -> dict[str, int]:
     tokens = stage.batch * config.schedule.total
     return {
         "activations": tokens * config.width * (per_token.block * config.depth + per_token.rest),
-        "logits": tokens * outcomes * per_token.head,
+        "logits": tokens * logits_of(config) * per_token.head,
     }

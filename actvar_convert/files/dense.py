@@ -28,8 +28,8 @@ from actvar_convert.files.skeleton import (
     assign,
     common_dtype,
     compare,
+    empty_backbone,
     empty_tokenizer,
-    empty_transformer,
     nonfinite_problems,
 )
 from actvar_convert.files.sparse_folder import is_sparse_folder
@@ -162,7 +162,7 @@ def build_dense(
             "the transformer was trained with:",
             disagreements,
         )
-    transformer, tokenizer = empty_transformer(config), empty_tokenizer(tokenizer_config)
+    transformer, tokenizer = empty_backbone(config), empty_tokenizer(tokenizer_config)
     problems = [
         *_problems(path, transformer, files.transformer),
         *_problems(tokenizer_path, tokenizer, files.tokenizer),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,19 +13,15 @@ from actvar_convert.errors import InputError, counted, explain_os_errors
 from actvar_convert.files.layout import reference_tokenizer
 from actvar_convert.files.tensors import separate, size_of, write_tensors
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import added, stored_name
 from actvar_convert.system.atomic import replacing
 from actvar_convert.system.device import require_space
 
 ENDINGS = (".safetensors", ".pth", ".pt")
 
 
-_ADDITIONS = {
-    "ffn.permutation": "order of neurons",
-    "ffn.router": "routers",
-    "gate": "token gates",
-    "reconstruction": "reconstructions of skipped tokens",
-}
-"""What a sparse block has beside the dense one, by the beginning of its tensors' names."""
+_NAMES = {"router": "routers", "gate": "token gates", "reconstruction": "reconstructions of skipped tokens"}
+"""Roles of what a sparse block has beside the dense one, as people read them."""
 
 
 class Exported(NamedTuple):
@@ -48,26 +42,15 @@ def dense_skeleton(model: Model) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     The neurons of a sparse FFN go back to the places that ``ffn.permutation`` records, so an undistilled conversion
     gives its source bit by bit; routers, gates and reconstructions are dropped.
     """
-    state = model.transformer.state_dict()
+    state, role = model.transformer.state_dict(), added(model.transformer)
     out: dict[str, Tensor] = {}
     dropped: dict[str, set[str]] = {}
     for name, tensor in state.items():
-        what = sparse_addition(name)
-        if what is None:
-            out[name] = _in_order(name, tensor, state)
-        else:
-            dropped.setdefault(what, set()).add(name.split(".")[1])
-    blocks = Counter({what: len(indices) for what, indices in dropped.items()})
-    blocks.pop("order of neurons", None)
-    return out, tuple(f"{what} of {counted(count, 'block')}" for what, count in blocks.items())
-
-
-def sparse_addition(name: str) -> str | None:
-    """What a tensor of a sparse transformer belongs to that a dense one does not have; None: the dense one has it."""
-    match = re.match(r"blocks\.\d+\.(.+)$", name)
-    if match is None:
-        return None
-    return next((what for start, what in _ADDITIONS.items() if f"{match[1]}.".startswith(f"{start}.")), None)
+        if name in role:
+            dropped.setdefault(_NAMES[role[name]], set()).add(name.split(".")[1])
+        elif not name.endswith(".ffn.permutation"):
+            out[stored_name(name)] = _in_order(name, tensor, state)
+    return out, tuple(f"{what} of {counted(len(blocks), 'block')}" for what, blocks in dropped.items())
 
 
 def _in_order(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -29,8 +29,8 @@ from actvar_convert.files.skeleton import (
     common_dtype,
     compare,
     count_nonfinite,
+    empty_backbone,
     empty_tokenizer,
-    empty_transformer,
 )
 from actvar_convert.files.sparse_folder import (
     SparseConfig,
@@ -151,7 +151,7 @@ def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, va
     config, assumed = infer_incomplete(files.transformer, overrides, files.hints)
     whole = missing_blocks(config, files.hints)
     needed = config if whole is None else config.model_copy(update={"depth": whole[0]})
-    parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = [("", empty_transformer(needed), files.transformer)]
+    parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = [("", empty_backbone(needed), files.transformer)]
     notes = [*files.notes, *assumed]
     published = official_depth(config)
     if whole is not None:
@@ -203,7 +203,7 @@ def _any_pyramid(shape: TokenizerShape) -> TokenizerConfig:
 def _inspect_sparse(folder: Path, values: bool) -> Inspection:
     config = checked_config(folder)
     weights, vae_weights = read_sparse_weights(folder)
-    transformer, tokenizer = sparse_skeleton(config)
+    transformer, tokenizer, _ = sparse_skeleton(config)
     parameters, dtype = _parameters(weights), common_dtype(weights.values())
     plans = {name: _active_share(config.transformer, plan) for name, plan in config.plans.items()}
     return Inspection(

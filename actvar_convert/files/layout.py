@@ -465,7 +465,7 @@ def _sides(
     if read:
         return read
     for standard in (SIDES_256, SIDES_512):
-        if (Schedule(sides=standard).total, len(standard)) == (total, scales):
+        if (Schedule.of_sides(standard).total, len(standard)) == (total, scales):
             return standard
     raise CheckpointError(
         f"the token pyramid cannot be read from the file: lvl_1L is absent, and {scales} scales with {total} tokens "

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from actvar_convert.files.layout import DERIVED_SUFFIXES, OPTIONAL_SUFFIXES
-from actvar_convert.models.base import Family
-from actvar_convert.models.split import split
+from actvar_convert.models.families import family_of
+from actvar_convert.models.split import split, stored_name, stored_state
 from actvar_convert.plan import Plans
 
 FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -41,23 +41,23 @@ class NoWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty_backbone(family: Family, config: Any, plans: Plans | None = None) -> Any:
+def empty_backbone(config: Any, plans: Plans | None = None) -> Any:
     """A backbone whose weights have shapes but no memory: dense, or split for the plans.
 
     Raises:
         RecipeError: the plans cannot be executed by one model.
     """
     with NoWeights():
-        backbone = family.backbone(config)
+        backbone = family_of(config).backbone(config)
         if plans is not None:
             split(backbone, plans)
     return backbone
 
 
-def empty_tokenizer(family: Family, config: Any) -> Any:
+def empty_tokenizer(config: Any) -> Any:
     """The same of a tokenizer."""
     with NoWeights():
-        return family.tokenizer(config)
+        return family_of(config).tokenizer(config)
 
 
 class Comparison(NamedTuple):
@@ -89,7 +89,7 @@ def _cut(lines: list[str]) -> list[str]:
 
 def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> Comparison:
     """Names and shapes of ``tensors`` against the state of ``module``."""
-    needed = module.state_dict()
+    needed = stored_state(module)
     missing = [name for name in needed if name not in tensors and not name.endswith(OPTIONAL_SUFFIXES)]
     mis_shaped = []
     for name, own in needed.items():
@@ -124,11 +124,10 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype)
 
     The tensors must have been compared before; optional buffers that are absent keep the values of the module.
     """
-    own = module.state_dict()
     taken = {
-        name: _converted(tensor, dtype)
-        for name, tensor in tensors.items()
-        if name in own and not name.endswith(DERIVED_SUFFIXES)
+        name: _converted(tensors[stored_name(name)], dtype)
+        for name in module.state_dict()
+        if stored_name(name) in tensors and not name.endswith(DERIVED_SUFFIXES)
     }
     module.load_state_dict(taken, strict=False, assign=True)
     module.to(dtype)

@@ -15,7 +15,7 @@ from actvar_convert.files.bundled import bundled_config, bundled_names, load_bun
 from actvar_convert.files.dense import AS_VAE, DTypeChoice, load_dense
 from actvar_convert.files.inspection import Inspection, describe, dtype_name, inspect_file
 from actvar_convert.files.layout import Overrides, official_config, official_names
-from actvar_convert.files.skeleton import empty_transformer
+from actvar_convert.files.skeleton import empty_backbone
 from actvar_convert.files.sparse_folder import is_sparse_folder, load_sparse, read_sparse_config
 from actvar_convert.files.tensors import require_exists
 from actvar_convert.models.model import Model
@@ -247,5 +247,5 @@ def _fetch(name: str, file: str, revision: str | None) -> Path:
 
 def _described(config: TransformerConfig, dtype: torch.dtype) -> tuple[str, int, str]:
     """The model in words, its parameters, and the name of their format."""
-    parameters = sum(parameter.numel() for parameter in empty_transformer(config).parameters())
+    parameters = sum(parameter.numel() for parameter in empty_backbone(config).parameters())
     return describe(config, parameters, dtype), parameters, dtype_name(dtype)

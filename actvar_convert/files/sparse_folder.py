@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError, InputError, RecipeError, explain_os_errors
 from actvar_convert.files.layout import DERIVED_SUFFIXES, Overrides, messages
-from actvar_convert.files.skeleton import assign, compare, empty_sparse, empty_tokenizer, nonfinite_problems
+from actvar_convert.files.skeleton import assign, compare, empty_backbone, empty_tokenizer, nonfinite_problems
 from actvar_convert.files.tensors import (
     digest_of,
     read_json,
@@ -26,11 +26,11 @@ from actvar_convert.files.tensors import (
     write_weights,
 )
 from actvar_convert.files.upgrade import FORMAT_VERSION, upgraded, upgraded_tensors
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.sampling import Sampling
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.vqvae import VQVAE
-from actvar_convert.plan import SparsityPlan
+from actvar_convert.models.base import Sampling
+from actvar_convert.models.model import Model
+from actvar_convert.models.split import plans_of, stored_state
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.plan import Plans, SparsityPlan
 from actvar_convert.recipe.yaml_text import read_yaml
 from actvar_convert.system.atomic import (
     COMMIT,
@@ -119,7 +119,7 @@ class SparseConfig(BaseModel):
 
 
 def save_sparse(
-    model: SparseVARModel,
+    model: Model,
     folder: str | Path,
     *,
     provenance: Provenance | Mapping[str, Any] | None,
@@ -165,7 +165,7 @@ def save_sparse(
     return folder
 
 
-def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dtype | None = None) -> SparseVARModel:
+def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dtype | None = None) -> Model:
     """A sparse model from its folder, with every tensor's name, shape and finiteness checked.
 
     Args:
@@ -181,7 +181,7 @@ def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dty
     config = checked_config(folder)
     if plan is not None and plan not in config.plans:
         raise InputError(f"{folder} has no plan {plan!r}; it has {', '.join(config.plans)}.")
-    transformer, tokenizer = sparse_skeleton(config)
+    transformer, tokenizer, plans = sparse_skeleton(config)
     weights, vae_weights = read_sparse_weights(folder)
     problems = [*_problems("model", transformer, weights), *_problems("vae", tokenizer, vae_weights)]
     if problems:
@@ -192,7 +192,7 @@ def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dty
     assign(transformer, weights, dtype or torch.float32)
     assign(tokenizer, vae_weights, torch.float32)
     sampling = Sampling(config.sampling.cfg, config.sampling.top_k, config.sampling.top_p)
-    model = SparseVARModel(transformer, tokenizer, sampling)
+    model = Model(transformer, tokenizer, sampling, plans)
     model.eval()
     model.origin = {"path": str(folder.absolute())}
     if plan is not None:
@@ -303,7 +303,7 @@ def provenance_of(origin: Mapping[str, str], **more: Any) -> Provenance:
     """Provenance of what is made from a dense model.
 
     Args:
-        origin: ``VARModel.origin`` of the dense model; its files are read to compute their hashes.
+        origin: ``Model.origin`` of the dense model; its files are read to compute their hashes.
         more: further fields.
     """
     path, vae = origin.get("path"), origin.get("vae")
@@ -356,17 +356,18 @@ def read_sparse_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tens
     return upgraded_tensors(folder, transformer), tokenizer
 
 
-def sparse_skeleton(config: SparseConfig) -> tuple[SparseVARTransformer, VQVAE]:
-    """Transformer and tokenizer of a sparse model, whose weights have shapes but no memory.
+def sparse_skeleton(config: SparseConfig) -> tuple[Any, Any, Plans]:
+    """Backbone and tokenizer of a sparse model, whose weights have shapes but no memory, and its plans.
 
     Raises:
         CheckpointError: the plans cannot be executed by one model.
     """
     try:
-        transformer = empty_sparse(config.transformer, config.plans, config.default_plan)
+        plans = Plans(config.plans, config.default_plan)
+        transformer = empty_backbone(config.transformer, plans)
     except RecipeError as error:
         raise CheckpointError(f"config.json: {error.message}", error.problems) from error
-    return transformer, empty_tokenizer(config.tokenizer)
+    return transformer, empty_tokenizer(config.tokenizer), plans
 
 
 def permutation_problems(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -404,18 +405,18 @@ def _problems(stem: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> li
     return [f"{stem}: {problem}" for problem in found]
 
 
-def _config(model: SparseVARModel, provenance: Provenance | Mapping[str, Any] | None, recipe: bytes) -> SparseConfig:
+def _config(model: Model, provenance: Provenance | Mapping[str, Any] | None, recipe: bytes) -> SparseConfig:
     if provenance is None:
         given = provenance_of(model.origin)
     else:
         given = provenance if isinstance(provenance, Provenance) else Provenance(**provenance)
     sampling = model.sampling
     return SparseConfig(
-        transformer=model.transformer.config,
+        transformer=model.config,
         tokenizer=model.tokenizer.config,
         sampling=SamplingConfig(cfg=sampling.cfg, top_k=sampling.top_k, top_p=sampling.top_p),
-        plans=model.plans,
-        default_plan=model.plan_name,
+        plans=plans_of(model).named,
+        default_plan=plans_of(model).name,
         provenance=given.model_copy(
             update={"tool_version": Provenance().tool_version, "recipe_sha256": recipe_digest(recipe)}
         ),
@@ -424,7 +425,7 @@ def _config(model: SparseVARModel, provenance: Provenance | Mapping[str, Any] | 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:
     """Tensors of a module that a folder keeps: all but those that follow from the configuration."""
-    return {name: t for name, t in module.state_dict().items() if not name.endswith(DERIVED_SUFFIXES)}
+    return {name: t for name, t in stored_state(module).items() if not name.endswith(DERIVED_SUFFIXES)}
 
 
 def _free_name(name: str) -> bool:

@@ -13,7 +13,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 """Number formats in which the fused operation was measured to win on a CPU."""
@@ -41,6 +41,13 @@ def linear(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
     if x_RC.dtype == torch.float32 and fuses(x_RC, weight_OC):
         return _pointwise(x_RC, weight_OC, bias_O, "none", "")
     return F.linear(x_RC, weight_OC, bias_O)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by way of ``linear``."""
+
+    def forward(self, x_RC: Tensor) -> Tensor:
+        return linear(x_RC, self.weight, self.bias)
 
 
 def fuses(x_RC: Tensor, weight_OC: Tensor) -> bool:

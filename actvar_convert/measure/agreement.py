@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from actvar_convert.measure.image_features import remembered
 from actvar_convert.measure.quality_report import AgreementQuality, KLQuality
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.model import Model
-from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.system.progress import Progress, Task
 
 HELD_OUT_SEED = 1_000_000_007
@@ -51,13 +51,13 @@ class LogitsAgreement:
 def compare_logits(
     student: Model,
     teacher: Model,
-    tokens_NL: Tensor,
-    labels_N: Tensor,
+    tokens: Tensor,
+    condition: Any,
     task: Task,
     *,
     guided: Sampling | None = None,
 ) -> LogitsAgreement:
-    """Student against teacher on pyramids [N, L] with their labels [N]: both see the true coarser scales.
+    """Student against teacher on pyramids [N, L, ...] with their conditions: both see the true coarser scales.
 
     A student whose guidance is folded is compared with the teacher's guided predictions.
 
@@ -66,25 +66,24 @@ def compare_logits(
         guided: sampling under whose guidance predictions are compared as well, which takes both models twice as long;
             not for a folded student.
     """
-    config = teacher.config
-    lengths = config.schedule.lengths
-    rows = max(1, min(64, LOGITS_AT_ONCE // (config.schedule.total * config.vocab)))
-    folded = student.ROWS1
+    lengths, alphabet = teacher.schedule.lengths, teacher.alphabet
+    rows = max(1, min(64, LOGITS_AT_ONCE // (teacher.schedule.total * alphabet.width)))
+    condition = teacher.family.condition(teacher.config, condition)
     kl, top1, of_guided = [], [], []
-    for tokens_BL, labels_B in zip(torch.split(tokens_NL, rows), torch.split(labels_N, rows), strict=True):
-        labels_B = labels_B.to(teacher.device)
-        inputs = teacher.teacher_forcing_input(tokens_BL.to(teacher.device))
-        expected = guided_logits(teacher, labels_B, inputs) if folded else teacher.transformer(labels_B, inputs)
-        found = _logits(student, labels_B, inputs)
-        divergence, same = _compared(expected, found)
-        kl.append(_scale_means(divergence, lengths))
-        top1.append(_scale_means(same, lengths))
+    for begin in range(0, len(tokens), rows):
+        part = slice(begin, begin + rows)
+        own = condition.rows(part).to(teacher.device)
+        inputs = teacher.inputs(tokens[part].to(teacher.device))
+        expected = teacher.guided_logits(own, inputs) if student.folded else teacher.transformer(own, inputs)
+        found = _logits(student, own, inputs)
+        kl.append(_scale_means(alphabet.divergence(expected.double(), found.double()), lengths))
+        top1.append(_scale_means(alphabet.agreement(expected, found), lengths))
         if guided is not None:
-            nothing = torch.full_like(labels_B, teacher.transformer.null_class)
+            nothing = own.null()
             halves = ((expected, teacher.transformer(nothing, inputs)), (found, _logits(student, nothing, inputs)))
-            pair = (guided_as_sampled(teacher, torch.cat(both), guided) for both in halves)
-            of_guided.append(_scale_means(_compared(*pair)[0], lengths))
-        task.advance(len(tokens_BL))
+            pair = (teacher.guided(torch.cat(both), guided).double() for both in halves)
+            of_guided.append(_scale_means(alphabet.divergence(*pair), lengths))
+        task.advance(len(inputs))
     return LogitsAgreement(torch.cat(kl), torch.cat(top1), lengths, torch.cat(of_guided) if of_guided else None)
 
 
@@ -97,24 +96,24 @@ def held_out_pyramids(
     progress: Progress,
     cache: Path | None,
     fingerprint: str,
-) -> tuple[Tensor, Tensor]:
-    """Pyramids [N, L] that the teacher samples, apart from those of calibration and training, and their labels [N].
+) -> tuple[Tensor, Any]:
+    """Pyramids [N, L, ...] that the teacher samples, apart from those of calibration and training, and conditions.
 
     Args:
         count, batch: N, and pyramids sampled at once.
         cache: folder in which they are kept and found again.
         fingerprint: ``model_fingerprint(teacher)``.
     """
-    labels = balanced_labels(count, teacher.config.classes)
+    condition = teacher.family.balanced(teacher.config, count)
     with progress.task("held-out pyramids", count) as task:
 
         def sample() -> dict[str, Tensor]:
-            tokens = teacher.generate_tokens(labels, **sampling._asdict(), seed=HELD_OUT_SEED, chunk=batch)
+            tokens = teacher.generate_tokens(condition, **sampling._asdict(), seed=HELD_OUT_SEED, chunk=batch)
             task.advance(count)
             return {"tokens": tokens.cpu()}
 
         key = {"model": fingerprint, "sampling": sampling._asdict(), "chunk": batch, "held_out": count}
-        return remembered(cache, key, sample, count, task)["tokens"], labels
+        return remembered(cache, key, sample, count, task)["tokens"], condition
 
 
 def agreement_quality(found: LogitsAgreement) -> tuple[KLQuality, AgreementQuality]:
@@ -141,16 +140,10 @@ def kl_quality(kl_NS: Tensor, found: LogitsAgreement) -> KLQuality:
     )
 
 
-def _logits(student: Model, labels_B: Tensor, inputs_BLz: Tensor) -> Tensor:
-    """A student's predictions on the device of its teacher, which labels and inputs are on."""
-    logits: Tensor = student.transformer(labels_B.to(student.device), inputs_BLz.to(student.device))
+def _logits(student: Model, condition: Any, inputs_BLz: Tensor) -> Tensor:
+    """A student's predictions on the device of its teacher, which condition and inputs are on."""
+    logits: Tensor = student.transformer(condition.to(student.device), inputs_BLz.to(student.device))
     return logits.to(inputs_BLz.device)
-
-
-def _compared(expected_BLV: Tensor, found_BLV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL in nats [B, L], float64, and whether the likeliest codes are the same [B, L]."""
-    expected, found = (logits.double().log_softmax(-1) for logits in (expected_BLV, found_BLV))
-    return (expected.exp() * (expected - found)).sum(-1), expected.argmax(-1) == found.argmax(-1)
 
 
 def _scale_means(value_BL: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -41,6 +41,9 @@ from actvar_convert.recipe.schema import FEWEST_IMAGES
 from actvar_convert.system.device import pick_dtype
 from actvar_convert.system.progress import Progress, SilentProgress
 
+WHAT_IMAGES_SHARE = ("sides", "maps", "vocab", "bits", "classes")
+"""What a model has to share with its teacher, as far as its family has it, so that their images can be compared."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -107,7 +110,7 @@ def evaluate_models(
     _check(model, teacher, settings, extractor)
     progress = progress or SilentProgress()
     chosen, seeds = sampling or teacher.sampling, settings.seeds
-    labels = balanced_labels(settings.images, teacher.config.classes)
+    labels = balanced_labels(settings.images, teacher.family.classes(teacher.config) or 1)
     teacher_print = model_fingerprint(teacher)
     dtype = None if settings.dtype is None else pick_dtype(settings.dtype, model.device)
     wanted = [ImageSet(settings.images, seed, settings.batch, chosen) for seed in seeds]
@@ -137,14 +140,14 @@ def evaluate_models(
         if judge is not None and dense is not None:
             seen = _of_images(dense, generations(model, what, judge), judge, tokenizer)
         with progress.task(f"agreement of the {what}", settings.held_out) as task, watched_routing(model) as watch:
-            paired = model.transformer.rows_per_image > 1 and chosen.cfg > 0
+            paired = not model.folded and chosen.cfg > 0
             guided = chosen if paired else None
             found = compare_logits(model, teacher, tokens, pyramid_labels, task, guided=guided)
         kl, top1 = agreement_quality(found)
         guided_kl = None if found.guided_kl_NS is None else kl_quality(found.guided_kl_NS, found)
         return PlanQuality(**seen, kl=kl, guided_kl=guided_kl, agreement=top1, routing=watch.loads(model))
 
-    own = model.plan_name if isinstance(model, Model) else None
+    own = None if model.plans is None else model.plans.name
     main = measure("sparse model" if own is not None else "model")
     others = _each_plan(model, [name for name in settings.plans if name != own], measure)
     notes = []
@@ -152,7 +155,7 @@ def evaluate_models(
         notes.append("no images were measured: there is no FID, and nothing else that is measured on images")
     elif len(seeds) == 1:
         notes.append("one seed set: fid.standard_error needs two; fid.jackknife_error stands in")
-    if model.ROWS1:
+    if model.folded:
         notes.append("guidance is folded into the sparse model: its KL and top-1 are to the dense model's guided ones")
     return QualityReport(
         **dict(main),
@@ -185,15 +188,11 @@ def _of_images(
 def _each_plan(model: Model, plans: Sequence[str], measure: Callable[[str], PlanQuality]) -> dict[str, PlanQuality]:
     """Measures the model under each plan and leaves it under the plan it came with."""
     found: dict[str, PlanQuality] = {}
-    if not isinstance(model, Model):
+    if model.plans is None:
         return found
-    own = model.plan_name
-    try:
-        for name in plans:
-            model.use_plan(name)
+    for name in plans:
+        with model.plans.using(name):
             found[name] = measure(f"sparse model, plan {name}")
-    finally:
-        model.use_plan(own)
     return found
 
 
@@ -239,11 +238,11 @@ def _check(model: Model, teacher: Model, settings: Evaluation, extractor: Featur
         problems.append(f"held_out: {settings.held_out} given, at least 2 needed")
     if settings.images and not 1 <= settings.neighbours < settings.images:
         problems.append(f"neighbours: {settings.neighbours} given, 1 to {settings.images - 1} possible")
-    problems += differences(model.config, teacher.config, ("sides", "vocab", "classes"))
+    problems += differences(model.config, teacher.config, WHAT_IMAGES_SHARE)
     if settings.images and extractor is not None:
         problems += [f"extractor: {problem}" for problem in extractor.problems(teacher)]
     if settings.plans:
-        known = sorted(model.plans) if isinstance(model, Model) else []
+        known = [] if model.plans is None else sorted(model.plans.named)
         problems += [
             f"plans: the model has no plan {name}; it has {known}" for name in settings.plans if name not in known
         ]

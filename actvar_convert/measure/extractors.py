@@ -135,7 +135,7 @@ class ClassifierExtractor:
 
     def problems(self, model: Model) -> list[str]:
         found = []
-        side, classes = model.tokenizer.config.image_size, model.config.classes
+        side, classes = model.tokenizer.image_size(model.schedule)[0], model.family.classes(model.config)
         if side != self.image_size:
             found.append(f"images of {side} x {side} pixels; {self.name} knows {self.image_size} x {self.image_size}")
         if classes != self.classes:

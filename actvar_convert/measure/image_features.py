@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,7 +22,6 @@ from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model, chunk_seed
-from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.progress import Task
 
@@ -39,21 +39,21 @@ class Features:
 
 def model_fingerprint(model: Model) -> str:
     """Identifies the weights, the shapes and the plan in use, and the arithmetic that equal images depend on."""
-    plan = model.plan.model_dump(mode="json") if isinstance(model, Model) else None
+    plan = model.plan.model_dump(mode="json") if model.is_sparse else None
     config = [part.config.model_dump(mode="json") for part in (model.transformer, model.tokenizer)]
     machine = (model.device.type, str(model.dtype), torch.__version__, __version__)
     return state_fingerprint(model, config=config, plan=plan, machine=machine)
 
 
-def chunks(labels_N: Tensor, seed: int, chunk: int) -> Iterator[tuple[Tensor, int]]:
-    """Labels and seed of each chunk: calls of ``generate`` with these give the images of one call over all labels."""
-    for index, part in enumerate(torch.split(labels_N, chunk)):
-        yield part, chunk_seed(seed, index)
+def chunks(condition: Any, seed: int, chunk: int) -> Iterator[tuple[Any, int]]:
+    """Condition and seed of each chunk: calls of ``generate`` with these give the images of one call over all."""
+    for index, begin in enumerate(range(0, len(condition), chunk)):
+        yield condition.rows(slice(begin, begin + chunk)), chunk_seed(seed, index)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Which images: those that ``generate`` gives for balanced labels, one seed and one chunk."""
+    """Which images: those that ``generate`` gives for balanced conditions, one seed and one chunk."""
 
     images: int
     seed: int
@@ -78,7 +78,7 @@ def generated_features(
         fingerprint: ``model_fingerprint(model)``, if it is known already.
     """
     chunk, sampling = wanted.chunk, wanted.sampling._asdict()
-    parts = list(chunks(balanced_labels(wanted.images, model.config.classes), wanted.seed, chunk))
+    parts = list(chunks(model.family.balanced(model.config, wanted.images), wanted.seed, chunk))
     group = max(1, GROUP // chunk)
     key = {
         "model": fingerprint or (model_fingerprint(model) if cache else ""),
@@ -93,7 +93,7 @@ def generated_features(
         members = parts[first : first + group]
         count = sum(len(labels) for labels, _ in members)
 
-        def make(members: list[tuple[Tensor, int]] = members) -> dict[str, Tensor]:
+        def make(members: list[tuple[Any, int]] = members) -> dict[str, Tensor]:
             features, logits = [], []
             for labels, own_seed in members:
                 image = model.generate(labels, **sampling, seed=own_seed, chunk=chunk)

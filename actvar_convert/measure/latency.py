@@ -74,11 +74,11 @@ class _Call(NamedTuple):
     graphs: bool
 
     def seconds(self, model: Model) -> float:
-        labels = [index % model.config.classes for index in range(self.batch)]
+        condition = model.family.balanced(model.config, self.batch)
         run = model.generate if self.with_decoder else model.generate_tokens
         synchronize(model.device)
         began = time.perf_counter()
-        run(labels, seed=0, chunk=self.batch, compile=self.graphs)
+        run(condition, seed=0, chunk=self.batch, compile=self.graphs)
         synchronize(model.device)
         return time.perf_counter() - began
 
@@ -153,7 +153,7 @@ def benchmark_models(
                 if timing.split:
                     components += [split_components(side, batch) for side in sides]
     return BenchmarkReport(
-        plan=model.plan_name if isinstance(model, Model) else None,
+        plan=None if model.plans is None else model.plans.name,
         hardware=hardware_name(model.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -236,8 +236,8 @@ def _alternate(sides: Sequence[Model], call: _Call, repeats: int, task: Task) ->
 def _macs(model: Model, with_decoder: bool) -> int:
     """MACs per image of what the model executes: its plan, or the dense model."""
     config, tokenizer = model.config, model.tokenizer.config
-    if isinstance(model, Model):
-        cost = count_flops(config, tokenizer, {model.plan_name: model.plan}).sparse
+    if model.plans is not None:
+        cost = count_flops(config, tokenizer, {model.plans.name: model.plan}).sparse
     else:
         cost = count_flops(config, tokenizer).dense
     assert cost is not None and cost.end_to_end is not None

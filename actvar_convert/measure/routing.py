@@ -13,6 +13,7 @@ from actvar_convert.measure.quality_report import RoutingLoad
 from actvar_convert.models.base import Span
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import expert_ffns
 
 
 class RoutingWatch:
@@ -32,7 +33,6 @@ class RoutingWatch:
         """What was chosen, by block and scale; empty if nothing routes."""
         found = []
         for (block, scale), counts in sorted(self._chosen.items(), key=lambda item: item[0]):
-            assert isinstance(model, Model)
             load = counts / self._tokens[block, scale]
             found.append(
                 RoutingLoad(
@@ -63,14 +63,14 @@ def experts_per_token(loads: Sequence[RoutingLoad]) -> float:
 def watched_routing(model: Model) -> Iterator[RoutingWatch]:
     """Counts the choices of a model's routers while the block runs, by hooks in front of its FFNs."""
     watch = RoutingWatch()
-    ffns = [layer.ffn for layer in model.transformer.sparse_layers] if isinstance(model, Model) else []
+    ffns = list(expert_ffns(model.transformer))
 
     def before(ffn: nn.Module, given: tuple[Tensor, Span]) -> None:
         assert isinstance(ffn, ExpertFFN)
         x_BLC, span = given
         for scale, part in enumerate(torch.split(x_BLC, list(span.counts), dim=1), span.first):
-            if part.shape[1] and ffn.plan.routes(ffn.block, scale):
-                watch.add(ffn.block, scale, ffn.route(part, scale).flatten(0, 1))
+            if part.shape[1] and ffn.plans.current.routes(ffn.index, scale):
+                watch.add(ffn.index, scale, ffn.route(part, scale).flatten(0, 1))
 
     hooks = [ffn.register_forward_pre_hook(before) for ffn in ffns]
     try:

@@ -25,6 +25,10 @@ class Codes:
         return (self.vocab,)
 
     @property
+    def width(self) -> int:
+        return self.vocab
+
+    @property
     def stored_bytes(self) -> int:
         return max(1, -(-(self.vocab - 1).bit_length() // 8))
 
@@ -58,6 +62,10 @@ class Bits:
     @property
     def outcomes(self) -> tuple[int, ...]:
         return (self.bits, 2)
+
+    @property
+    def width(self) -> int:
+        return 2 * self.bits
 
     @property
     def stored_bytes(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from actvar_convert.kernels.token_gate import take
+from actvar_convert.plan import BackboneShape
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ class Span(NamedTuple):
     def levels(self) -> list[int]:
         """The scale of every entry of ``counts``."""
         return list(range(self.first, self.first + len(self.counts)))
+
+
+class Config(BackboneShape, Protocol):
+    """The shape of a backbone, whatever else its family says of it."""
+
+    @property
+    def schedule(self) -> Schedule: ...
 
 
 class Slot:
@@ -288,6 +296,11 @@ class Alphabet(Protocol):
         ...
 
     @property
+    def width(self) -> int:
+        """Logits V of one token."""
+        ...
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of a stored token."""
         ...
@@ -387,6 +400,10 @@ class Family(Protocol):
 
     def balanced(self, config: Any, count: int) -> Any:
         """A ``Condition`` of so many entries that covers what the model knows evenly."""
+        ...
+
+    def classes(self, config: Any) -> int | None:
+        """Classes that condition the images; None: something else does."""
         ...
 
     def image_bytes(self, config: Any, tokenizer: Any, itemsize: int, rows: int) -> int:

@@ -25,6 +25,7 @@ class Router(nn.Module):
     """
 
     role: ClassVar = "router"
+    component: ClassVar = "router"
 
     def __init__(self, channels: int, experts: int) -> None:
         super().__init__()

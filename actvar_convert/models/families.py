@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actvar_convert.errors import CheckpointError
+from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.models.base import Family
 from actvar_convert.models.var.family import VAR
 
@@ -18,3 +18,20 @@ def family_named(name: str) -> Family:
     if name not in FAMILIES:
         raise CheckpointError(f"family {name!r} is unknown to this version, which has {', '.join(FAMILIES)}")
     return FAMILIES[name]
+
+
+def logits_of(config: object) -> int:
+    """Logits V of one token."""
+    return family_of(config).alphabet(config).width
+
+
+def family_of(config: object) -> Family:
+    """The family whose backbones, or tokenizers, have such a configuration.
+
+    Raises:
+        InputError: none of the table.
+    """
+    for family in FAMILIES.values():
+        if isinstance(config, family.config_type | family.tokenizer_config_type):
+            return family
+    raise InputError(f"no family has a configuration of type {type(config).__name__}; it has {', '.join(FAMILIES)}")

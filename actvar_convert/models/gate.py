@@ -34,6 +34,7 @@ class TokenGate(nn.Module):
     """Predicts how much a block would change a token, ||block(x) - x|| / ||x||, from the block's input: w x + b."""
 
     role: ClassVar = "gate"
+    component: ClassVar = "gate"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -68,6 +69,7 @@ class Reconstruction(nn.Module):
     """
 
     role: ClassVar = "reconstruction"
+    component: ClassVar = "reconstruction"
 
     def __init__(self, channels: int, num_scales: int, rank: int) -> None:
         super().__init__()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from actvar_convert.errors import InputError
-from actvar_convert.models.base import Alphabet, Call, Family, Guidance, Sampling, Schedule, guided
+from actvar_convert.models.base import Alphabet, Call, Guidance, Sampling, Schedule, guided
+from actvar_convert.models.families import family_of
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import Recordings
 from actvar_convert.models.sampling import Noise, chunk_seed
@@ -42,11 +43,9 @@ def generation_bytes(device: str | torch.device) -> int:
     return granted
 
 
-def images_at_once(
-    family: Family, config: Any, tokenizer: Any, itemsize: int, device: str | torch.device, rows: int = 2
-) -> int:
+def images_at_once(config: Any, tokenizer: Any, itemsize: int, device: str | torch.device, rows: int = 2) -> int:
     """Images of ``rows`` rows that ``GENERATION_BYTES`` holds at once on a device (cpu, cuda), at least one."""
-    return max(1, generation_bytes(device) // family.image_bytes(config, tokenizer, itemsize, rows))
+    return max(1, generation_bytes(device) // family_of(config).image_bytes(config, tokenizer, itemsize, rows))
 
 
 class _Draws(NamedTuple):
@@ -75,14 +74,13 @@ class Model(nn.Module):
 
     def __init__(
         self,
-        family: Family,
         transformer: nn.Module,
         tokenizer: nn.Module,
         sampling: Sampling | None = None,
         plans: Plans | None = None,
     ) -> None:
         super().__init__()
-        self.family, self.plans = family, plans
+        self.family, self.plans = family_of(transformer.config), plans
         self.transformer, self.tokenizer = transformer, tokenizer
         self.sampling = sampling or Sampling()
         self.origin: dict[str, str] = {}
@@ -257,7 +255,7 @@ class Model(nn.Module):
     def images_at_once(self) -> int:
         """Images that generation and decoding keep under way at once: those that ``GENERATION_BYTES`` holds."""
         rows = self.guidance().rows
-        return images_at_once(self.family, self.config, self.tokenizer.config, self.dtype.itemsize, self.device, rows)
+        return images_at_once(self.config, self.tokenizer.config, self.dtype.itemsize, self.device, rows)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -345,6 +343,6 @@ class Model(nn.Module):
 
 def differences(model: Any, teacher: Any, fields: Sequence[str] | None = None) -> list[str]:
     """In what a model's config differs from its teacher's, a line for each field."""
-    names = fields or list(type(model).model_fields)
+    names = [name for name in type(model).model_fields if fields is None or name in fields]
     pairs = [(name, getattr(model, name), getattr(teacher, name, None)) for name in names]
     return [f"{name}: the model has {ours}, its teacher {theirs}" for name, ours, theirs in pairs if ours != theirs]

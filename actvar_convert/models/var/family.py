@@ -61,6 +61,9 @@ class VARFamily:
     def balanced(self, config: TransformerConfig, count: int) -> Labels:
         return Labels(balanced_labels(count, config.classes), config.classes)
 
+    def classes(self, config: TransformerConfig) -> int | None:
+        return config.classes
+
     def image_bytes(self, config: TransformerConfig, tokenizer: TokenizerConfig, itemsize: int, rows: int) -> int:
         """An image of R rows costs 2 R D L C numbers for its keys and values. To these come, at the largest scale, the
         hidden states of a block, R L_s (2 H + 8 C) numbers, and the logits with what guidance, filters and drawing make

@@ -50,6 +50,7 @@ class AttentionConstants(NamedTuple):
 class SelfAttention(nn.Module):
     """Multi-head attention; keys have no bias, queries and keys may be L2-normalised with a learnt scale per head."""
 
+    component: ClassVar = "attention"
     zero_k_bias: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -127,6 +128,13 @@ class Modulation(nn.Sequential):
     """A projection of the class to gates, scales and shifts: SiLU, then a linear layer."""
 
     role: ClassVar = "modulation"
+    component: ClassVar = "adaln"
+
+
+class Embedding(nn.Linear):
+    """Features of a token to a hidden state."""
+
+    component: ClassVar = "embedding"
 
 
 class VARBlock(nn.Module):
@@ -209,7 +217,7 @@ class VARTransformer(nn.Module):
         super().__init__()
         self.config = config
         schedule, width = config.schedule, config.width
-        self.word_embed = nn.Linear(config.z_channels, width)
+        self.word_embed = Embedding(config.z_channels, width)
         self.class_emb = nn.Embedding(config.classes + 1, width)
         self.pos_start = nn.Parameter(torch.zeros(1, schedule.lengths[0], width))
         self.pos_1LC = nn.Parameter(torch.zeros(1, schedule.total, width))
@@ -222,7 +230,7 @@ class VARTransformer(nn.Module):
             self.shared_ada_lin = Modulation(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(VARBlock(config) for _ in range(config.depth))
         self.head_nm = AdaLNBeforeHead(config)
-        self.head = nn.Linear(width, config.vocab)
+        self.head = Linear(width, config.vocab)
 
     @property
     def null_class(self) -> int:
@@ -274,7 +282,8 @@ class VARTransformer(nn.Module):
 
     def logits(self, x_BLC: Tensor, prepared: Prepared) -> Tensor:
         """Logits [B, L, V] in fp32 of hidden states [B, L, C]."""
-        return linear(self.before_head(x_BLC, prepared), self.head.weight, self.head.bias).float()
+        out: Tensor = self.head(self.before_head(x_BLC, prepared))
+        return out.float()
 
     def forward(self, labels: Labels | Tensor, inputs_BLz: Tensor) -> Tensor:
         """Teacher forcing.
