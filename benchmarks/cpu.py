@@ -24,9 +24,8 @@ from sides import Goal, Results, Row, measure, random_dense, random_sparse, reci
 import actvar_convert as av
 from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.models.vqvae import FAST_DECODERS
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.tokenizer import FAST_DECODERS
 from actvar_convert.system.device import DTYPES, limit_threads
 
 D16_PLAN = ("budget.reduction=0.4", "budget.gate_keep=0.6", "budget.gate_scales=2", "budget.prefix_share=1.0")
@@ -52,17 +51,17 @@ class Given(argparse.Namespace):
     out: Path | None
 
 
-def models(name: str, sparse_folder: Path | None) -> tuple[VARModel, SparseVARModel]:
+def models(name: str, sparse_folder: Path | None) -> tuple[Model, Model]:
     """The dense and the sparse model of one name, in fp32."""
     if name == "fashion":
         dense = av.load("fashion", device="cpu")
         if sparse_folder is not None:
             sparse = av.load(sparse_folder, device="cpu")
-            assert isinstance(sparse, SparseVARModel)
+            assert isinstance(sparse, Model)
             return dense, sparse
         return dense, av.convert(dense, recipe="fashion")
     dense = random_dense(name, CPU, torch.float32)
-    return dense, random_sparse(dense, recipe_plan(dense.transformer.config, f"var_{name}", D16_PLAN))
+    return dense, random_sparse(dense, recipe_plan(dense.config, f"var_{name}", D16_PLAN))
 
 
 def goals(name: str, batch: int, images: bool) -> list[Goal]:
@@ -79,14 +78,14 @@ def repeats_of(name: str, dtype: str, batch: int, images: bool) -> int:
     return 1 if images or (dtype == "fp32" and batch > 4) else 3
 
 
-def in_format(model: VARModel, dtype: str) -> VARModel:
+def in_format(model: Model, dtype: str) -> Model:
     """The model in a number format, its decoder too where that is faster."""
     fast = DTYPES[dtype] in FAST_DECODERS["cpu"]
     return cast(model, DTYPES[dtype], decoder=DTYPES[dtype] if fast else torch.float32)
 
 
 def rows_of(
-    name: str, dense: VARModel, sparse: SparseVARModel, plain: PlainGeneration, dtype: str, batch: int, given: Given
+    name: str, dense: Model, sparse: Model, plain: PlainGeneration, dtype: str, batch: int, given: Given
 ) -> list[Row]:
     """One row per extent."""
     if dtype == "fp32" and batch <= 4 and name == "fashion":
@@ -132,7 +131,7 @@ def main() -> None:
         dense, sparse = models(name, given.sparse)
         for dtype in given.dtypes:
             cast_dense, cast_sparse = in_format(dense, dtype), in_format(sparse, dtype)
-            assert isinstance(cast_sparse, SparseVARModel)
+            assert isinstance(cast_sparse, Model)
             plain = PlainGeneration(cast_dense, dense.tokenizer)
             for batch in given.batches:
                 results.add(rows_of(name, cast_dense, cast_sparse, plain, dtype, batch, given))

@@ -37,8 +37,7 @@ from actvar_convert.errors import ActvarError
 from actvar_convert.files.run_state import fingerprint_of
 from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.atomic import write_whole
@@ -131,7 +130,7 @@ def settings_of(change: str) -> list[str]:
 class Defaults:
     """The rows of one teacher, kept in one folder."""
 
-    def __init__(self, teacher: VARModel, recipe: Recipe, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(self, teacher: Model, recipe: Recipe, folder: Path, progress: Progress | None = None) -> None:
         self.teacher, self.recipe, self.folder = teacher, recipe, folder
         self.progress = progress or SilentProgress()
         self.path = folder / "defaults.json"
@@ -142,7 +141,7 @@ class Defaults:
 
     def row(self, base: str, change: str) -> Row:
         """The row, measured unless it was before."""
-        config = self.teacher.transformer.config
+        config = self.teacher.config
         chosen = load_recipe(self.recipe, [*BASES[base], *settings_of(change)], config=config)
         key = fingerprint_of(CODE, self._print, chosen.model_dump_json())
         if key not in self._rows:
@@ -160,7 +159,7 @@ class Defaults:
             cache=self.folder / "evaluation",
             progress=self.progress,
         )
-        config = self.teacher.transformer.config
+        config = self.teacher.config
         return Row(
             key=key,
             base=base,
@@ -172,15 +171,15 @@ class Defaults:
             seconds=time.perf_counter() - begin,
         )
 
-    def _converted(self, recipe: Recipe) -> SparseVARModel:
+    def _converted(self, recipe: Recipe) -> Model:
         work = self.folder / "work"
         work.mkdir(parents=True, exist_ok=True)
         return av.convert(self.teacher, recipe=recipe, work=work, progress=self.progress)
 
-    def _trained(self, recipe: Recipe) -> SparseVARModel:
+    def _trained(self, recipe: Recipe) -> Model:
         """After both stages; conversions that rows share are made once."""
         method, cut = METHODS["ours"], recipe.budget.reduction
-        chosen = method.recipe(recipe, cut, self.teacher.transformer.config)
+        chosen = method.recipe(recipe, cut, self.teacher.config)
         return self._workshop.make(method, chosen, cut, "full").student
 
     def _write(self) -> None:

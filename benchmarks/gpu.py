@@ -44,8 +44,8 @@ from sides import (
 from actvar_convert.kernels.linear import linear_gelu, linear_gelu_reference
 from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models import vqvae
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 
 ROUTINGS = ("static", "balanced", "skewed")
@@ -118,7 +118,7 @@ def rows_of(name: str, device: torch.device, settings: Settings, deadline: Deadl
             dense.recordings.clear()
     for reduction in settings.reductions:
         for routed in (False, True):
-            sparse = random_sparse(dense, plan_of(dense.transformer.config, name, reduction, routed=routed))
+            sparse = random_sparse(dense, plan_of(dense.config, name, reduction, routed=routed))
             for batch, (plain_timing, dense_timing) in whole.items():
                 for routing in ROUTINGS[1:] if routed else ROUTINGS[:1]:
                     what, measured = f"{name} {routing} {100 * reduction:.0f} %, batch {batch}", None
@@ -154,7 +154,7 @@ def timed(run: Callable[[], object], settings: Settings, device: torch.device) -
     return timings["own"], peak
 
 
-def recorded(model: VARModel, batch: int, settings: Settings, device: torch.device) -> tuple[Timing, int]:
+def recorded(model: Model, batch: int, settings: Settings, device: torch.device) -> tuple[Timing, int]:
     """Time and peak memory of tokens by CUDA graphs, which the warm-up records unless they are there already."""
     labels = labels_of(model, batch)
     return timed(lambda: model.generate_tokens(labels, chunk=batch, compile=True), settings, device)
@@ -174,17 +174,17 @@ def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
 
 
 @torch.inference_mode()
-def choices(dense: VARModel) -> Iterator[str]:
+def choices(dense: Model) -> Iterator[str]:
     """Lines about what the code chooses on a GPU, with the shapes of a model."""
-    ffn, device = dense.transformer.layers[0].ffn, dense.device
-    x = torch.randn(64 * 2 * 256, dense.transformer.config.width, device=device, dtype=torch.bfloat16)
+    ffn, device = dense.transformer.blocks[0].ffn, dense.device
+    x = torch.randn(64 * 2 * 256, dense.config.width, device=device, dtype=torch.bfloat16)
     fused, written = (
         milliseconds(lambda layer=layer: layer(x, ffn.fc1.weight, ffn.fc1.bias))
         for layer in (linear_gelu, linear_gelu_reference)
     )
     yield f"linear layer with GELU, {len(x)} rows: fused {fused:.3f} ms, as written {written:.3f} ms"
     for batch in (1, 16):
-        tokens = torch.randint(dense.transformer.config.vocab, (batch, dense.transformer.config.pyramid.total))
+        tokens = torch.randint(dense.config.vocab, (batch, dense.config.schedule.total))
         scales = dense.split(tokens.to(device))
         kept, times = vqvae.CHANNELS_LAST, []
         for vqvae.CHANNELS_LAST in (kept, ()):
@@ -193,18 +193,18 @@ def choices(dense: VARModel) -> Iterator[str]:
         yield f"decoder in bf16, batch {batch}: channels last {times[0]:.1f} ms, default {times[1]:.1f} ms"
 
 
-def checks(dense: VARModel, device: torch.device) -> Iterator[str]:
+def checks(dense: Model, device: torch.device) -> Iterator[str]:
     """Lines about whether the sides draw the same tokens."""
     small = random_dense("d16", device, torch.float32, depth=2)
     same = same_tokens(PlainGeneration(small), small, 4)
     yield f"tokens that the plain path draws as the dense model does, fp32, 2 blocks: {100 * same:.2f} %"
-    sparse = random_sparse(dense, plan_of(dense.transformer.config, "d16", 0.4, routed=True))
+    sparse = random_sparse(dense, plan_of(dense.config, "d16", 0.4, routed=True))
     for side, model in (("dense", dense), ("sparse", sparse)):
         yield f"tokens that graphs draw as the {side} model does without them: {100 * agreement(model):.2f} %"
         model.recordings.clear()
 
 
-def agreement(model: VARModel) -> float:
+def agreement(model: Model) -> float:
     """Share of the tokens that the graphs draw as the same model does without them."""
     eager, replayed = (model.generate_tokens(list(range(4)), compile=graphs) for graphs in (False, True))
     return float((eager == replayed).double().mean())

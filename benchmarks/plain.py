@@ -1,7 +1,7 @@
 """Generation written down as straightforwardly as the method reads: the baseline of the speed tables.
 
 AdaLN's projections at every scale and block, keys and values by concatenation, an FFN of three operations,
-``multinomial``, and the decoder in fp32 and the default memory layout. It uses the weights of a dense ``VARModel`` and
+``multinomial``, and the decoder in fp32 and the default memory layout. It uses the weights of a dense ``Model`` and
 draws its tokens.
 """
 
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actvar_convert.models.attention import MAX_LOG_SCALE
-from actvar_convert.models.model import Sampling, VARModel
+from actvar_convert.models.base import Sampling
+from actvar_convert.models.model import Model
 from actvar_convert.models.sampling import filter_logits
-from actvar_convert.models.var import FFN, Block
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.network import FFN, MAX_LOG_SCALE
+from actvar_convert.models.var.tokenizer import VQVAE
 
 
 class PlainGeneration:
@@ -29,10 +29,10 @@ class PlainGeneration:
         tokenizer: the model's own in fp32; without it what the model has.
     """
 
-    def __init__(self, model: VARModel, tokenizer: VQVAE | None = None) -> None:
+    def __init__(self, model: Model, tokenizer: VQVAE | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer or model.tokenizer
-        self.config = model.transformer.config
+        self.config = model.config
 
     @torch.inference_mode()
     def generate_tokens(self, labels: Sequence[int], *, seed: int = 0, sampling: Sampling | None = None) -> Tensor:
@@ -47,7 +47,7 @@ class PlainGeneration:
 
     def _tokens(self, labels: Sequence[int], seed: int, sampling: Sampling) -> list[Tensor]:
         transformer, quantizer = self.model.transformer, self.tokenizer.quantize
-        pyramid, B, device = self.config.pyramid, len(labels), self.model.device
+        pyramid, B, device = self.config.schedule, len(labels), self.model.device
         generator = torch.Generator(device).manual_seed(seed)
         label = torch.as_tensor(labels, dtype=torch.int64, device=device)
         condition = transformer.class_emb(torch.cat((label, torch.full_like(label, transformer.null_class))))

@@ -37,7 +37,7 @@ from actvar_convert.files.run_state import fingerprint_of
 from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.latency import hardware_name
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.atomic import write_whole
@@ -171,7 +171,7 @@ class Frontier:
     """
 
     def __init__(
-        self, teacher: VARModel, recipe: Recipe, folder: Path, extractor: FeatureExtractor, progress: Progress
+        self, teacher: Model, recipe: Recipe, folder: Path, extractor: FeatureExtractor, progress: Progress
     ) -> None:
         self.teacher, self.recipe, self.folder, self.extractor = teacher, recipe, folder, extractor
         self.progress = progress
@@ -179,7 +179,7 @@ class Frontier:
 
     def own_recipe(self, wanted: Wanted) -> Recipe:
         """The recipe that a row is made with."""
-        return wanted.method.recipe(self.recipe, wanted.cut, self.teacher.transformer.config)
+        return wanted.method.recipe(self.recipe, wanted.cut, self.teacher.config)
 
     def key(self, wanted: Wanted) -> str:
         """What identifies a row: code, teacher, method, cut, training and evaluation."""
@@ -232,7 +232,7 @@ class Frontier:
             level=level,
             steps=steps[level],
             asked=cut,
-            cut=saved(self.teacher.transformer.config, built.macs),
+            cut=saved(self.teacher.config, built.macs),
             macs=built.macs,
             kl=found.kl.mean,
             kl_error=found.kl.standard_error,

@@ -19,11 +19,10 @@ from actvar_convert.cost.flops import count_flops
 from actvar_convert.files.layout import official_config
 from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.casting import cast
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.system.device import peak_memory_bytes, reset_peak_memory, synchronize
@@ -108,7 +107,7 @@ class Results:
                 write_json(self._out, self.rows, self._device)
 
 
-def random_dense(name: str, device: torch.device, dtype: torch.dtype, *, depth: int | None = None) -> VARModel:
+def random_dense(name: str, device: torch.device, dtype: torch.dtype, *, depth: int | None = None) -> Model:
     """A published model's shape with random weights, transformer and decoder in ``dtype``; on a CPU it decodes in fp32.
 
     Args:
@@ -120,7 +119,7 @@ def random_dense(name: str, device: torch.device, dtype: torch.dtype, *, depth: 
     torch.manual_seed(0)
     with torch.device(device):
         transformer, tokenizer = VARTransformer(config).to(dtype), VQVAE(tokenizer_config)
-    model = VARModel(transformer, tokenizer).eval().requires_grad_(False)
+    model = Model(transformer, tokenizer).eval().requires_grad_(False)
     return model if device.type == "cpu" else cast(model, dtype, decoder=dtype)
 
 
@@ -129,23 +128,23 @@ def recipe_plan(config: TransformerConfig, recipe: str, overrides: Sequence[str]
     return uniform_plan(config, load_recipe(recipe, overrides))
 
 
-def random_sparse(dense: VARModel, plan: SparsityPlan, *, skewed: bool = False) -> SparseVARModel:
+def random_sparse(dense: Model, plan: SparsityPlan, *, skewed: bool = False) -> Model:
     """The dense weights themselves, not a copy, with random routers and gates; see ``lean`` for the routers."""
     with torch.device(dense.device):
-        transformer = SparseVARTransformer(dense.transformer.config, {"plan": plan}, "plan").to(dense.dtype)
+        transformer = SparseVARTransformer(dense.config, {"plan": plan}, "plan").to(dense.dtype)
     transformer.load_state_dict(dense.transformer.state_dict(), strict=False, assign=True)
-    model = SparseVARModel(transformer, dense.tokenizer, dense.sampling).eval().requires_grad_(False)
+    model = Model(transformer, dense.tokenizer, dense.sampling).eval().requires_grad_(False)
     lean(model, skewed=skewed)
     return model
 
 
-def lean(sparse: SparseVARModel, *, skewed: bool) -> None:
+def lean(sparse: Model, *, skewed: bool) -> None:
     """Makes random routers balanced or skewed, in place, so that what was recorded of the model stays right.
 
     Balanced ones have no bias. Skewed ones favour experts linearly, by three standard deviations of a score from the
     first to the last, so that the busiest experts take several times the rows of the idle ones.
     """
-    for layer in sparse.transformer.sparse_layers:
+    for layer in sparse.transformer.blocks:
         if layer.ffn.router is not None:
             bias = layer.ffn.router.linear.bias.data
             deviation = 3**-0.5  # weights uniform within 1 / sqrt(C), inputs of unit variance
@@ -187,8 +186,8 @@ def measure(
     model: str,
     dtype: str,
     plain: PlainGeneration,
-    dense: VARModel,
-    sparse: SparseVARModel,
+    dense: Model,
+    sparse: Model,
     batch: int,
     repeats: int,
     *,
@@ -231,21 +230,21 @@ def measure(
     ).judged(goals)
 
 
-def labels_of(model: VARModel, batch: int) -> list[int]:
+def labels_of(model: Model, batch: int) -> list[int]:
     """Classes in turn."""
-    return [index % model.transformer.config.classes for index in range(batch)]
+    return [index % model.config.classes for index in range(batch)]
 
 
-def same_tokens(plain: PlainGeneration, dense: VARModel, batch: int) -> float:
+def same_tokens(plain: PlainGeneration, dense: Model, batch: int) -> float:
     """Share of the tokens that the plain path draws as the dense model does."""
     labels = labels_of(dense, batch)
     drawn, expected = plain.generate_tokens(labels), dense.generate_tokens(labels, chunk=batch)
     return float((drawn == expected).double().mean())
 
 
-def promised(sparse: SparseVARModel, with_decoder: bool) -> float:
+def promised(sparse: Model, with_decoder: bool) -> float:
     """Dense FLOPs over sparse FLOPs of the plan in force."""
-    counted = count_flops(sparse.transformer.config, sparse.tokenizer.config, {"plan": sparse.plan}, "plan")
+    counted = count_flops(sparse.config, sparse.tokenizer.config, {"plan": sparse.plan}, "plan")
     value = counted.promised_speedup(with_decoder)
     assert value is not None
     return value

@@ -11,11 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model, fresh_sparse
+from actvar_convert.models.split import stored_name, take_dense
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.plan import BlockPlan, SparsityPlan
 
 SIDES = (1, 2, 3, 4)
@@ -35,7 +35,7 @@ def gated_plan(
 
 
 @pytest.fixture
-def tiny_model() -> VARModel:
+def tiny_model() -> Model:
     """A dense model with random weights: 2 blocks of width 64, 128 hidden neurons, 5 classes."""
     config = TransformerConfig(depth=2, width=64, heads=2, hidden=128, sides=SIDES, vocab=32, z_channels=8, classes=5)
     tokenizer = TokenizerConfig(ch=32, ch_mult=(1, 2), res_blocks=1, vocab=32, z_channels=8, sides=SIDES)
@@ -44,39 +44,37 @@ def tiny_model() -> VARModel:
     transformer.initialise(torch.Generator().manual_seed(0))
     for parameter in transformer.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return VARModel(transformer, VQVAE(tokenizer)).eval().requires_grad_(False)
+    return Model(transformer, VQVAE(tokenizer)).eval().requires_grad_(False)
 
 
 @pytest.fixture
-def tiny_sparse(tiny_model: VARModel) -> SparseVARModel:
+def tiny_sparse(tiny_model: Model) -> Model:
     """The tiny model with 8 experts per FFN, routed at the last two scales, and a token gate at the last one.
 
     Dense weights as they are; routers and gates random. Plans: ``default`` and ``all`` (everything runs).
     """
-    config = tiny_model.transformer.config
+    config = tiny_model.config
     block = BlockPlan(prefix=(8, 8, 2, 2), routed=(0, 0, 2, 2), keep=(1.0, 1.0, 1.0, 0.5))
     plans = {
         "default": SparsityPlan(experts=8, blocks=(block,) * config.depth),
         "all": SparsityPlan.dense(config, experts=8),
     }
-    transformer = SparseVARTransformer(config, plans, "default")
-    added = transformer.load_state_dict(tiny_model.transformer.state_dict(), strict=False).missing_keys
+    model = fresh_sparse(config, tiny_model.tokenizer, plans, "default", tiny_model.sampling)
+    added = take_dense(model.transformer, tiny_model.transformer.state_dict())
     generator = torch.Generator().manual_seed(1)
-    for name, tensor in transformer.state_dict().items():
+    for name, tensor in sorted(model.transformer.state_dict().items(), key=lambda item: stored_name(item[0])):
         if name in added and tensor.is_floating_point():
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-    transformer.eval().requires_grad_(False)
-    return SparseVARModel(transformer, tiny_model.tokenizer, tiny_model.sampling)
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture
-def tiny_folded(tiny_sparse: SparseVARModel) -> SparseVARModel:
+def tiny_folded(tiny_sparse: Model) -> Model:
     """The tiny sparse model with guidance folded into its predictions, which nothing has trained."""
     plan = tiny_sparse.plan.model_copy(update={"guidance": "folded"})
-    transformer = SparseVARTransformer(tiny_sparse.transformer.config, {"default": plan}, "default")
-    transformer.load_state_dict(tiny_sparse.transformer.state_dict())
-    transformer.eval().requires_grad_(False)
-    return SparseVARModel(transformer, tiny_sparse.tokenizer, tiny_sparse.sampling)
+    model = fresh_sparse(tiny_sparse.config, tiny_sparse.tokenizer, {"default": plan}, "default", tiny_sparse.sampling)
+    model.transformer.load_state_dict(tiny_sparse.transformer.state_dict())
+    return model.eval().requires_grad_(False)
 
 
 class MemoryWatch(TorchDispatchMode):

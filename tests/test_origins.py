@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.origins import run_fingerprint
 from actvar_convert.recipe.schema import Recipe
 
 
-def test_a_run_is_one_of_a_tokenizer_and_a_sampling(tiny_model: VARModel) -> None:
+def test_a_run_is_one_of_a_tokenizer_and_a_sampling(tiny_model: Model) -> None:
     recipe = Recipe(name="tiny", model="tiny")
     drawing, mixed = copy.copy(tiny_model), copy.deepcopy(tiny_model)
     drawing.sampling = tiny_model.sampling._replace(top_k=5)

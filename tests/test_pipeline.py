@@ -15,10 +15,9 @@ from actvar_convert.errors import InputError
 from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import SilentProgress, Task
 
@@ -53,7 +52,7 @@ class Listener(SilentProgress):
         self.said.append(text)
 
 
-def test_a_classifier_that_may_know_other_images_is_named_as_such(tiny_model: VARModel) -> None:
+def test_a_classifier_that_may_know_other_images_is_named_as_such(tiny_model: Model) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier = FashionClassifier(classes=5).eval()
@@ -71,7 +70,7 @@ def test_a_classifier_that_may_know_other_images_is_named_as_such(tiny_model: VA
     assert not any("trained on" in note for note in notes())
 
 
-def test_benchmark_takes_what_the_library_takes(tiny_model: VARModel) -> None:
+def test_benchmark_takes_what_the_library_takes(tiny_model: Model) -> None:
     timing = av.Timing((1,), repeats=1, with_decoder=(True,), decoder_dtype="bf16", compile=False)
     assert [row.decoder_dtype for row in av.benchmark(tiny_model, timing=timing).rows] == ["bf16"]
     with pytest.raises(InputError, match="CUDA graphs"):
@@ -86,14 +85,14 @@ def test_a_model_is_loaded_with_its_decoder_in_another_format() -> None:
     torch.testing.assert_close(low.generate([3], seed=1), exact.generate([3], seed=1), rtol=0, atol=0.05)
 
 
-def test_sampling_tells_of_every_chunk(tiny_model: VARModel) -> None:
+def test_sampling_tells_of_every_chunk(tiny_model: Model) -> None:
     progress = Listener()
     images = av.sample(tiny_model, labels=[0, 1, 4], per_class=2, chunk=4, noise="cpu", progress=progress)
     assert progress.heard == [("generating", 6, [4, 2])]
     assert torch.equal(images, tiny_model.generate([0, 1, 4, 0, 1, 4], chunk=4))
 
 
-def test_a_finished_distillation_is_found_and_leaves_nothing_beside_it(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_a_finished_distillation_is_found_and_leaves_nothing_beside_it(tiny_model: Model, tmp_path: Path) -> None:
     recipe, out = Recipe.model_validate(TINY), tmp_path / "out"
     start = av.convert(tiny_model, recipe=recipe)
     before = {name: tensor.clone() for name, tensor in start.transformer.state_dict().items()}
@@ -115,21 +114,21 @@ def test_a_finished_distillation_is_found_and_leaves_nothing_beside_it(tiny_mode
     assert progress.heard and not progress.said
 
 
-def test_a_finished_distillation_of_another_conversion_is_not_taken(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_a_finished_distillation_of_another_conversion_is_not_taken(tiny_model: Model, tmp_path: Path) -> None:
     recipe, progress = Recipe.model_validate(TINY), Listener()
     other = Recipe.model_validate(TINY | {"experts": {"count": 8, "clustering": "gradient"}})
     for chosen in (recipe, other):
         start = av.convert(tiny_model, recipe=chosen)
-        own = start.transformer.sparse_layers[0].ffn.permutation.clone()
+        own = start.transformer.blocks[0].ffn.permutation.clone()
         av.distill(start, teacher=tiny_model, recipe=recipe, out=tmp_path / "out", progress=progress)
         stored = av.load(tmp_path / "out", device="cpu")
-        assert isinstance(stored, SparseVARModel)
+        assert isinstance(stored, Model)
         for model in (start, stored):
-            assert torch.equal(model.transformer.sparse_layers[0].ffn.permutation, own)
+            assert torch.equal(model.transformer.blocks[0].ffn.permutation, own)
     assert not progress.said
 
 
-def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: Model, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(TINY | {"distill": {stage: {"steps": 0} for stage in ("stage1", "stage2")}})
     start = av.convert(tiny_model, recipe=recipe)
     before = {name: tensor.clone() for name, tensor in start.transformer.state_dict().items()}
@@ -142,7 +141,7 @@ def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: VARModel, 
     assert all(torch.equal(before[name], tensor) for name, tensor in model.transformer.state_dict().items())
 
 
-def test_what_cannot_be_measured_is_said_first(tiny_model: VARModel) -> None:
+def test_what_cannot_be_measured_is_said_first(tiny_model: Model) -> None:
     sparse = av.convert(tiny_model, recipe=Recipe.model_validate(TINY))
     few = av.Evaluation(images=0, held_out=4)
     with pytest.raises(InputError, match="the teacher is sparse"):
@@ -158,16 +157,16 @@ def test_what_cannot_be_measured_is_said_first(tiny_model: VARModel) -> None:
             tiny_model.generate(wrong)
 
 
-def test_what_cannot_be_trained_is_said_first(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_said_first(tiny_model: Model, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(TINY)
     start = av.convert(tiny_model, recipe=recipe)
     half = cast(start, torch.bfloat16)
     with pytest.raises(InputError, match="a training moves them in fp32"):
         av.distill(half, teacher=tiny_model, recipe=recipe, out=tmp_path / "out")
-    config = tiny_model.transformer.config.model_copy(update={"vocab": 16, "hidden": 64})
+    config = tiny_model.config.model_copy(update={"vocab": 16, "hidden": 64})
     tokenizer = VQVAE(tiny_model.tokenizer.config.model_copy(update={"vocab": 16}))
     with pytest.raises(InputError, match="not made from this teacher") as shapes:
-        other, progress = VARModel(VARTransformer(config), tokenizer), Listener()
+        other, progress = Model(VARTransformer(config), tokenizer), Listener()
         av.distill(start, teacher=other, recipe=recipe, out=tmp_path / "out", progress=progress)
     assert shapes.value.problems == [
         "hidden: the model has 128, its teacher 64",
@@ -187,19 +186,17 @@ def test_what_cannot_be_trained_is_said_first(tiny_model: VARModel, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_may_be_named_from_within(
-    tiny_model: VARModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_may_be_named_from_within(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, here = Recipe.model_validate(TINY), tmp_path / "here"
     av.convert(tiny_model, recipe=recipe, out=here)
     monkeypatch.chdir(here)
     start = av.load(".", device="cpu")
     av.distill(start, teacher=tiny_model, recipe=recipe, out=".")
     assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
-    assert (here / "metrics.jsonl").is_file() and isinstance(av.load(here, device="cpu"), SparseVARModel)
+    assert (here / "metrics.jsonl").is_file() and isinstance(av.load(here, device="cpu"), Model)
 
 
-def test_an_interrupted_conversion_goes_on_from_what_is_kept(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_goes_on_from_what_is_kept(tiny_model: Model, tmp_path: Path) -> None:
     budget = {"reduction": 0.1, "pyramids": 4}
     recipe = Recipe.model_validate(TINY | {"budget": budget, "calibration": {"pyramids": 6, "batch": 2}})
     whole, stopped = av.convert(tiny_model, recipe=recipe), Listener()

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 import actvar_convert as av
-from actvar_convert.cost.var_macs import decoder_macs
 from actvar_convert.errors import RecipeError
 from actvar_convert.files.layout import official_config
 from actvar_convert.files.sparse_folder import save_sparse
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.family import decoder_macs
 from actvar_convert.recipe import load_recipe, shipped_recipes
 
 PUBLISHED = ["var_d16", "var_d20", "var_d24", "var_d30", "var_d36"]
@@ -75,7 +74,7 @@ def test_the_figures_in_a_shipped_recipe_are_those_of_its_settings(name: str) ->
     assert f"about {hours:.1f} GPU hours" in comment and "Estimated time, not measured" in comment
 
 
-def test_a_model_in_a_file_is_read_by_its_shapes(tmp_path: Path, tiny_model: VARModel) -> None:
+def test_a_model_in_a_file_is_read_by_its_shapes(tmp_path: Path, tiny_model: Model) -> None:
     for name, part in {"var": tiny_model.transformer, "vae": tiny_model.tokenizer}.items():
         save_file({key: t.contiguous() for key, t in part.state_dict().items()}, tmp_path / f"{name}.safetensors")
     text = f"name: mine\nmodel: {tmp_path}/var.safetensors\n"
@@ -92,7 +91,7 @@ def test_a_model_in_a_file_is_read_by_its_shapes(tmp_path: Path, tiny_model: VAR
         av.validate_recipe(tmp_path / "mine.yaml", SMALL)
 
 
-def test_a_model_that_could_not_be_loaded_is_no_valid_one(tmp_path: Path, tiny_model: VARModel) -> None:
+def test_a_model_that_could_not_be_loaded_is_no_valid_one(tmp_path: Path, tiny_model: Model) -> None:
     tensors = {key: t.contiguous() for key, t in tiny_model.transformer.state_dict().items()}
     tokenizer = {key: t.contiguous() for key, t in tiny_model.tokenizer.state_dict().items()}
     save_file({**tensors, "rotary": torch.zeros(1)}, tmp_path / "var.safetensors")
@@ -141,7 +140,7 @@ def test_what_a_recipe_names_beside_its_model_has_to_be_there(tmp_path: Path) ->
     assert av.validate_recipe("fashion", ["device=cuda:7"]).name == "fashion", "another machine may have it"
 
 
-def test_models_that_are_not_there_or_no_dense_var(tmp_path: Path, tiny_sparse: SparseVARModel) -> None:
+def test_models_that_are_not_there_or_no_dense_var(tmp_path: Path, tiny_sparse: Model) -> None:
     sparse = save_sparse(tiny_sparse, tmp_path / "sparse", provenance={}, recipe_text="name: x\n")
     torch.save({"blocks.0.attn.mat_qkv.weight": torch.zeros(6, 2)}, tmp_path / "part.pth")
     for model, said in {

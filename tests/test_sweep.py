@@ -23,9 +23,8 @@ from actvar_convert.measure.agreement import HELD_OUT_SEED, compare_logits
 from actvar_convert.measure.cuts import SweepReport
 from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.models.sampling import balanced_labels
-from actvar_convert.models.sparse import SparseVARModel
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.show.tables import SWEEP_COLUMNS
 from actvar_convert.system.progress import SilentProgress
@@ -53,14 +52,14 @@ class Conversions:
         self.done, self.stop_at = 0, stop_at
         monkeypatch.setattr(MODULE, "convert_model", self)
 
-    def __call__(self, *given: Any, **named: Any) -> SparseVARModel:
+    def __call__(self, *given: Any, **named: Any) -> Model:
         if self.done == self.stop_at:
             raise KeyboardInterrupt
         self.done += 1
         return convert_model(*given, **named)
 
 
-def test_a_point_is_what_convert_gives(tiny_model: VARModel) -> None:
+def test_a_point_is_what_convert_gives(tiny_model: Model) -> None:
     report = av.sweep(tiny_model, recipe=recipe(), reductions=(0.3, 0.1, 0.3))
     assert [point.target for point in report.points] == [0.1, 0.3]
     tokens = tiny_model.generate_tokens(balanced_labels(HELD_OUT, 5), seed=HELD_OUT_SEED, chunk=4)
@@ -87,7 +86,7 @@ def test_a_point_is_what_convert_gives(tiny_model: VARModel) -> None:
 
 
 def test_a_search_looks_once_and_every_plan_meets_its_target(
-    tiny_model: VARModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     inner = MODULE.calibration_store
@@ -102,7 +101,7 @@ def test_a_search_looks_once_and_every_plan_meets_its_target(
     assert high.expected_kl is not None and low.expected_kl is not None and high.expected_kl > low.expected_kl
 
 
-def test_a_cut_out_of_reach_is_a_row_and_costs_nothing(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_a_cut_out_of_reach_is_a_row_and_costs_nothing(tiny_model: Model, tmp_path: Path) -> None:
     class Strict(SilentProgress):
         def task(self, description: str, total: int | None = None) -> Any:
             raise AssertionError(f"{description}: work was begun")
@@ -119,7 +118,7 @@ def test_a_cut_out_of_reach_is_a_row_and_costs_nothing(tiny_model: VARModel, tmp
 
 
 def test_an_interrupted_sweep_goes_on_and_a_later_one_adds(
-    tiny_model: VARModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuts, out = (0.1, 0.2, 0.3), tmp_path / "runs" / "s"
     whole = av.sweep(tiny_model, recipe=recipe(), reductions=cuts)
@@ -149,7 +148,7 @@ def test_an_interrupted_sweep_goes_on_and_a_later_one_adds(
         assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 10, "something is drawn"
 
 
-def test_the_largest_cut_within_a_limit(tiny_model: VARModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_cut_within_a_limit(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def within(limit: float | None) -> float | None:
         report = av.sweep(tiny_model, recipe=recipe(), reductions=(0.1, 0.3), max_kl=limit, out=tmp_path / "s")
         assert report.max_kl == limit
@@ -167,7 +166,7 @@ def test_the_largest_cut_within_a_limit(tiny_model: VARModel, tmp_path: Path, mo
     assert stored.done == 0
 
 
-def test_another_sweep_and_other_things_are_left_alone(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_another_sweep_and_other_things_are_left_alone(tiny_model: Model, tmp_path: Path) -> None:
     out = tmp_path / "s"
     av.sweep(tiny_model, recipe=recipe(), reductions=(0.95,), out=out)
     before = (out / "sweep.json").read_bytes()
@@ -191,7 +190,7 @@ def test_another_sweep_and_other_things_are_left_alone(tiny_model: VARModel, tmp
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]
 
 
-def test_problems_are_named_together_and_first(tiny_model: VARModel, tiny_sparse: SparseVARModel) -> None:
+def test_problems_are_named_together_and_first(tiny_model: Model, tiny_sparse: Model) -> None:
     with pytest.raises(InputError) as raised:
         av.sweep(tiny_model, recipe=recipe(), reductions=(0.1, 0.0, 1.2), images=3, max_kl=-1.0)
     assert len(raised.value.problems) == 3
@@ -208,7 +207,7 @@ def test_problems_are_named_together_and_first(tiny_model: VARModel, tiny_sparse
 
 
 def test_fid_joins_the_points_where_images_are_asked_for(
-    tiny_model: VARModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
     classifier = FashionClassifier(classes=5).eval()

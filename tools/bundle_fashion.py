@@ -26,7 +26,7 @@ from training import load_split
 
 from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.system.device import limit_threads
 from actvar_convert.system.progress import TerminalProgress
 

@@ -35,8 +35,8 @@ from training import load_split
 from actvar_convert.files import bundled as zoo
 from actvar_convert.measure.extractors import QuadrantExtractor
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.system.device import limit_threads
 from actvar_convert.system.progress import TerminalProgress
 

@@ -10,9 +10,10 @@ import torch
 from measuring import Figures, Measured
 
 from actvar_convert.files import bundled as zoo
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import Sampling, VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.system.atomic import write_whole
 
 CLASS_NAMES = (
@@ -57,7 +58,7 @@ def guidance_table(of: Measured) -> list[str]:
 
 def write(
     folder: Path,
-    model: VARModel,
+    model: Model,
     classifier: FashionClassifier,
     of: Measured,
     text: str,

@@ -20,12 +20,13 @@ from training import to_float
 from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.measure.fid import frechet_inception_distance, precision_recall
 from actvar_convert.measure.image_features import ImageSet, generated_features
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import Sampling, VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.models.sampling import balanced_labels
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.system.progress import Progress
 
 CHUNK = 64
@@ -72,7 +73,7 @@ def half(module: nn.Module) -> nn.Module:
 
 def load_model(
     config: TransformerConfig, vae: VQVAE, work: Path, held_out: tuple[Tensor, Tensor], device: torch.device
-) -> tuple[VARModel, Figures]:
+) -> tuple[Model, Figures]:
     """The trained model with the better of its two sets of weights, and what was learnt while choosing.
 
     Args:
@@ -105,7 +106,7 @@ def load_model(
         "held_out_loss": losses[best],
         "steps": state["step"],
     }
-    return VARModel(transformers[best], vae), facts
+    return Model(transformers[best], vae), facts
 
 
 def measured(extractor: ClassifierExtractor, images: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ def reconstructions(vae: VQVAE, images: Tensor, device: torch.device) -> Iterato
 
 
 def generate(
-    model: VARModel, extractor: ClassifierExtractor, cfg: float, images: int, cache: Path, progress: Progress
+    model: Model, extractor: ClassifierExtractor, cfg: float, images: int, cache: Path, progress: Progress
 ) -> Generated:
     """Generates balanced images with one guidance strength and measures them."""
     with progress.task(f"{images} images, guidance {cfg:g}", images) as task:
@@ -135,7 +136,7 @@ def generate(
         made = generated_features(model, extractor, wanted, task, cache=cache)
     reference = extractor.reference()
     assert reference.features_NF is not None
-    right = made.logits_NK.argmax(1) == balanced_labels(images, model.transformer.config.classes)
+    right = made.logits_NK.argmax(1) == balanced_labels(images, model.config.classes)
     near = precision_recall(made.features_NF, reference.features_NF)
     return Generated(
         cfg=cfg,
@@ -157,7 +158,7 @@ def training_seconds(log: Path) -> float:
 
 
 def measure(
-    model: VARModel,
+    model: Model,
     facts: Figures,
     make_extractor: Callable[[Tensor], ClassifierExtractor],
     *,

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training import Log, cosine, plateau, save, set_rate, to_float
 
-from actvar_convert.models.attention import SelfAttention
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import SelfAttention, VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 
 HELD_OUT_PART = 250
 """Held-out images that are measured at once."""
@@ -27,7 +26,7 @@ HELD_OUT_PART = 250
 
 def quantise_with_loss(vae: VQVAE, f: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
     """Straight-through features and the codebook loss of the reference; counts the codes used in ``hits`` [V]."""
-    quantizer, num_scales = vae.quantize, vae.config.pyramid.num_scales
+    quantizer, num_scales = vae.quantize, vae.config.schedule.num_scales
     rest, f_hat, loss = f.detach().clone(), torch.zeros_like(f), f.new_zeros(())
     for scale in range(num_scales):
         z = quantizer.downsample(rest, scale).permute(0, 2, 3, 1).reshape(-1, f.shape[1])
@@ -153,11 +152,11 @@ def var_loss(
     model: Callable[[Tensor, Tensor], Tensor], vae: VQVAE, tokens_BL: Tensor, labels: Tensor, smoothing: float = 0.0
 ) -> Tensor:
     """Cross-entropy [L] of every position, in nats, teacher forcing; tokens may end after any scale but the first."""
-    pyramid = vae.config.pyramid
+    pyramid = vae.config.schedule
     scales = pyramid.scales_in(tokens_BL.shape[1])
     pieces = list(torch.split(tokens_BL, list(pyramid.lengths[:scales]), 1))
     with torch.no_grad():
-        inputs = vae.quantize.teacher_forcing_input(pieces[: scales - 1])
+        inputs = vae.quantize.inputs(pieces[: scales - 1])
     logits = model(labels, inputs)
     loss = F.cross_entropy(logits.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing)
     return loss.view(tokens_BL.shape).mean(0)
@@ -223,7 +222,7 @@ class VarRun:
         self.model.to(self.device)
         if self.device.type == "cpu":
             for block in self.model.blocks:
-                attend = partial(attend_by_scale, block.attn, self.config.pyramid.lengths)
+                attend = partial(attend_by_scale, block.attn, self.config.schedule.lengths)
                 block.attn.attend = attend  # type: ignore[method-assign]
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizers = make_optimizers(self.model)
@@ -310,14 +309,14 @@ def fit_var(
     """
     run = VarRun(config, device, path, grow_at, compiled)
     generator, null = torch.Generator(), config.classes
-    coarse = sum(config.pyramid.lengths[:coarse_scales])
+    coarse = sum(config.schedule.lengths[:coarse_scales])
     for step in range(run.step, steps):
         if step >= grow_at and not run.deep:
             run.grow()
         generator.manual_seed(step)
         set_rate(run.optimizers, plateau(step, steps))
         tokens, labels = pyramids(step)
-        tokens_kept = coarse if step < coarse_until else config.pyramid.total
+        tokens_kept = coarse if step < coarse_until else config.schedule.total
         x = tokens[:, :tokens_kept].long().to(device)
         y = torch.where(torch.rand(len(labels), generator=generator) < 0.1, null, labels).to(device)
         with torch.autocast(device.type, torch.bfloat16):

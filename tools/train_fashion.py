@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from training import Log, cosine, epoch_index, load_split, save, set_rate, to_float
 
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.tokenizer import VQVAE
 
 SIDES = (1, 2, 3, 4, 6, 8)
 TOKENIZER = TokenizerConfig(ch=32, ch_mult=(1, 2, 2), res_blocks=1, vocab=512, z_channels=16, sides=SIDES)

@@ -38,8 +38,8 @@ from train_fashion import TOKENIZER as SINGLE_TOKENIZER
 from training import Log, load_split, to_float
 
 from actvar_convert.files import bundled as zoo
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.system.atomic import write_whole
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

@@ -6,7 +6,7 @@ Shapes: B images, L tokens, z channels of an input, V logits of a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from actvar_convert.models.families import family_of
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import Recordings
 from actvar_convert.models.sampling import Noise, chunk_seed
+from actvar_convert.models.split import split
 from actvar_convert.plan import Plans, SparsityPlan
 
 __all__ = ["GENERATION_BYTES", "Model", "NoiseSource", "Sampling", "chunk_seed", "generation_bytes"]
@@ -339,6 +340,19 @@ class Model(nn.Module):
             for scale, length in enumerate(self.schedule.lengths)
         ]
         return torch.cat(found, dim=1)
+
+
+def fresh_sparse(
+    config: Any, tokenizer: nn.Module, plans: Mapping[str, SparsityPlan], default: str, sampling: Sampling | None = None
+) -> Model:
+    """A sparse model of a shape, its backbone with starting values.
+
+    Raises:
+        RecipeError: a plan does not fit the shape, or the plans do not fit each other.
+    """
+    backbone, own = family_of(config).backbone(config), Plans(plans, default)
+    split(backbone, own)
+    return Model(backbone, tokenizer, sampling, own)
 
 
 def differences(model: Any, teacher: Any, fields: Sequence[str] | None = None) -> list[str]:

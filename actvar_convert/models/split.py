@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,12 @@ def split(backbone: Any, plans: Plans) -> None:
         if gating:
             rank = gating[0].reconstruction_rank
             backbone.blocks[index] = GatedBlock(block, index, plans, backbone.config.schedule, fc1.in_features, rank)
+
+
+def take_dense(backbone: nn.Module, dense: Mapping[str, Tensor]) -> list[str]:
+    """Loads a dense backbone's tensors into one that was split, neurons in their order; returns what it has beside."""
+    own = {name: dense[stored_name(name)] for name in backbone.state_dict() if stored_name(name) in dense}
+    return list(backbone.load_state_dict(own, strict=False).missing_keys)
 
 
 def expert_ffns(backbone: nn.Module) -> Iterator[ExpertFFN]:

@@ -1,7 +1,7 @@
 """What the conversion is compared with on the same teacher: one file per rival, all of one shape (``method.Method``).
 
 Every rival is a simple implementation of a published idea, written for this comparison: it generates through
-``VARModel.generate``, runs under teacher forcing, is trained by the project's own loop, and is priced by the rules of
+``Model.generate``, runs under teacher forcing, is trained by the project's own loop, and is priced by the rules of
 ``actvar_convert.cost.macs``. Each file states what it counts beyond them.
 """
 

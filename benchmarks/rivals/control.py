@@ -12,9 +12,8 @@ from typing import ClassVar
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
@@ -33,9 +32,9 @@ class Control(Method):
         return joint_only(recipe)
 
     def build(
-        self, teacher: VARModel, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
+        self, teacher: Model, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
-        config = teacher.transformer.config
+        config = teacher.config
         transformer = SparseVARTransformer(config, {"dense": SparsityPlan.dense(config)}, "dense")
         mark(transformer, self.name)
         model = sparse_from(transformer, teacher)

@@ -17,9 +17,8 @@ from actvar_convert.conversion.search import measure_sensitivity, search_plan
 from actvar_convert.cost import macs as costs
 from actvar_convert.errors import RecipeError
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
@@ -52,9 +51,9 @@ class Conversion(Method):
         return load_recipe(recipe, [*one_plan, *self.settings], config=config)
 
     def build(
-        self, teacher: VARModel, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
+        self, teacher: Model, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
-        config = teacher.transformer.config
+        config = teacher.config
         if cut < self.least:
             raise OutOfReach(f"{self.name}: a cut of {cut:.3f} is out of reach, it saves {self.least:.3f} at least")
         if found is None:
@@ -71,17 +70,17 @@ class Conversion(Method):
             plan = SparsityPlan.model_validate_json(str(found["plan"]))
             transformer = SparseVARTransformer(config, {"default": plan}, "default")
             transformer.to(device=teacher.device, dtype=teacher.dtype).requires_grad_(False)
-            model = SparseVARModel(transformer, teacher.tokenizer, teacher.sampling).eval()
+            model = Model(transformer, teacher.tokenizer, teacher.sampling).eval()
         plan = model.plan
         return Built(model, model, costs.transformer_macs(config, plan), {"plan": plan.model_dump_json()})
 
 
-def clustered(teacher: VARModel, recipe: Recipe, clustering: Clustering, progress: Progress) -> SparseVARModel:
+def clustered(teacher: Model, recipe: Recipe, clustering: Clustering, progress: Progress) -> Model:
     """What ``actvar_convert.convert`` makes, with neurons grouped by ``clustering``."""
     store = calibration_store(teacher, recipe, progress=progress)
     tokens, labels = store.tokens.long(), store.labels
     found = measure_sensitivity(teacher, recipe, tokens, labels, clustering=clustering)
-    plan, _ = search_plan(teacher.transformer.config, recipe, found, recipe.budget.reduction)
+    plan, _ = search_plan(teacher.config, recipe, found, recipe.budget.reduction)
     partitions = [block.partition for block in found]
     return convert_model(teacher, {"default": plan}, "default", recipe, tokens, labels, partitions=partitions)
 

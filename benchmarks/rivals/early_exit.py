@@ -18,11 +18,10 @@ from torch import Tensor
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.attention import GenerationCache
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseBlock, SparseVARTransformer
-from actvar_convert.models.var import Block, Span
+from actvar_convert.models.base import Span
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import GenerationCache
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
@@ -69,12 +68,12 @@ class ExitTransformer(SparseVARTransformer):
 
     def make_block(self, index: int) -> Block:
         stop = sum(depth > index for depth in self.depths)
-        return ExitBlock(self.config, self.plans, self.plan_name, index, stop)
+        return ExitBlock(self.config, self.plans, self.plans.name, index, stop)
 
 
 def depth_choices(config: TransformerConfig, first: int) -> list[Depths]:
     """All depths that never rise from ``first`` on and lie at most two blocks apart there; at least one block runs."""
-    late = config.pyramid.num_scales - first
+    late = config.schedule.num_scales - first
     found = []
     for least in range(1, config.depth + 1):
         for more in combinations_with_replacement((2, 1, 0), late):
@@ -109,9 +108,9 @@ class EarlyExit(Method):
         return mildest(self.name, config, cut, choices, lambda depths: self.macs(config, depths))
 
     def build(
-        self, teacher: VARModel, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
+        self, teacher: Model, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
-        config = teacher.transformer.config
+        config = teacher.config
         depths = self.depths(config, cut)
         model = sparse_from(ExitTransformer(config, depths), teacher)
         return Built(model, model, self.macs(config, depths), joint=logits_alone())

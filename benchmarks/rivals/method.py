@@ -16,10 +16,9 @@ from actvar_convert.distillation.losses import Total, alone, kl
 from actvar_convert.distillation.stages import STAGES, Losses, Stage
 from actvar_convert.errors import InputError
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe, StageRecipe
@@ -50,8 +49,8 @@ class Built:
         joint: what trains it end to end.
     """
 
-    model: VARModel
-    student: SparseVARModel
+    model: Model
+    student: Model
     macs: int
     found: Mapping[str, Scalar] = field(default_factory=dict)
     joint: Stage = STAGES["stage2"]
@@ -81,7 +80,7 @@ class Method(ABC):
 
     @abstractmethod
     def build(
-        self, teacher: VARModel, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
+        self, teacher: Model, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
         """The model without training.
 
@@ -101,14 +100,14 @@ def logits_alone(weights_L: Tensor | None = None) -> Stage:
     """Stage 2 with one loss, the KL to the teacher, in which every token counts by its position's weight."""
 
     def objective(
-        model: SparseVARModel,
-        teacher: VARModel,
+        model: Model,
+        teacher: Model,
         recipe: StageRecipe,
         tokens_BL: Tensor,
         labels_B: Tensor,
         total: Total = alone,
     ) -> Losses:
-        inputs = teacher.teacher_forcing_input(tokens_BL)
+        inputs = teacher.inputs(tokens_BL)
         with torch.no_grad():
             wanted = teacher.transformer(labels_B, inputs)
         weights = None if weights_L is None else weights_L.to(tokens_BL.device).expand(len(tokens_BL), -1)
@@ -128,13 +127,13 @@ def joint_only(recipe: Recipe, more: Sequence[str] = ()) -> Recipe:
     return load_recipe(recipe, [*settings, *more])
 
 
-def sparse_from(transformer: SparseVARTransformer, teacher: VARModel) -> SparseVARModel:
+def sparse_from(transformer: SparseVARTransformer, teacher: Model) -> Model:
     """A model of the transformer with the teacher's weights, copied; what the teacher lacks stays as it is."""
     transformer.to(device=teacher.device, dtype=teacher.dtype)
     wrong = transformer.load_state_dict(teacher.transformer.state_dict(), strict=False).unexpected_keys
     assert not wrong, wrong
     transformer.requires_grad_(False)
-    return SparseVARModel(transformer, teacher.tokenizer, teacher.sampling).eval()
+    return Model(transformer, teacher.tokenizer, teacher.sampling).eval()
 
 
 def mark(transformer: VARTransformer, name: str, **settings: object) -> None:
@@ -150,7 +149,7 @@ def saved(config: TransformerConfig, macs: int) -> float:
 
 def first_late_scale(config: TransformerConfig) -> int:
     """Where rivals that save at late scales begin: the first of the last scales with three quarters of all tokens."""
-    pyramid = config.pyramid
+    pyramid = config.schedule
     held = [sum(pyramid.lengths[scale:]) for scale in range(pyramid.num_scales)]
     return max(scale for scale, tokens in enumerate(held) if scale == 0 or tokens >= 0.75 * pyramid.total)
 
@@ -177,7 +176,7 @@ def token_plan(config: TransformerConfig, first: int, share: float, *, spared: i
     Tokens that are not computed have no keys and values.
     """
     dense = SparsityPlan.dense(config)
-    keep = tuple(share if scale >= first else 1.0 for scale in range(config.pyramid.num_scales))
+    keep = tuple(share if scale >= first else 1.0 for scale in range(config.schedule.num_scales))
     blocks = tuple(
         block.model_copy(update={"keep": keep}) if index >= spared else block
         for index, block in enumerate(dense.blocks)

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.attention import GenerationCache
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import Block, Modulation, Span, VARTransformer
+from actvar_convert.models.base import Span
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import GenerationCache, Modulation, VARTransformer
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
@@ -129,14 +128,14 @@ class DraftedTransformer(VARTransformer):
 
     def logits(self, x_BLC: Tensor, head_B2C: Tensor) -> Tensor:
         """Logits of one whole scale, which its number of tokens tells."""
-        scale = self.config.pyramid.lengths.index(x_BLC.shape[1])
+        scale = self.config.schedule.lengths.index(x_BLC.shape[1])
         (large, x), (small, y) = self._sides(x_BLC)
         (_, head), (_, own) = self._sides(head_B2C)
         return large.logits(x, head) if scale < self.first else small.logits(y, own)
 
     def forward(self, labels_B: Tensor, inputs_BLz: Tensor) -> Tensor:
         """Teacher forcing; see ``VARTransformer.forward``."""
-        draft = self.config.pyramid.lengths[: self.first]
+        draft = self.config.schedule.lengths[: self.first]
         drafted = sum(draft)
         x, modulation = self.large.embed(labels_B, inputs_BLz)
         mask = self.large.attn_bias_for_masking[..., :drafted, :drafted].to(x.dtype)
@@ -180,7 +179,7 @@ class SmallModel(Method):
 
     def macs(self, config: TransformerConfig, small: TransformerConfig, first: int) -> int:
         """MACs of both transformers per image, with guidance."""
-        everything, late = range(config.pyramid.num_scales), range(first, config.pyramid.num_scales)
+        everything, late = range(config.schedule.num_scales), range(first, config.schedule.num_scales)
         return _macs(config, range(first), range(first)) + _macs(small, everything, late)
 
     def width(self, config: TransformerConfig, first: int, cut: float) -> int:
@@ -190,19 +189,19 @@ class SmallModel(Method):
         return mildest(self.name, config, cut, widths, lambda width: self.macs(config, narrowed(config, width), first))
 
     def build(
-        self, teacher: VARModel, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
+        self, teacher: Model, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
-        config = teacher.transformer.config
+        config = teacher.config
         first = max(1, first_late_scale(config))
         shape = narrowed(config, self.width(config, first, cut))
         small = SparseVARTransformer(shape, {"dense": SparsityPlan.dense(shape)}, "dense")
         small.initialise(torch.Generator().manual_seed(recipe.seed))
         small.to(device=teacher.device, dtype=teacher.dtype).requires_grad_(False)
         large = copy.deepcopy(teacher.transformer)
-        model = VARModel(DraftedTransformer(large, small, first), teacher.tokenizer, teacher.sampling).eval()
-        student = SparseVARModel(small, teacher.tokenizer, teacher.sampling).eval()
-        late = torch.ones(config.pyramid.total)
-        late[: config.pyramid.begins[first]] = 0.0
+        model = Model(DraftedTransformer(large, small, first), teacher.tokenizer, teacher.sampling).eval()
+        student = Model(small, teacher.tokenizer, teacher.sampling).eval()
+        late = torch.ones(config.schedule.total)
+        late[: config.schedule.begins[first]] = 0.0
         return Built(model, student, self.macs(config, shape, first), joint=logits_alone(late))
 
 

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.attention import GenerationCache
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseBlock, SparseVARTransformer
-from actvar_convert.models.var import Block, Span
+from actvar_convert.models.base import Span
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import GenerationCache
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
@@ -135,7 +134,7 @@ class MergingTransformer(SparseVARTransformer):
         mark(self, TokenMerging.name)
 
     def make_block(self, index: int) -> Block:
-        return MergingBlock(self.config, self.plans, self.plan_name, index)
+        return MergingBlock(self.config, self.plans, self.plans.name, index)
 
 
 class TokenMerging(Method):
@@ -149,7 +148,7 @@ class TokenMerging(Method):
 
     def macs(self, config: TransformerConfig, plan: SparsityPlan) -> int:
         """MACs of the transformer per image, with guidance: the similarities in the place of the gate's."""
-        lengths, sides = config.pyramid.lengths, config.sides
+        lengths, sides = config.schedule.lengths, config.sides
         row = 0
         for block in range(config.depth):
             for scale, length in enumerate(lengths):
@@ -161,16 +160,16 @@ class TokenMerging(Method):
     def plan(self, config: TransformerConfig, cut: float) -> SparsityPlan:
         """The plan that merges the fewest tokens and saves the cut."""
         first = first_late_scale(config)
-        largest = config.pyramid.lengths[-1]
-        least = max(targets(config.sides[s]) / config.pyramid.lengths[s] for s in range(first, len(config.sides)))
+        largest = config.schedule.lengths[-1]
+        least = max(targets(config.sides[s]) / config.schedule.lengths[s] for s in range(first, len(config.sides)))
         shares = [kept / largest for kept in range(largest, 0, -1) if kept / largest >= least - 1e-9]
         plans = [token_plan(config, first, share, spared=0) for share in shares]
         return mildest(self.name, config, cut, plans, lambda plan: self.macs(config, plan))
 
     def build(
-        self, teacher: VARModel, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
+        self, teacher: Model, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
-        config = teacher.transformer.config
+        config = teacher.config
         plan = self.plan(config, cut)
         model = sparse_from(MergingTransformer(config, plan), teacher)
         return Built(model, model, self.macs(config, plan))

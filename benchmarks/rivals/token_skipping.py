@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.config import TransformerConfig
 from actvar_convert.models.gate import TokenGate
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARTransformer
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
@@ -66,14 +65,14 @@ class TokenSkipping(Method):
     def plan(self, config: TransformerConfig, cut: float) -> SparsityPlan:
         """The plan that keeps the most tokens and saves the cut; the first scale has none to be restored from."""
         first = max(1, first_late_scale(config))
-        largest = config.pyramid.lengths[-1]
+        largest = config.schedule.lengths[-1]
         plans = [token_plan(config, first, kept / largest, spared=SPARED) for kept in range(largest, -1, -1)]
         return mildest(self.name, config, cut, plans, lambda plan: costs.transformer_macs(config, plan))
 
     def build(
-        self, teacher: VARModel, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
+        self, teacher: Model, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
-        config = teacher.transformer.config
+        config = teacher.config
         plan = self.plan(config, cut)
         model = sparse_from(SkippingTransformer(config, plan), teacher)
         return Built(model, model, costs.transformer_macs(config, plan))

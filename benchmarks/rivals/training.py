@@ -16,7 +16,7 @@ from actvar_convert.distillation.loop import distill_model
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.files.run_state import RunState, fingerprint_of, load_run_state, save_run_state
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 from rivals.method import CODE, Built, Level, Method
@@ -37,7 +37,7 @@ class Workshop:
         progress: told about every long step.
     """
 
-    def __init__(self, teacher: VARModel, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(self, teacher: Model, folder: Path, progress: Progress | None = None) -> None:
         self.teacher, self.folder = teacher, folder
         self.progress = progress or SilentProgress()
         self.teacher_print = state_fingerprint(teacher)
@@ -46,7 +46,7 @@ class Workshop:
     def keys(self, method: Method, recipe: Recipe, cut: float) -> dict[Level, str]:
         """What identifies a method's weights at each level: all that they depend on."""
         sections = recipe.model_dump(mode="json")
-        shape = self.teacher.transformer.config.model_dump()
+        shape = self.teacher.config.model_dump()
         start = {name: sections[name] for name in START}
         fixed = [CODE, self.teacher_print, str(self.teacher.dtype), _text(shape), method.name, str(cut)]
         none = fingerprint_of(*fixed, _text({**start, "cfg": recipe.data.cfg}))

@@ -9,13 +9,13 @@ import defaults
 import pytest
 from defaults import BASES, CHANGES, Defaults, settings_of, table
 
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
 
 
 def test_rows_are_measured_once(
-    tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(tiny_recipe, ["budget.pyramids=16"])
     made = Defaults(tiny_model, recipe, tmp_path)
@@ -34,7 +34,7 @@ def test_rows_are_measured_once(
     assert f"| {100 * (rows[1].kl / rows[0].kl - 1):+.1f} |" in lines[3]
 
 
-def test_trained_rows_share_their_conversion(tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_trained_rows_share_their_conversion(tiny_model: Model, tiny_recipe: Recipe, tmp_path: Path) -> None:
     small = load_recipe(tiny_recipe, ["distill.stage1.batch=4", "distill.stage2.batch=4"])
     made = Defaults(tiny_model, small, tmp_path)
     itself, longer, untrained = (

@@ -20,13 +20,13 @@ from actvar_convert.distillation.loop import distill_model
 from actvar_convert.errors import InputError, Interrupted
 from actvar_convert.measure.agreement import compare_logits
 from actvar_convert.measure.extractors import ClassifierExtractor
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import SilentProgress
 
 
-def frontier(teacher: VARModel, recipe: Recipe, folder: Path, extractor: ClassifierExtractor) -> Frontier:
+def frontier(teacher: Model, recipe: Recipe, folder: Path, extractor: ClassifierExtractor) -> Frontier:
     return Frontier(teacher, recipe, folder, extractor, SilentProgress())
 
 
@@ -45,7 +45,7 @@ class Quiet:
 
 
 def test_every_method_gives_rows_once(
-    tiny_model: VARModel,
+    tiny_model: Model,
     tiny_recipe: Recipe,
     tmp_path: Path,
     tiny_extractor: ClassifierExtractor,
@@ -81,13 +81,13 @@ def test_every_method_gives_rows_once(
 
 
 def test_a_row_depends_on_what_it_shows(
-    tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path, tiny_extractor: ClassifierExtractor
+    tiny_model: Model, tiny_recipe: Recipe, tmp_path: Path, tiny_extractor: ClassifierExtractor
 ) -> None:
     method = METHODS["early-exit"]
 
     def keys(*changes: str, cut: float = 0.2) -> tuple[str, str, str]:
         made = frontier(tiny_model, load_recipe(tiny_recipe, changes), tmp_path, tiny_extractor)
-        own = made.workshop.keys(method, method.recipe(made.recipe, cut, tiny_model.transformer.config), cut)
+        own = made.workshop.keys(method, method.recipe(made.recipe, cut, tiny_model.config), cut)
         return made.key(Wanted(method, "full", cut)), own["full"], own["none"]
 
     row, full, none = keys()
@@ -102,8 +102,8 @@ def test_a_row_depends_on_what_it_shows(
     assert not set(keys()) & {row, full, none}
 
 
-def test_levels_in_parts_are_both_stages_in_one_run(tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    method, config = METHODS["static-width"], tiny_model.transformer.config
+def test_levels_in_parts_are_both_stages_in_one_run(tiny_model: Model, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    method, config = METHODS["static-width"], tiny_model.config
     recipe = method.recipe(load_recipe(tiny_recipe, []), 0.15, config)
     workshop = Workshop(tiny_model, tmp_path / "parts")
     whole = method.build(tiny_model, recipe, 0.15, SilentProgress(), None).student
@@ -121,9 +121,9 @@ def test_levels_in_parts_are_both_stages_in_one_run(tiny_model: VARModel, tiny_r
 
 @pytest.mark.parametrize("name", ["early-exit", "small-model"])
 def test_a_stopped_training_goes_on(
-    tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tiny_model: Model, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    method, config = METHODS[name], tiny_model.transformer.config
+    method, config = METHODS[name], tiny_model.config
     recipe = method.recipe(tiny_recipe, 0.15, config)
     expected = Workshop(tiny_model, tmp_path / "whole").make(method, recipe, 0.15, "full")
     original, taken = loop.StageRun.train_step, 0
@@ -160,9 +160,9 @@ def test_a_stopped_training_goes_on(
     ],
 )
 def test_a_rival_learns(
-    tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path, name: str, rate: float, left: float
+    tiny_model: Model, tiny_recipe: Recipe, tmp_path: Path, name: str, rate: float, left: float
 ) -> None:
-    method, config = METHODS[name], tiny_model.transformer.config
+    method, config = METHODS[name], tiny_model.config
     longer = ("distill.stage2.steps=30", f"distill.stage2.learning_rate={rate}", "distill.stage2.warmup=3")
     recipe = load_recipe(method.recipe(tiny_recipe, 0.25, config), longer)
     workshop = Workshop(tiny_model, tmp_path)
@@ -178,11 +178,11 @@ def test_a_rival_learns(
         assert float(after.kl_NS[:, :2].abs().max()) < 1e-6 < float(after.kl_NS[:, 2:].min())
 
 
-def test_training_leaves_the_teacher_alone(tiny_model: VARModel, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_training_leaves_the_teacher_alone(tiny_model: Model, tiny_recipe: Recipe, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     for name in ("control", "small-model"):
         method = METHODS[name]
-        recipe = method.recipe(tiny_recipe, 0.15, tiny_model.transformer.config)
+        recipe = method.recipe(tiny_recipe, 0.15, tiny_model.config)
         Workshop(tiny_model, tmp_path).make(method, recipe, 0.15, "full")
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
 
@@ -208,8 +208,8 @@ def test_what_can_be_asked_for() -> None:
         quality.run(given("--cuts", "0.2", "1.5"))
 
 
-def test_every_method_trains_as_many_steps(tiny_model: VARModel, tiny_recipe: Recipe) -> None:
-    config = tiny_model.transformer.config
+def test_every_method_trains_as_many_steps(tiny_model: Model, tiny_recipe: Recipe) -> None:
+    config = tiny_model.config
     for name, method in METHODS.items():
         stages = method.recipe(tiny_recipe, 0.15, config).distill
         assert stages.stage1.steps + stages.stage2.steps == 5, name

@@ -25,48 +25,48 @@ import actvar_convert as av
 from actvar_convert.conversion.clustering import Clustering, kmeans
 from actvar_convert.cost import macs as costs
 from actvar_convert.measure.image_features import model_fingerprint
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARTransformer
-from actvar_convert.models.var import Span, VARTransformer
+from actvar_convert.models.base import Span
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import SilentProgress
 
 LABELS = [0, 3, 5, 1]
 LENGTHS = (1, 4, 9, 16)
-Maker = Callable[[VARModel], VARModel]
+Maker = Callable[[Model], Model]
 
 
-def skipping(teacher: VARModel, share: float) -> VARModel:
-    plan = token_plan(teacher.transformer.config, 2, share, spared=1)
-    return sparse_from(SkippingTransformer(teacher.transformer.config, plan), teacher)
+def skipping(teacher: Model, share: float) -> Model:
+    plan = token_plan(teacher.config, 2, share, spared=1)
+    return sparse_from(SkippingTransformer(teacher.config, plan), teacher)
 
 
-def merging(teacher: VARModel, share: float) -> VARModel:
-    plan = token_plan(teacher.transformer.config, 2, share, spared=0)
-    return sparse_from(MergingTransformer(teacher.transformer.config, plan), teacher)
+def merging(teacher: Model, share: float) -> Model:
+    plan = token_plan(teacher.config, 2, share, spared=0)
+    return sparse_from(MergingTransformer(teacher.config, plan), teacher)
 
 
-def exiting(teacher: VARModel, depths: tuple[int, ...]) -> VARModel:
-    return sparse_from(ExitTransformer(teacher.transformer.config, depths), teacher)
+def exiting(teacher: Model, depths: tuple[int, ...]) -> Model:
+    return sparse_from(ExitTransformer(teacher.config, depths), teacher)
 
 
-def control(teacher: VARModel) -> VARModel:
+def control(teacher: Model) -> Model:
     recipe = Recipe(name="none", model="tiny")
     return Control().build(teacher, recipe, 0.0, SilentProgress(), None).model
 
 
-def drafted(teacher: VARModel, width: int) -> VARModel:
+def drafted(teacher: Model, width: int) -> Model:
     """A small model of another width with random weights, or of the teacher's with its weights."""
-    config = narrowed(teacher.transformer.config, width)
+    config = narrowed(teacher.config, width)
     small = VARTransformer(config)
-    if width == teacher.transformer.config.width:
+    if width == teacher.config.width:
         small.load_state_dict(teacher.transformer.state_dict())
     else:
         small.initialise(torch.Generator().manual_seed(0))
         for parameter in small.parameters():
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return VARModel(DraftedTransformer(teacher.transformer, small, 2), teacher.tokenizer, teacher.sampling).eval()
+    return Model(DraftedTransformer(teacher.transformer, small, 2), teacher.tokenizer, teacher.sampling).eval()
 
 
 UNCUT: dict[str, Maker] = {
@@ -84,7 +84,7 @@ CUT: dict[str, Maker] = {
 }
 
 
-def generated(model: VARModel, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+def generated(model: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, L] and the logits [2 B, L, V] from which generation drew them."""
     seen: list[torch.Tensor] = []
     original = model.transformer.logits
@@ -100,16 +100,16 @@ def generated(model: VARModel, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.T
 
 
 @torch.no_grad()
-def forced(model: VARModel, tokens: torch.Tensor) -> torch.Tensor:
+def forced(model: Model, tokens: torch.Tensor) -> torch.Tensor:
     """Teacher-forcing logits [2 B, L, V] with the classes and without."""
     labels = torch.tensor(LABELS)
-    inputs = model.teacher_forcing_input(tokens)
+    inputs = model.inputs(tokens)
     null = torch.full_like(labels, model.transformer.null_class)
     return model.transformer(torch.cat((labels, null)), inputs.repeat(2, 1, 1))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", UNCUT)
-def test_nothing_saved_is_the_dense_model(tiny_model: VARModel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_saved_is_the_dense_model(tiny_model: Model, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rival = UNCUT[name](tiny_model)
     tokens, logits = generated(tiny_model, monkeypatch)
     torch.testing.assert_close(forced(rival, tokens), forced(tiny_model, tokens), rtol=0, atol=1e-4)
@@ -119,9 +119,7 @@ def test_nothing_saved_is_the_dense_model(tiny_model: VARModel, name: str, monke
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_generation_agrees_with_teacher_forcing(
-    tiny_model: VARModel, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_agrees_with_teacher_forcing(tiny_model: Model, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rival = CUT[name](tiny_model)
     tokens, logits = generated(rival, monkeypatch)
     torch.testing.assert_close(forced(rival, tokens), logits, rtol=0, atol=1e-4)
@@ -142,19 +140,19 @@ def test_clusterings_are_balanced_and_repeatable(clustering: Clustering) -> None
 
 
 def test_a_conversion_with_the_recipes_own_clustering_is_that_of_the_library(
-    tiny_model: VARModel, tiny_recipe: Recipe
+    tiny_model: Model, tiny_recipe: Recipe
 ) -> None:
-    recipe, progress = METHODS["routed"].recipe(tiny_recipe, 0.2, tiny_model.transformer.config), SilentProgress()
+    recipe, progress = METHODS["routed"].recipe(tiny_recipe, 0.2, tiny_model.config), SilentProgress()
     expected = av.convert(tiny_model, recipe=recipe)
     own, chance = (clustered(tiny_model, recipe, method, progress) for method in (kmeans, by_chance))
     assert own.plans == expected.plans
     tensors = expected.transformer.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in own.transformer.state_dict().items())
-    first, other = (model.transformer.sparse_layers[0].ffn.permutation for model in (expected, chance))
+    first, other = (model.transformer.blocks[0].ffn.permutation for model in (expected, chance))
     assert not torch.equal(first, other) and torch.equal(first.sort().values, other.sort().values)
 
 
-def test_settings_are_a_part_of_the_fingerprint(tiny_model: VARModel) -> None:
+def test_settings_are_a_part_of_the_fingerprint(tiny_model: Model) -> None:
     models = [exiting(tiny_model, (2, 2, 2, 1)), exiting(tiny_model, (2, 2, 1, 1)), control(tiny_model)]
     assert len({model_fingerprint(each) for each in models}) == 3
 
@@ -172,31 +170,31 @@ WORDS = 29 * 8 * 64
 DENSE = 2 * (sum(2 * dense_row(scale) for scale in range(4)) + HEAD + ADALN) + WORDS
 
 
-def test_the_dense_hand_count(tiny_model: VARModel) -> None:
-    assert costs.transformer_macs(tiny_model.transformer.config, None) == DENSE
+def test_the_dense_hand_count(tiny_model: Model) -> None:
+    assert costs.transformer_macs(tiny_model.config, None) == DENSE
 
 
-def test_flops_of_token_skipping(tiny_model: VARModel) -> None:
-    config = tiny_model.transformer.config
+def test_flops_of_token_skipping(tiny_model: Model) -> None:
+    config = tiny_model.config
     plan = token_plan(config, 3, 0.5, spared=1)
     block = dense_row(3, context=1 + 4 + 9 + 8, tokens=8) + 16 * 64  # and the distance to the mean of 16 tokens
     assert costs.transformer_macs(config, plan) == DENSE - 2 * (dense_row(3) - block)
 
 
-def test_flops_of_token_merging(tiny_model: VARModel) -> None:
-    config = tiny_model.transformer.config
+def test_flops_of_token_merging(tiny_model: Model) -> None:
+    config = tiny_model.config
     plan = token_plan(config, 3, 0.5, spared=0)
     block = dense_row(3, context=1 + 4 + 9 + 8, tokens=8) + 4 * 12 * 64  # 4 targets, 12 others
     assert TokenMerging().macs(config, plan) == DENSE - 2 * 2 * (dense_row(3) - block)
 
 
-def test_flops_of_early_exit(tiny_model: VARModel) -> None:
-    macs = EarlyExit().macs(tiny_model.transformer.config, (2, 2, 2, 1))
+def test_flops_of_early_exit(tiny_model: Model) -> None:
+    macs = EarlyExit().macs(tiny_model.config, (2, 2, 2, 1))
     assert macs == DENSE - 2 * dense_row(3)
 
 
-def test_flops_of_the_small_model(tiny_model: VARModel) -> None:
-    config = tiny_model.transformer.config
+def test_flops_of_the_small_model(tiny_model: Model) -> None:
+    config = tiny_model.config
     large = 2 * (2 * (dense_row(0) + dense_row(1)) + 5 * 64 * 32 + ADALN) + 4 * 8 * 64
     blocks = 0
     for length, context in zip(LENGTHS, (1, 5, 14, 30), strict=True):
@@ -205,8 +203,8 @@ def test_flops_of_the_small_model(tiny_model: VARModel) -> None:
     assert SmallModel().macs(config, narrowed(config, 32), 2) == large + small
 
 
-def test_flops_of_nothing_saved(tiny_model: VARModel) -> None:
-    config = tiny_model.transformer.config
+def test_flops_of_nothing_saved(tiny_model: Model) -> None:
+    config = tiny_model.config
     assert TokenMerging().macs(config, token_plan(config, 2, 1.0, spared=0)) == DENSE
     assert EarlyExit().macs(config, (2, 2, 2, 2)) == DENSE
     assert costs.transformer_macs(config, token_plan(config, 2, 1.0, spared=1)) == DENSE
@@ -214,8 +212,8 @@ def test_flops_of_nothing_saved(tiny_model: VARModel) -> None:
 
 @pytest.mark.parametrize("cut", [0.1, 0.25])
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.fixed_cut is None])
-def test_a_cut_is_reached_and_hardly_passed(tiny_model: VARModel, tiny_recipe: Recipe, name: str, cut: float) -> None:
-    method, config = METHODS[name], tiny_model.transformer.config
+def test_a_cut_is_reached_and_hardly_passed(tiny_model: Model, tiny_recipe: Recipe, name: str, cut: float) -> None:
+    method, config = METHODS[name], tiny_model.config
     if method.calibrated and cut > 0.1:
         return  # plans of conversions have tests of their own
     if cut < method.least:
@@ -228,8 +226,8 @@ def test_a_cut_is_reached_and_hardly_passed(tiny_model: VARModel, tiny_recipe: R
     assert cut <= reached < cut + step
 
 
-def test_a_cut_out_of_reach_is_said(tiny_model: VARModel, tiny_recipe: Recipe) -> None:
-    config = tiny_model.transformer.config
+def test_a_cut_out_of_reach_is_said(tiny_model: Model, tiny_recipe: Recipe) -> None:
+    config = tiny_model.config
     for name, method in METHODS.items():
         if method.fixed_cut is None:
             recipe = method.recipe(tiny_recipe, 0.97, config)
@@ -237,16 +235,16 @@ def test_a_cut_out_of_reach_is_said(tiny_model: VARModel, tiny_recipe: Recipe) -
                 method.build(tiny_model, recipe, 0.97, SilentProgress(), None)
 
 
-def test_where_late_scales_begin(tiny_model: VARModel) -> None:
-    assert first_late_scale(tiny_model.transformer.config) == 2
+def test_where_late_scales_begin(tiny_model: Model) -> None:
+    assert first_late_scale(tiny_model.config) == 2
     fashion = TransformerConfig(
         depth=1, width=8, heads=1, hidden=8, sides=(1, 2, 3, 4, 6, 8), vocab=2, z_channels=1, classes=1
     )
     assert first_late_scale(fashion) == 4
 
 
-def test_finer_scales_leave_no_later(tiny_model: VARModel) -> None:
-    config = TransformerConfig(**{**tiny_model.transformer.config.model_dump(), "depth": 4})
+def test_finer_scales_leave_no_later(tiny_model: Model) -> None:
+    config = TransformerConfig(**{**tiny_model.config.model_dump(), "depth": 4})
     expected = [(4, 4, low + more, low) for low in (1, 2, 3, 4) for more in (2, 1, 0) if low + more <= 4]
     assert depth_choices(config, 2) == expected
     gentle, hard = EarlyExit().depths(config, 0.05), EarlyExit().depths(config, 0.5)
@@ -276,12 +274,12 @@ def test_the_most_similar_tokens_merge() -> None:
 
 
 @torch.no_grad()
-def test_equal_tokens_merge_without_loss(tiny_model: VARModel) -> None:
+def test_equal_tokens_merge_without_loss(tiny_model: Model) -> None:
     """A map of four different tokens, each four times: the block on four merged tokens is the block on all sixteen."""
-    config = tiny_model.transformer.config
+    config = tiny_model.config
     plan = token_plan(config, 3, 0.25, spared=0)
     block = MergingBlock(config, {"plan": plan}, "plan", 0)
-    dense = tiny_model.transformer.layers[0]
+    dense = tiny_model.transformer.blocks[0]
     block.load_state_dict(dense.state_dict(), strict=False)
     four = torch.randn(1, 2, 2, 64, generator=torch.Generator().manual_seed(0))
     x = four.repeat_interleave(2, 1).repeat_interleave(2, 2).view(1, 16, 64)
@@ -292,7 +290,7 @@ def test_equal_tokens_merge_without_loss(tiny_model: VARModel) -> None:
     torch.testing.assert_close(block(x, modulation, span, mask), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_skipped_token_gets_the_previous_update(tiny_model: VARModel) -> None:
+def test_a_skipped_token_gets_the_previous_update(tiny_model: Model) -> None:
     """With no token kept a block repeats what it did at the scale before, resized."""
     rival = skipping(tiny_model, 0.0)
     transformer = rival.transformer

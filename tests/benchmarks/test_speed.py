@@ -16,9 +16,8 @@ from sides import Goal, Results, Row, Timing
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.layout import official_config
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.models.vqvae import FAST_DECODERS
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.tokenizer import FAST_DECODERS
 
 CPU = torch.device("cpu")
 ROW = Row("d16", "bf16", 64, "tokens", "balanced", 300.0, 100.0, 80.0, 1.4, 0.02, 2**30, 3)
@@ -29,7 +28,7 @@ def given(**changes: object) -> cpu.Given:
     return cpu.Given(**(asked | changes))
 
 
-def test_the_sides_of_a_row_are_one_model(tiny_model: VARModel, tiny_sparse: SparseVARModel) -> None:
+def test_the_sides_of_a_row_are_one_model(tiny_model: Model, tiny_sparse: Model) -> None:
     plain = PlainGeneration(tiny_model)
     assert sides.same_tokens(plain, tiny_model, 3) == 1
     row = sides.measure("tiny", "fp32", plain, tiny_model, tiny_sparse, 2, 2, plain_repeats=1, routing="random")
@@ -84,7 +83,7 @@ def test_finished_rows_are_printed_and_written(tmp_path: Path, capsys: pytest.Ca
     assert written["schema"] == "actvar.speed/1" and [row["dense_ms"] for row in written["rows"]] == [100.0, 100.0]
 
 
-def test_cpu_rows(tiny_model: VARModel, tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_rows(tiny_model: Model, tiny_sparse: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     sparse = cpu.in_format(tiny_sparse, "bf16")
     dense = cpu.in_format(tiny_model, "bf16")
     fast = torch.bfloat16 in FAST_DECODERS["cpu"]
@@ -101,7 +100,7 @@ def test_cpu_rows(tiny_model: VARModel, tiny_sparse: SparseVARModel, monkeypatch
 
 
 @pytest.fixture
-def gpu_on_cpu(tiny_model: VARModel, tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu_on_cpu(tiny_model: Model, tiny_sparse: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's rows with a tiny model, nothing recorded."""
     monkeypatch.setattr(gpu, "random_dense", lambda *_, **__: tiny_model)
     monkeypatch.setattr(gpu, "plan_of", lambda *_, **__: tiny_sparse.plan)
@@ -130,7 +129,7 @@ def test_gpu_rows_that_do_not_fit_are_named(gpu_on_cpu: None, monkeypatch: pytes
     assert len(list(gpu.rows_of("d16", CPU, settings, late))) == 1
     assert late.left_out == ["d16 balanced 40 %, batch 1 (no time)", "d16 skewed 40 %, batch 1 (no time)"]
 
-    def full(model: VARModel, *_: object) -> tuple[Timing, int]:
+    def full(model: Model, *_: object) -> tuple[Timing, int]:
         if model.is_sparse:
             raise torch.OutOfMemoryError
         return Timing(2.0, 0.1), 7
@@ -145,7 +144,7 @@ def test_gpu_rows_that_do_not_fit_are_named(gpu_on_cpu: None, monkeypatch: pytes
 def test_gpu_plans_save_what_they_say_and_route(reduction: float) -> None:
     for name in ("d16", "d24", "d30"):
         config, _ = official_config(f"var-{name}")
-        last = config.pyramid.num_scales - 1
+        last = config.schedule.num_scales - 1
         for routed in (False, True):
             plan = gpu.plan_of(config, name, reduction, routed=routed)
             saved = 1 - costs.transformer_macs(config, plan) / costs.transformer_macs(config, None)
@@ -153,8 +152,8 @@ def test_gpu_plans_save_what_they_say_and_route(reduction: float) -> None:
             assert [plan.routes(block, last) for block in range(config.depth)] == [routed] * config.depth
 
 
-def test_routers_lean_in_place(tiny_sparse: SparseVARModel) -> None:
-    router = tiny_sparse.transformer.sparse_layers[0].ffn.router
+def test_routers_lean_in_place(tiny_sparse: Model) -> None:
+    router = tiny_sparse.transformer.blocks[0].ffn.router
     assert router is not None
     place = router.linear.bias.data_ptr()
     sides.lean(tiny_sparse, skewed=True)
@@ -163,9 +162,9 @@ def test_routers_lean_in_place(tiny_sparse: SparseVARModel) -> None:
     assert not router.linear.bias.any()
 
 
-def test_a_random_sparse_model_holds_the_dense_weights(tiny_model: VARModel, tiny_sparse: SparseVARModel) -> None:
+def test_a_random_sparse_model_holds_the_dense_weights(tiny_model: Model, tiny_sparse: Model) -> None:
     made = sides.random_sparse(tiny_model, tiny_sparse.plan)
-    ours, theirs = made.transformer.layers[0].attn.mat_qkv.weight, tiny_model.transformer.layers[0].attn.mat_qkv.weight
+    ours, theirs = made.transformer.blocks[0].attn.mat_qkv.weight, tiny_model.transformer.blocks[0].attn.mat_qkv.weight
     assert ours.data_ptr() == theirs.data_ptr() and not any(each.requires_grad for each in made.parameters())
     assert made.generate([0, 1]).isfinite().all()
 

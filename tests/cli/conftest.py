@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert_cli.main import app
 
 Actvar = Callable[..., Result]
@@ -28,7 +28,7 @@ def actvar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Actvar:
 
 
 @pytest.fixture
-def dense_file(tiny_model: VARModel, tmp_path: Path) -> Path:
+def dense_file(tiny_model: Model, tmp_path: Path) -> Path:
     """The tiny model as a file with the official names, its tokenizer beside it in ``vae.safetensors``."""
     folder = tmp_path / "dense"
     folder.mkdir()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import actvar_convert as av
 from actvar_convert.errors import InputError
 from actvar_convert.files.source import model_shape
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.recipe import Recipe, dump_recipe, load_recipe
 
 from .conftest import Actvar
@@ -35,7 +35,7 @@ def test_convert_and_export_come_back_to_the_source(actvar: Actvar, dense_file: 
     assert again.exit_code == 2 and "exists already" in again.stderr and "peak memory" not in again.stderr
 
 
-def test_from_python(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_from_python(tiny_model: Model, tmp_path: Path) -> None:
     exported = av.export(tiny_model, out=tmp_path / "var.safetensors")
     assert exported.files == (tmp_path / "var.safetensors",) and exported.left_out == ()
     with pytest.raises(InputError, match="give reference"):

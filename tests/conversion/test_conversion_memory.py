@@ -14,22 +14,22 @@ from actvar_convert.conversion.converter import convert_model
 from actvar_convert.conversion.search import plan_model
 from actvar_convert.errors import InputError
 from actvar_convert.files.layout import official_config
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import GENERATION_BYTES, VARModel, images_at_once
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import GENERATION_BYTES, Model, images_at_once
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, Recipe
 
 SIDES = (1, 2, 3, 4, 6, 8)
 
 
-def model(width: int, depth: int, vocab: int = 256) -> VARModel:
+def model(width: int, depth: int, vocab: int = 256) -> Model:
     config = TransformerConfig(
         depth=depth, width=width, heads=4, hidden=4 * width, sides=SIDES, vocab=vocab, z_channels=8, classes=10
     )
     tokenizer = TokenizerConfig(ch=32, ch_mult=(1,), res_blocks=1, vocab=vocab, z_channels=8, sides=SIDES)
-    return VARModel(VARTransformer(config), VQVAE(tokenizer)).eval().requires_grad_(False)
+    return Model(VARTransformer(config), VQVAE(tokenizer)).eval().requires_grad_(False)
 
 
 def recipe(pyramids: int, batch: int, **calibration: Any) -> Recipe:
@@ -57,11 +57,11 @@ def test_converting_takes_what_was_estimated(
     dense, chosen = model(width, depth), recipe(pyramids, batch)
     if phase == "refitting":
         chosen = chosen.model_copy(update={"experts": ExpertsRecipe(count=8, compensation="sequential")})
-    config = dense.transformer.config
+    config = dense.config
     chosen = chosen.model_copy(update={"plans": recipe_plans(config, chosen)[0]})
     estimate = estimate_convert(config, dense.tokenizer.config, chosen)
     assert estimate.phase == phase
-    tokens = torch.randint(0, config.vocab, (pyramids, config.pyramid.total))
+    tokens = torch.randint(0, config.vocab, (pyramids, config.schedule.total))
     with memory_watch:
         convert_model(dense, *recipe_plans(config, chosen), chosen, tokens, torch.arange(pyramids) % 10)
     expected = estimate.total - memory.PROGRAM
@@ -73,10 +73,10 @@ def test_searching_takes_what_was_estimated(
     memory_watch: Any, width: int, depth: int, pyramids: int, batch: int
 ) -> None:
     dense, chosen = model(width, depth), recipe(pyramids, batch)
-    config = dense.transformer.config
+    config = dense.config
     estimate = estimate_convert(config, dense.tokenizer.config, chosen)
     assert estimate.phase == "searching"
-    tokens = torch.randint(0, config.vocab, (pyramids, config.pyramid.total))
+    tokens = torch.randint(0, config.vocab, (pyramids, config.schedule.total))
     with memory_watch:
         plan_model(dense, chosen, tokens, torch.arange(pyramids) % 10)
     expected = estimate.total - memory.PROGRAM - estimate.parts["dense weights that are read"]
@@ -88,7 +88,7 @@ def test_sampling_takes_what_was_estimated(memory_watch: Any, monkeypatch: pytes
     dense = model(64, 2, vocab=1024)
     monkeypatch.setitem(GENERATION_BYTES, "cpu", GENERATION_BYTES["cpu"] * at_once // dense.images_at_once())
     assert dense.images_at_once() == at_once
-    parts = memory.sampling_memory(dense.transformer.config, dense.tokenizer.config, 8, 4)
+    parts = memory.sampling_memory(dense.config, dense.tokenizer.config, 8, 4)
     assert bool(parts["random numbers"]) == (at_once < 8)
     with memory_watch:
         dense.generate_tokens(range(8), chunk=8, top_k=900, top_p=0.96)

@@ -6,7 +6,7 @@ import torch
 from actvar_convert.conversion.budget import reduction, uniform_plan
 from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import RecipeError
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
@@ -27,23 +27,23 @@ def recipe(**changes: object) -> Recipe:
 
 
 @pytest.fixture
-def calibration(tiny_model: VARModel) -> tuple[torch.Tensor, torch.Tensor]:
+def calibration(tiny_model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.arange(24) % 5
     return tiny_model.generate_tokens(labels, seed=1), labels
 
 
 def test_conversion_with_everything_on_is_the_dense_model(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    config = tiny_model.transformer.config
+    config = tiny_model.config
     chosen = recipe()
     plans = {"plan": gated_plan(uniform_plan(config, chosen)), "all": SparsityPlan.dense(config, 8)}
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
     tokens, labels = calibration
-    pieces = tokens.split(list(config.pyramid.lengths), 1)
-    inputs = tiny_model.tokenizer.quantize.teacher_forcing_input(pieces)
+    pieces = tokens.split(list(config.schedule.lengths), 1)
+    inputs = tiny_model.tokenizer.quantize.inputs(pieces)
     with torch.no_grad():
         expected = tiny_model.transformer(labels, inputs)
         lossy = sparse.transformer(labels, inputs)
@@ -55,17 +55,17 @@ def test_conversion_with_everything_on_is_the_dense_model(
     torch.testing.assert_close(images, tiny_model.generate([0, 1, 2], seed=4), atol=1e-3, rtol=0)
 
 
-def test_conversion_is_repeatable(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_conversion_is_repeatable(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
     chosen = recipe()
-    plans = {"plan": gated_plan(uniform_plan(tiny_model.transformer.config, chosen))}
+    plans = {"plan": gated_plan(uniform_plan(tiny_model.config, chosen))}
     first = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
     second = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_the_result_has_memory_of_its_own(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_the_result_has_memory_of_its_own(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
     chosen = recipe()
-    plans = {"plan": gated_plan(uniform_plan(tiny_model.transformer.config, chosen))}
+    plans = {"plan": gated_plan(uniform_plan(tiny_model.config, chosen))}
     sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in tiny_model.transformer.state_dict().values()}
     for name, tensor in sparse.transformer.state_dict().items():
@@ -76,7 +76,7 @@ def test_the_result_has_memory_of_its_own(tiny_model: VARModel, calibration: tup
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_size_of_calibration_batches_changes_nothing(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], rank: int
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor], rank: int
 ) -> None:
     states = []
     for batch in (24, 7):
@@ -85,7 +85,7 @@ def test_the_size_of_calibration_batches_changes_nothing(
             budget=BudgetRecipe(reduction=0.25, gate_keep=0.6, gate_scales=2),
             gate=GateRecipe(rank=rank),
         )
-        plans = {"plan": gated_plan(uniform_plan(tiny_model.transformer.config, chosen), blocks=(0, 1), scales=(2, 3))}
+        plans = {"plan": gated_plan(uniform_plan(tiny_model.config, chosen), blocks=(0, 1), scales=(2, 3))}
         states.append(convert_model(tiny_model, plans, "plan", chosen, *calibration).transformer)
     whole, parts = (model.state_dict() for model in states)
     for name, tensor in whole.items():
@@ -99,17 +99,17 @@ def test_the_size_of_calibration_batches_changes_nothing(
 
 
 @pytest.mark.parametrize("target", [0.05, 0.2, 0.35])
-def test_budget_is_met_and_not_overspent(tiny_model: VARModel, target: float) -> None:
-    config = tiny_model.transformer.config
+def test_budget_is_met_and_not_overspent(tiny_model: Model, target: float) -> None:
+    config = tiny_model.config
     chosen = recipe(budget=BudgetRecipe(reduction=target))
     plan = uniform_plan(config, chosen)
     assert not plan.problems(config)
     assert target <= reduction(config, plan) < target + 0.05
 
 
-def test_a_target_out_of_reach_says_what_is_in_reach(tiny_model: VARModel) -> None:
+def test_a_target_out_of_reach_says_what_is_in_reach(tiny_model: Model) -> None:
     with pytest.raises(RecipeError, match=r"out of reach.*lower the target"):
-        uniform_plan(tiny_model.transformer.config, recipe(budget=BudgetRecipe(reduction=0.9)))
+        uniform_plan(tiny_model.config, recipe(budget=BudgetRecipe(reduction=0.9)))
 
 
 def test_shipped_fashion_recipe_meets_the_published_cut() -> None:

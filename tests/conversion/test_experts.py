@@ -17,17 +17,18 @@ from actvar_convert.conversion.experts import (
     start_router,
 )
 from actvar_convert.conversion.least_squares import reduced_rank, ridge
+from actvar_convert.models.base import Span
 from actvar_convert.models.experts import ExpertFFN
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.var import FFN, Span
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.network import FFN
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import ExpertsRecipe
 
 EXPERTS = 8
 
 
-def make(tiny_model: VARModel, recipe: ExpertsRecipe, shared: int = 2) -> tuple[FFN, ExpertFFN, torch.Tensor]:
-    config = tiny_model.transformer.config
+def make(tiny_model: Model, recipe: ExpertsRecipe, shared: int = 2) -> tuple[FFN, ExpertFFN, torch.Tensor]:
+    config = tiny_model.config
     block = BlockPlan(prefix=(8, 8, 2, 2), routed=(0, 0, 3, 3), keep=(1, 1, 1, 1))
     plan = SparsityPlan(experts=EXPERTS, blocks=(block,) * config.depth)
     dense = tiny_model.transformer.blocks[0].ffn
@@ -41,10 +42,11 @@ def make(tiny_model: VARModel, recipe: ExpertsRecipe, shared: int = 2) -> tuple[
     return dense, sparse, x
 
 
+@pytest.mark.parametrize("shared", ["neurons", "experts"])
 @pytest.mark.parametrize("clustering", ["kmeans", "gradient"])
 @torch.no_grad()
-def test_partition_is_a_permutation_that_keeps_the_function(tiny_model: VARModel, clustering: str) -> None:
-    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS, clustering=clustering))
+def test_partition_is_a_permutation_that_keeps_the_function(tiny_model: Model, shared: str, clustering: str) -> None:
+    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS, shared=shared, clustering=clustering))
     assert sorted(sparse.permutation.tolist()) == list(range(dense.fc1.out_features))
     everything = sparse.fc2(F.gelu(sparse.fc1(x), approximate="tanh"))
     expected = dense(x.unsqueeze(0), Span(3, (len(x),)))[0]
@@ -52,24 +54,24 @@ def test_partition_is_a_permutation_that_keeps_the_function(tiny_model: VARModel
 
 
 @torch.no_grad()
-def test_clustering_by_gradient_weighs_activations_with_what_they_move(tiny_model: VARModel) -> None:
+def test_clustering_by_gradient_weighs_activations_with_what_they_move(tiny_model: Model) -> None:
     dense, _, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
     hidden = F.gelu(dense.fc1(x), approximate="tanh")
-    recipe = ExpertsRecipe(count=EXPERTS, clustering="gradient")
+    recipe = ExpertsRecipe(count=EXPERTS, clustering="gradient", projection=8)
     width = dense.fc2.out_features
     root = torch.randn(width, width, generator=torch.Generator().manual_seed(2))
     norms = output_norms(dense, root)
     torch.testing.assert_close(norms, torch.stack([(root.T @ w).norm() for w in dense.fc2.weight.T]))
     found = partition_neurons(dense, x, recipe, 0, seed=1, root_CC=root)
-    label = METHODS["gradient"]((hidden * norms).numpy(), dense.fc1.weight.numpy(), EXPERTS, 1)
+    label = METHODS["gradient"]((hidden * norms).numpy(), dense.fc1.weight.numpy(), EXPERTS, 8, 1)
     groups = {frozenset(np.flatnonzero(label == expert).tolist()) for expert in range(EXPERTS)}
     size = dense.fc1.out_features // EXPERTS
     assert {frozenset(part.tolist()) for part in found.permutation.split(size)} == groups
 
 
 @torch.no_grad()
-def test_shared_prefix_holds_the_most_important_neurons(tiny_model: VARModel) -> None:
-    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS), shared=2)
+def test_shared_prefix_holds_the_most_important_neurons(tiny_model: Model) -> None:
+    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS, shared="neurons"), shared=2)
     importance = neuron_importance(dense, F.gelu(dense.fc1(x), approximate="tanh"))
     size = dense.fc1.out_features // EXPERTS
     head, tail = sparse.permutation[: 2 * size], sparse.permutation[2 * size :]
@@ -77,7 +79,7 @@ def test_shared_prefix_holds_the_most_important_neurons(tiny_model: VARModel) ->
 
 
 @torch.no_grad()
-def test_expert_sizes_are_the_norms_of_expert_outputs(tiny_model: VARModel) -> None:
+def test_expert_sizes_are_the_norms_of_expert_outputs(tiny_model: Model) -> None:
     _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
     hidden = F.gelu(sparse.fc1(x), approximate="tanh")
     size = hidden.shape[1] // EXPERTS
@@ -89,7 +91,7 @@ def test_expert_sizes_are_the_norms_of_expert_outputs(tiny_model: VARModel) -> N
 
 
 @torch.no_grad()
-def test_expert_sizes_make_no_tensor_of_all_outputs(tiny_model: VARModel, memory_watch: Any) -> None:
+def test_expert_sizes_make_no_tensor_of_all_outputs(tiny_model: Model, memory_watch: Any) -> None:
     _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
     hidden = F.gelu(sparse.fc1(x), approximate="tanh")
     with memory_watch, torch.backends.opt_einsum.flags(enabled=False):
@@ -98,7 +100,7 @@ def test_expert_sizes_make_no_tensor_of_all_outputs(tiny_model: VARModel, memory
 
 
 @torch.no_grad()
-def test_started_router_beats_a_fixed_choice(tiny_model: VARModel) -> None:
+def test_started_router_beats_a_fixed_choice(tiny_model: Model) -> None:
     _, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
     start_router(sparse, x)
     sizes = expert_sizes(sparse, F.gelu(sparse.fc1(x), approximate="tanh"))[:, 2:]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from actvar_convert.conversion.converter import conversion_steps, convert_model
 from actvar_convert.conversion.experts import active_neurons
 from actvar_convert.conversion.refitting import _GatedMoments, refit_in_order
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.models.var import Span, VARTransformer
+from actvar_convert.models.base import Span
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
 
@@ -25,14 +25,14 @@ PLANS = {
 
 
 @pytest.fixture
-def dense(tiny_model: VARModel) -> VARModel:
+def dense(tiny_model: Model) -> Model:
     """The tiny model with three blocks."""
     torch.manual_seed(0)
-    transformer = VARTransformer(tiny_model.transformer.config.model_copy(update={"depth": 3}))
+    transformer = VARTransformer(tiny_model.config.model_copy(update={"depth": 3}))
     transformer.initialise(torch.Generator().manual_seed(0))
     for parameter in transformer.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return VARModel(transformer, tiny_model.tokenizer).eval().requires_grad_(False)
+    return Model(transformer, tiny_model.tokenizer).eval().requires_grad_(False)
 
 
 def plan(*kinds: str) -> SparsityPlan:
@@ -47,20 +47,20 @@ def recipe(compensation: str = "none") -> Recipe:
     return Recipe(name="x", model="x", experts=experts, calibration=calibration, gate=GateRecipe(rank=4))
 
 
-def pyramids(dense: VARModel, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def pyramids(dense: Model, count: int, seed: int) -> tuple[Tensor, Tensor]:
     labels = torch.arange(count) % 5
     return dense.generate_tokens(labels, seed=seed), labels
 
 
-def convert(dense: VARModel, chosen: Recipe, **plans: SparsityPlan) -> SparseVARModel:
+def convert(dense: Model, chosen: Recipe, **plans: SparsityPlan) -> Model:
     return convert_model(dense, plans, next(iter(plans)), chosen, *pyramids(dense, 120, 1))
 
 
 @torch.no_grad()
-def error(dense: VARModel, sparse: SparseVARModel) -> float:
+def error(dense: Model, sparse: Model) -> float:
     """Relative error of the logits on pyramids that no fit has seen."""
     tokens, labels = pyramids(dense, 40, 9)
-    inputs = dense.teacher_forcing_input(tokens)
+    inputs = dense.inputs(tokens)
     expected = dense.transformer(labels, inputs)
     return float((sparse.transformer(labels, inputs) - expected).norm() / expected.norm())
 
@@ -85,10 +85,10 @@ def test_a_step_solves_the_least_squares_problem_of_every_channel() -> None:
         torch.testing.assert_close(step[channel], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_active_neurons_make_the_output(dense: VARModel) -> None:
+def test_active_neurons_make_the_output(dense: Model) -> None:
     sparse = convert(dense, recipe(), a=plan(*["routed"] * 3))
-    ffn, config = sparse.transformer.sparse_layers[1].ffn, dense.transformer.config
-    for scale, length in enumerate(config.pyramid.lengths):
+    ffn, config = sparse.transformer.blocks[1].ffn, dense.config
+    for scale, length in enumerate(config.schedule.lengths):
         x = torch.randn(3, length, config.width, generator=torch.Generator().manual_seed(scale))
         with torch.no_grad():
             hidden, runs = active_neurons(ffn, x, scale)
@@ -97,31 +97,31 @@ def test_active_neurons_make_the_output(dense: VARModel) -> None:
 
 
 @pytest.mark.parametrize("kind", list(PLANS))
-def test_it_comes_closer_than_weights_as_they_were(dense: VARModel, kind: str) -> None:
+def test_it_comes_closer_than_weights_as_they_were(dense: Model, kind: str) -> None:
     found = {how: error(dense, convert(dense, recipe(how), a=plan(kind, kind, kind))) for how in ("none", "sequential")}
     assert found["sequential"] < found["none"]
 
 
-def test_every_plan_gains_and_none_is_left_in_force(dense: VARModel) -> None:
+def test_every_plan_gains_and_none_is_left_in_force(dense: Model) -> None:
     plans = {"a": plan("gated", "whole", "routed"), "b": plan("static", "static", "static")}
     plain, fitted = convert(dense, recipe(), **plans), convert(dense, recipe("sequential"), **plans)
-    assert fitted.plan_name == "a" and all(block.plan == plans["a"] for block in fitted.transformer.sparse_layers)
+    assert fitted.plans.name == "a" and all(block.plan == plans["a"] for block in fitted.transformer.blocks)
     for name in plans:
         for model in (plain, fitted):
             model.use_plan(name)
         assert error(dense, fitted) < 0.9 * error(dense, plain)
 
 
-def test_blocks_before_the_first_sparse_one_stay(dense: VARModel) -> None:
+def test_blocks_before_the_first_sparse_one_stay(dense: Model) -> None:
     plans = {"a": plan("whole", "static", "whole")}
     plain, fitted = convert(dense, recipe(), **plans).state_dict(), convert(dense, recipe("sequential"), **plans)
     moved = {name for name, value in fitted.state_dict().items() if not torch.equal(value, plain[name])}
     layers = ("blocks.1.ffn.fc2", "blocks.2.attn.proj", "blocks.2.ffn.fc2", "head")
     assert moved == {f"transformer.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
-    assert all("project" not in vars(block.attn) for block in (*dense.transformer.layers, *fitted.transformer.layers))
+    assert all("project" not in vars(block.attn) for block in (*dense.transformer.blocks, *fitted.transformer.blocks))
 
 
-def test_a_dense_plan_is_left_alone(dense: VARModel) -> None:
+def test_a_dense_plan_is_left_alone(dense: Model) -> None:
     plans, calls = {"a": plan("whole", "whole", "whole")}, []
     tokens, labels = pyramids(dense, 20, 1)
     sparse = convert_model(dense, plans, "a", recipe(), tokens, labels)
@@ -130,20 +130,20 @@ def test_a_dense_plan_is_left_alone(dense: VARModel) -> None:
     assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items()) and len(calls) == 3
 
 
-def test_steps_are_counted(dense: VARModel) -> None:
+def test_steps_are_counted(dense: Model) -> None:
     for how, steps in (("none", 3), ("sequential", 6)):
         calls: list[int] = []
         tokens, labels = pyramids(dense, 20, 1)
         chosen, plans = recipe(how), {"a": plan("static", "static", "static")}
         convert_model(dense, plans, "a", chosen, tokens, labels, on_block=lambda calls=calls: calls.append(1))  # type: ignore[misc]
-        assert len(calls) == conversion_steps(dense.transformer.config, chosen) == steps
+        assert len(calls) == conversion_steps(dense.config, chosen) == steps
 
 
-def test_a_block_that_computes_no_token_is_left_as_it_is(dense: VARModel) -> None:
+def test_a_block_that_computes_no_token_is_left_as_it_is(dense: Model) -> None:
     none = BlockPlan(prefix=(8, 6, 5, 3), routed=(0,) * 4, keep=(0.0,) * 4)
     chosen = plan("static", "static", "static")
     chosen = chosen.model_copy(update={"blocks": (chosen.blocks[0], none, chosen.blocks[2])})
     sparse = convert(dense, recipe("sequential"), default=chosen)
-    before, after = (model.transformer.layers[1].attn.proj.weight for model in (dense, sparse))
-    assert torch.equal(before, after) and torch.isfinite(sparse.transformer.layers[2].ffn.fc2.weight).all()
-    assert not torch.equal(dense.transformer.layers[2].attn.proj.weight, sparse.transformer.layers[2].attn.proj.weight)
+    before, after = (model.transformer.blocks[1].attn.proj.weight for model in (dense, sparse))
+    assert torch.equal(before, after) and torch.isfinite(sparse.transformer.blocks[2].ffn.fc2.weight).all()
+    assert not torch.equal(dense.transformer.blocks[2].attn.proj.weight, sparse.transformer.blocks[2].attn.proj.weight)

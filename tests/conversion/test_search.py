@@ -31,8 +31,8 @@ from actvar_convert.conversion.search import (
 from actvar_convert.conversion.sensitivity import BlockSensitivity, choices, gate_damage
 from actvar_convert.distillation.losses import kl_per_token
 from actvar_convert.errors import RecipeError
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
 
@@ -49,7 +49,7 @@ def recipe(**changes: object) -> Recipe:
 
 
 @pytest.fixture
-def calibration(tiny_model: VARModel) -> tuple[torch.Tensor, torch.Tensor]:
+def calibration(tiny_model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.arange(24) % 5
     return tiny_model.generate_tokens(labels, seed=1), labels
 
@@ -74,14 +74,14 @@ def test_every_class_is_seen_with_its_label(classes: int) -> None:
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_the_metric_predicts_the_kl_of_small_errors(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], block: int
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor], block: int
 ) -> None:
     """Noise of a known size is added to one FFN's output at one scale: measured KL against 1/2 d' G d."""
     tokens, labels = calibration
     tokens, labels = tokens.repeat(8, 1), labels.repeat(8)
-    transformer, pyramid = tiny_model.transformer, tiny_model.transformer.config.pyramid
+    transformer, pyramid = tiny_model.transformer, tiny_model.config.schedule
     metric = output_metrics(tiny_model, tokens, labels, batch=96, seed=0)[block].ffn
-    inputs = tiny_model.teacher_forcing_input(tokens)
+    inputs = tiny_model.inputs(tokens)
     null = calibration_labels(labels, transformer.null_class)
     expected = transformer(null, inputs)
     generator = torch.Generator().manual_seed(3)
@@ -104,7 +104,7 @@ def test_the_metric_predicts_the_kl_of_small_errors(
 
 
 def test_the_metric_does_not_depend_on_the_batch(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     whole = output_metrics(tiny_model, *calibration, batch=24, seed=0)
     parts = output_metrics(tiny_model, *calibration, batch=7, seed=0)
@@ -114,7 +114,7 @@ def test_the_metric_does_not_depend_on_the_batch(
 
 
 def test_an_interrupted_measurement_goes_on_to_the_same_metric(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
     state, reported = tmp_path / "work" / "search", []
 
@@ -137,7 +137,7 @@ def test_an_interrupted_measurement_goes_on_to_the_same_metric(
 
 
 def test_shared_batches_add_up_to_the_metric_of_one(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """Two processes, one after the other here: the second one's sums meet those of the first."""
     others: list[torch.Tensor] = []
@@ -161,7 +161,7 @@ def test_shared_batches_add_up_to_the_metric_of_one(
 
 
 def test_half_precision_finds_nearly_the_same_metric(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """Gradients are rounded, and a few codes are drawn otherwise; moments over all tokens hardly move."""
     whole = output_metrics(tiny_model, *calibration, batch=24, seed=0)
@@ -183,10 +183,10 @@ def test_choices_keep_the_least_share_always_on() -> None:
 
 
 def test_damage_is_that_of_the_converted_block(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """The table's entry for a plan equals the error that the converted FFN really makes on the same tokens."""
-    config = tiny_model.transformer.config
+    config = tiny_model.config
     chosen = recipe(experts=ExpertsRecipe(count=8))
     sensitivities = measure_sensitivity(tiny_model, chosen, *calibration)
     metrics = output_metrics(tiny_model, *calibration, batch=8, seed=0)
@@ -195,15 +195,15 @@ def test_damage_is_that_of_the_converted_block(
         tiny_model, planned.plans, planned.default, chosen, *calibration, partitions=planned.partitions
     )
     tokens, labels = calibration
-    inputs = tiny_model.teacher_forcing_input(tokens)
+    inputs = tiny_model.inputs(tokens)
     seen: list[torch.Tensor] = []
-    dense_ffn = tiny_model.transformer.layers[0].ffn
+    dense_ffn = tiny_model.transformer.blocks[0].ffn
     handle = dense_ffn.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
     tiny_model.transformer(calibration_labels(labels, 5), inputs)
     handle.remove()
     x, dense = seen
-    ffn, plan, scale = sparse.transformer.sparse_layers[0].ffn, planned.plans[planned.default], 3
-    part, span = config.pyramid.slice(scale), config.pyramid.lengths[scale]
+    ffn, plan, scale = sparse.transformer.blocks[0].ffn, planned.plans[planned.default], 3
+    part, span = config.schedule.slice(scale), config.schedule.lengths[scale]
     choice = Choice(plan.blocks[0].prefix[scale], plan.blocks[0].routed[scale])
     out = ffn._one_scale(x[:, part], scale)
     measured = float(metrics[0].ffn.damage((out - dense[:, part]).flatten(0, 1), scale, span))
@@ -232,7 +232,7 @@ def test_the_search_is_as_good_as_trying_everything() -> None:
             for a, b in itertools.product(tried, tried)
             if reduction(config, _with(plan, (a, b))) >= target
         )
-        assert damage * config.pyramid.total <= best * 1.35 + 1e-9
+        assert damage * config.schedule.total <= best * 1.35 + 1e-9
 
 
 def test_a_plan_saves_no_more_than_it_must_where_one_block_decides() -> None:
@@ -247,7 +247,7 @@ def test_a_plan_saves_no_more_than_it_must_where_one_block_decides() -> None:
     for prefix in range(1, 8):
         plan, nats = search_plan(config, chosen, sensitivities, (saved[prefix] + saved[prefix + 1]) / 2)
         assert plan.blocks[0].prefix[3] == prefix
-        assert nats * config.pyramid.total == pytest.approx(8 - prefix)
+        assert nats * config.schedule.total == pytest.approx(8 - prefix)
 
 
 def _active(config: TransformerConfig, chosen: Recipe, prefix: int) -> SparsityPlan:
@@ -266,9 +266,9 @@ def _with(plan: SparsityPlan, picks: tuple[Choice, Choice]) -> SparsityPlan:
 
 @pytest.mark.parametrize("target", [0.1, 0.3, 0.4])
 def test_searched_plans_meet_their_targets_closely(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor], target: float
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor], target: float
 ) -> None:
-    config = tiny_model.transformer.config
+    config = tiny_model.config
     chosen = recipe(budget=BudgetRecipe(reduction=target, prefix_share=0.25, plans={"half": target / 2}))
     steps: list[int] = []
     planned = plan_model(tiny_model, chosen, *calibration, on_step=steps.append)
@@ -283,13 +283,13 @@ def test_searched_plans_meet_their_targets_closely(
 
 
 def test_a_search_does_less_damage_than_the_uniform_plan(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     tokens, labels = calibration
     chosen = recipe(budget=BudgetRecipe(reduction=0.3, prefix_share=0.25))
     planned = plan_model(tiny_model, chosen, tokens, labels)
-    uniform = uniform_plan(tiny_model.transformer.config, chosen)
-    inputs = tiny_model.teacher_forcing_input(tokens)
+    uniform = uniform_plan(tiny_model.config, chosen)
+    inputs = tiny_model.inputs(tokens)
     expected = tiny_model.transformer(labels, inputs)
 
     def kl(plan: SparsityPlan, partitions: list[Partition] | None) -> float:
@@ -300,7 +300,7 @@ def test_a_search_does_less_damage_than_the_uniform_plan(
 
 
 def test_a_search_that_cannot_reach_its_target_says_so(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     chosen = recipe(budget=BudgetRecipe(reduction=0.9))
     with pytest.raises(RecipeError, match="out of reach"):
@@ -308,9 +308,9 @@ def test_a_search_that_cannot_reach_its_target_says_so(
 
 
 def test_what_only_gates_everywhere_reach_is_not_refused_beforehand(
-    tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    config = tiny_model.transformer.config
+    config = tiny_model.config
     few = recipe(budget=BudgetRecipe(reduction=0.1, gate_keep=0.1, gate_scales=1))
     inner = reduction(config, make_plan(config, few, [0] * config.depth, gates="inner"))
     target = inner + 0.03
@@ -325,16 +325,16 @@ def test_what_only_gates_everywhere_reach_is_not_refused_beforehand(
         recipe_plans(config, beyond)
 
 
-def test_stated_plans_are_not_searched(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
-    config = tiny_model.transformer.config
+def test_stated_plans_are_not_searched(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
+    config = tiny_model.config
     chosen = recipe(plans={"own": SparsityPlan.dense(config, 8)})
     planned = plan_model(tiny_model, chosen, *calibration)
     assert planned.partitions is None and planned.plans == recipe_plans(config, chosen)[0]
     assert search_steps(config, chosen) == 0
 
 
-def test_the_price_of_a_choice_counts_its_experts_and_its_router(tiny_model: VARModel) -> None:
-    config, chosen = tiny_model.transformer.config, recipe()
+def test_the_price_of_a_choice_counts_its_experts_and_its_router(tiny_model: Model) -> None:
+    config, chosen = tiny_model.config, recipe()
     everything = setting_price(config, chosen, Setting(Choice(8, 0), 1.0), 3)
     half = setting_price(config, chosen, Setting(Choice(4, 0), 1.0), 3)
     routed = setting_price(config, chosen, Setting(Choice(2, 2), 1.0), 3)
@@ -344,7 +344,7 @@ def test_the_price_of_a_choice_counts_its_experts_and_its_router(tiny_model: VAR
 
 @pytest.mark.parametrize("scale", [2, 3])
 def test_the_damage_of_a_gate_is_that_of_the_converted_block(
-    tiny_model: VARModel,
+    tiny_model: Model,
     calibration: tuple[torch.Tensor, torch.Tensor],
     scale: int,
 ) -> None:
@@ -353,7 +353,7 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
     What the FFN makes of the missing keys and values is not in the estimate.
     """
     config, chosen = (
-        tiny_model.transformer.config,
+        tiny_model.config,
         recipe(
             budget=BudgetRecipe(reduction=0.02, gate_keep=0.5, gate_scales=4 - scale),
             gate=GateRecipe(rank=4),
@@ -367,7 +367,7 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
     everything = Wanted(frozenset(), 0)
     recorded = record_blocks(tiny_model, *calibration, wanted=lambda _: everything, batch=8, tokens_per_scale=8, seed=0)
     expected = [
-        gate_damage(own, record, metric, chosen.gate.rank, keeps={scale: [0.5]}, pyramid=config.pyramid)
+        gate_damage(own, record, metric, chosen.gate.rank, keeps={scale: [0.5]}, pyramid=config.schedule)
         for own, record in recorded
     ][1][scale][0.5]
     block = BlockPlan(prefix=(8,) * 4, routed=(0,) * 4, keep=tuple(0.5 if s == scale else 1.0 for s in range(4)))
@@ -380,11 +380,11 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
     tokens, labels = calibration
     outputs = []
     for model in (tiny_model, sparse):
-        handle = model.transformer.layers[1].register_forward_hook(lambda _, args, out: outputs.append(out))
-        model.transformer(calibration_labels(labels, 5), tiny_model.teacher_forcing_input(tokens))
+        handle = model.transformer.blocks[1].register_forward_hook(lambda _, args, out: outputs.append(out))
+        model.transformer(calibration_labels(labels, 5), tiny_model.inputs(tokens))
         handle.remove()
     missed = outputs[1] - outputs[0]
-    pyramid = config.pyramid
+    pyramid = config.schedule
     measured = sum(
         float(metric.damage(missed[:, pyramid.slice(s)].flatten(0, 1), s, pyramid.lengths[s])) for s in range(scale, 4)
     )
@@ -393,8 +393,8 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
         assert sensitivity.skipping[3][0.5] == pytest.approx(expected)
 
 
-def test_a_search_may_skip_tokens(tiny_model: VARModel, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
-    config = tiny_model.transformer.config
+def test_a_search_may_skip_tokens(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
+    config = tiny_model.config
     chosen = recipe(budget=BudgetRecipe(reduction=0.55, gate_keep=0.2, gate_scales=2), gate=GateRecipe(rank=4))
     planned = plan_model(tiny_model, chosen, *calibration)
     plan = planned.plans["default"]
@@ -405,8 +405,8 @@ def test_a_search_may_skip_tokens(tiny_model: VARModel, calibration: tuple[torch
 
 
 @pytest.mark.parametrize("depth", [10, 15, 16, 20, 24, 25, 30])
-def test_the_last_experts_to_go_leave_blocks_all_over_the_depth(tiny_model: VARModel, depth: int) -> None:
-    config = tiny_model.transformer.config.model_copy(update={"depth": depth})
+def test_the_last_experts_to_go_leave_blocks_all_over_the_depth(tiny_model: Model, depth: int) -> None:
+    config = tiny_model.config.model_copy(update={"depth": depth})
     chosen = recipe()
     seen = set()
     for target in (0.2 + 0.002 * step for step in range(40)):

@@ -6,9 +6,9 @@ import pytest
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.cost.flops import FlopsReport, count_flops
-from actvar_convert.cost.var_macs import decoder_macs
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.family import decoder_macs
 from actvar_convert.plan import BlockPlan, SparsityPlan
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -50,7 +50,7 @@ def uniform(
     reconstruction_rank: int = 4,
     **rest,
 ) -> SparsityPlan:
-    scales = config.pyramid.num_scales
+    scales = config.schedule.num_scales
     block = BlockPlan(prefix=(prefix,) * scales, routed=(routed,) * scales, keep=(keep,) * scales)
     blocks = (block,) * config.depth
     return SparsityPlan(experts=experts, blocks=blocks, reconstruction_rank=reconstruction_rank, **rest)

@@ -5,12 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from actvar_convert.cost.flops import count_flops
-from actvar_convert.cost.var_macs import decoder_macs
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.family import decoder_macs
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.plan import BlockPlan, SparsityPlan
 
 CONFIG = TransformerConfig(
@@ -30,7 +29,7 @@ def counted(call) -> dict[str, int]:
     return totals
 
 
-def seen_by_generation(model: VARModel, images: int = 1) -> int:
+def seen_by_generation(model: Model, images: int = 1) -> int:
     """FLOPs of matrix products in the transformer while generating."""
     totals = counted(lambda: model.generate_tokens([0] * images))
     return sum(flops for name, flops in totals.items() if "conv" not in name)
@@ -49,7 +48,7 @@ def tokenizer() -> VQVAE:
 @pytest.mark.parametrize("shared", [False, True])
 def test_generation_of_the_dense_model(tokenizer, shared):
     config = TransformerConfig(**CONFIG.model_dump() | {"shared_adaln": shared})
-    model = VARModel(VARTransformer(config), tokenizer)
+    model = Model(VARTransformer(config), tokenizer)
     assert seen_by_generation(model) == expected(count_flops(config, TOKENIZER).dense.components)
 
 
@@ -64,7 +63,7 @@ def test_teacher_forcing_is_generation_without_guidance(tokenizer):
 def test_decoder_convolutions(res_blocks, ch_mult):
     config = TokenizerConfig(**TOKENIZER.model_dump() | {"res_blocks": res_blocks, "ch_mult": ch_mult})
     vae = VQVAE(config)
-    pyramid = [torch.zeros(1, n, dtype=torch.int64) for n in config.pyramid.lengths]
+    pyramid = [torch.zeros(1, n, dtype=torch.int64) for n in config.schedule.lengths]
     totals = counted(lambda: vae.decode(pyramid))
     parts = decoder_macs(config)
     assert sum(f for name, f in totals.items() if "conv" in name) == 2 * (parts.convolutions + parts.phi)
@@ -79,7 +78,7 @@ def test_generation_of_the_sparse_model(tokenizer, rank):
         blocks=(first, second),
         reconstruction_rank=rank,
     )
-    model = SparseVARModel(SparseVARTransformer(CONFIG, {"plan": plan}, "plan"), tokenizer)
+    model = Model(SparseVARTransformer(CONFIG, {"plan": plan}, "plan"), tokenizer)
     report = count_flops(CONFIG, TOKENIZER, {"plan": plan})
     assert seen_by_generation(model) == expected(report.sparse.components)
     assert expected(report.sparse.components) < expected(report.dense.components)

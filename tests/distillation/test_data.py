@@ -11,7 +11,7 @@ from PIL import Image
 from actvar_convert.distillation.data import TokenStore, labelled_images, store_from_images, store_from_teacher
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.system.images import list_images, read_image
 from actvar_convert.system.progress import SilentProgress
 
@@ -25,7 +25,7 @@ def test_an_epoch_visits_every_pyramid_once() -> None:
     assert not torch.equal(seen, torch.cat([store.batch(step, 4, seed=1)[1] for step in range(3, 6)]))
 
 
-def test_sampling_goes_on_where_it_stopped(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_sampling_goes_on_where_it_stopped(tiny_model: Model, tmp_path: Path) -> None:
     arguments = {"batch": 4, "seed": 3, "cfg": None, "progress": SilentProgress()}
     whole = store_from_teacher(tiny_model, 10, path=tmp_path / "whole.bin", **arguments)
     in_memory = store_from_teacher(tiny_model, 10, path=None, **arguments)
@@ -47,14 +47,14 @@ def write_images(folder: Path, classes: int) -> None:
             Image.fromarray(pixels).save(folder / f"class{label}" / f"{i}.png")
 
 
-def test_images_become_their_tokens(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_images_become_their_tokens(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
     store = store_from_images(tiny_model, tmp_path, 8, path=None, batch=3, seed=0, progress=SilentProgress())
     assert store.tokens.shape == (8, 30) and set(store.labels.tolist()) <= set(range(5))
     assert int(store.tokens.long().max()) < 32
 
 
-def test_images_that_changed_are_made_anew(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_images_that_changed_are_made_anew(tiny_model: Model, tmp_path: Path) -> None:
     folder, arguments = tmp_path / "images", {"batch": 3, "seed": 0, "progress": SilentProgress()}
     write_images(folder, 5)
     first = store_from_images(tiny_model, folder, 8, path=tmp_path / "tokens.bin", **arguments)
@@ -66,7 +66,7 @@ def test_images_that_changed_are_made_anew(tiny_model: VARModel, tmp_path: Path)
     assert torch.equal(more.tokens, whole.tokens) and torch.equal(more.labels, whole.labels)
 
 
-def test_images_are_tokenised_for_a_model_in_half_precision(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_images_are_tokenised_for_a_model_in_half_precision(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
     arguments = {"path": None, "batch": 3, "seed": 0, "progress": SilentProgress()}
     whole = store_from_images(tiny_model, tmp_path, 8, **arguments)
@@ -74,13 +74,13 @@ def test_images_are_tokenised_for_a_model_in_half_precision(tiny_model: VARModel
     assert torch.equal(whole.tokens, half.tokens)
 
 
-def test_another_number_of_classes_is_refused(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_another_number_of_classes_is_refused(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 4)
     with pytest.raises(InputError, match="4 class folders, the model has 5"):
         store_from_images(tiny_model, tmp_path, 8, path=None, batch=3, seed=0, progress=SilentProgress())
 
 
-def test_hidden_folders_are_no_classes_and_hold_no_images(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_hidden_folders_are_no_classes_and_hold_no_images(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
     seen, labels = labelled_images(tmp_path, 5)
     for place in (tmp_path, tmp_path / "class1"):
@@ -97,7 +97,7 @@ def test_an_image_beyond_reason_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         read_image(tmp_path / "class0" / "0.png", 8)
 
 
-def test_a_broken_image_is_named(tiny_model: VARModel, tmp_path: Path) -> None:
+def test_a_broken_image_is_named(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
     (tmp_path / "class2" / "0.png").write_bytes(b"not an image")
     with pytest.raises(InputError, match=r"0\.png: cannot be read"):

@@ -13,8 +13,7 @@ from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.loop import distill_model
 from actvar_convert.errors import CheckpointError, Diverged, Interrupted
 from actvar_convert.files.run_state import RunState, load_run_state
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import (
     BudgetRecipe,
@@ -51,14 +50,14 @@ def recipe(
 
 
 @pytest.fixture
-def store(tiny_model: VARModel) -> TokenStore:
+def store(tiny_model: Model) -> TokenStore:
     labels = torch.arange(24) % 5
-    return TokenStore(tiny_model.generate_tokens(labels, seed=1), labels)
+    return TokenStore(tiny_model, tiny_model.generate_tokens(labels, seed=1), labels)
 
 
-def converted(teacher: VARModel, chosen: Recipe, store: TokenStore) -> SparseVARModel:
+def converted(teacher: Model, chosen: Recipe, store: TokenStore) -> Model:
     """The student; where plans are trained by turns it has a second one, that saves less and gates nothing."""
-    plans = {"plan": gated_plan(uniform_plan(teacher.transformer.config, chosen))}
+    plans = {"plan": gated_plan(uniform_plan(teacher.config, chosen))}
     if chosen.distill.plans == "random":
         block = BlockPlan(prefix=(8, 8, 8, 2), routed=(0, 0, 0, 2), keep=(1.0,) * 4)
         plans["gentle"] = SparsityPlan(experts=8, blocks=(block,) * 2)
@@ -66,8 +65,8 @@ def converted(teacher: VARModel, chosen: Recipe, store: TokenStore) -> SparseVAR
 
 
 def train(
-    teacher: VARModel, chosen: Recipe, store: TokenStore, folder: Path, fingerprint: str = "run"
-) -> tuple[SparseVARModel, list[dict[str, object]]]:
+    teacher: Model, chosen: Recipe, store: TokenStore, folder: Path, fingerprint: str = "run"
+) -> tuple[Model, list[dict[str, object]]]:
     model = converted(teacher, chosen, store)
     with MetricsLog(folder / "metrics.jsonl") as log:
         distill_model(
@@ -83,11 +82,11 @@ def train(
         return model, log.read()
 
 
-def kl_to(teacher: VARModel, model: VARModel, store: TokenStore) -> float:
+def kl_to(teacher: Model, model: Model, store: TokenStore) -> float:
     from actvar_convert.distillation.losses import kl_per_token
 
-    pieces = store.tokens.long().split(list(teacher.transformer.config.pyramid.lengths), 1)
-    inputs = teacher.tokenizer.quantize.teacher_forcing_input(pieces)
+    pieces = store.tokens.long().split(list(teacher.config.schedule.lengths), 1)
+    inputs = teacher.tokenizer.quantize.inputs(pieces)
     with torch.no_grad():
         return float(
             kl_per_token(teacher.transformer(store.labels, inputs), model.transformer(store.labels, inputs)).mean()
@@ -95,7 +94,7 @@ def kl_to(teacher: VARModel, model: VARModel, store: TokenStore) -> float:
 
 
 def test_both_stages_lower_their_losses(
-    tiny_model: VARModel, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = recipe({"steps": 30}, {"steps": 40})
     # routers would start at the solution; at zero they have something to learn
@@ -114,7 +113,7 @@ def test_both_stages_lower_their_losses(
 
 
 @pytest.mark.parametrize("trainable", ["none", "lora", "experts", "all"])
-def test_only_the_chosen_weights_move(tiny_model: VARModel, store: TokenStore, tmp_path: Path, trainable: str) -> None:
+def test_only_the_chosen_weights_move(tiny_model: Model, store: TokenStore, tmp_path: Path, trainable: str) -> None:
     chosen = recipe({"steps": 0}, {"trainable": trainable, "steps": 3})
     before = converted(tiny_model, chosen, store).transformer.state_dict()
     model, _ = train(tiny_model, chosen, store, tmp_path)
@@ -139,9 +138,7 @@ def test_only_the_chosen_weights_move(tiny_model: VARModel, store: TokenStore, t
     }
 
 
-def test_the_first_stage_moves_routers_and_experts_alone(
-    tiny_model: VARModel, store: TokenStore, tmp_path: Path
-) -> None:
+def test_the_first_stage_moves_routers_and_experts_alone(tiny_model: Model, store: TokenStore, tmp_path: Path) -> None:
     chosen = recipe({}, {"steps": 0})
     before = converted(tiny_model, chosen, store).transformer.state_dict()
     after = train(tiny_model, chosen, store, tmp_path)[0].transformer.state_dict()
@@ -150,7 +147,7 @@ def test_the_first_stage_moves_routers_and_experts_alone(
     assert any("router" in name for name in moved) and any(".fc1." in name for name in moved)
 
 
-def test_frozen_gates_and_reconstructions_stay_still(tiny_model: VARModel, store: TokenStore, tmp_path: Path) -> None:
+def test_frozen_gates_and_reconstructions_stay_still(tiny_model: Model, store: TokenStore, tmp_path: Path) -> None:
     chosen = recipe({"steps": 0}, {"gate": "frozen"})
     before = converted(tiny_model, chosen, store).transformer.state_dict()
     model, lines = train(tiny_model, chosen, store, tmp_path)
@@ -160,13 +157,11 @@ def test_frozen_gates_and_reconstructions_stay_still(tiny_model: VARModel, store
     assert "blocks.0.attn.mat_qkv.weight" not in still and all("gate" not in line for line in lines)
 
 
-def test_one_checkpoint_is_trained_for_all_of_its_plans(
-    tiny_model: VARModel, store: TokenStore, tmp_path: Path
-) -> None:
+def test_one_checkpoint_is_trained_for_all_of_its_plans(tiny_model: Model, store: TokenStore, tmp_path: Path) -> None:
     chosen = recipe({"steps": 30}, {"steps": 40}, plans="random")
     untrained = converted(tiny_model, chosen, store)
     model, lines = train(tiny_model, chosen, store, tmp_path)
-    assert model.plan_name == "plan" and {block.plan for block in model.transformer.sparse_layers} == {model.plan}
+    assert model.plans.name == "plan" and {block.plan for block in model.transformer.blocks} == {model.plan}
     for stage, steps in (("stage1", 30), ("stage2", 40)):
         ran = [line["plan"] for line in lines if line["stage"] == stage]
         assert len(ran) == steps and ran.count("plan") == ran.count("gentle") == steps / 2
@@ -183,7 +178,7 @@ def test_one_checkpoint_is_trained_for_all_of_its_plans(
 )
 @pytest.mark.parametrize("stop_at", [4, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    tiny_model: VARModel,
+    tiny_model: Model,
     store: TokenStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,7 +211,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_lines_of_later_stages_go_when_an_earlier_one_is_resumed(
-    tiny_model: VARModel, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash in stage 2 before its first save leaves lines of steps that the next run takes again."""
     whole, lines = train(tiny_model, recipe(), store, tmp_path / "whole")
@@ -241,7 +236,7 @@ def test_lines_of_later_stages_go_when_an_earlier_one_is_resumed(
 
 @pytest.mark.parametrize(("every", "pause", "saved"), [(0.0, 0.0, 12), (0.0, 1e9, 4), (1e9, 0.0, 2)])
 def test_a_state_is_saved_by_time_and_at_the_end_of_a_stage(
-    tiny_model: VARModel,
+    tiny_model: Model,
     store: TokenStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -263,7 +258,7 @@ def test_a_state_is_saved_by_time_and_at_the_end_of_a_stage(
 
 
 def test_a_training_that_diverges_stops_and_keeps_what_was_saved(
-    tiny_model: VARModel, store: TokenStore, tmp_path: Path
+    tiny_model: Model, store: TokenStore, tmp_path: Path
 ) -> None:
     wild = recipe({}, {"learning_rate": 1e30, "warmup": 0, "trainable": "all"})
     with pytest.raises(Diverged, match=r"stage2 diverged: .* Lower distill.stage2.learning_rate \(given 1e\+30\)"):
@@ -273,16 +268,14 @@ def test_a_training_that_diverges_stops_and_keeps_what_was_saved(
     assert not any(bool(torch.isnan(tensor).any()) for tensor in state.tensors.values())
 
 
-def test_a_state_that_began_with_another_model_is_refused(
-    tiny_model: VARModel, store: TokenStore, tmp_path: Path
-) -> None:
+def test_a_state_that_began_with_another_model_is_refused(tiny_model: Model, store: TokenStore, tmp_path: Path) -> None:
     train(tiny_model, recipe(), store, tmp_path)
     other = recipe().model_copy(update={"seed": 1})
     with pytest.raises(CheckpointError, match="began with another converted model"):
         train(tiny_model, other, store, tmp_path)
 
 
-def test_a_state_of_another_run_is_refused(tiny_model: VARModel, store: TokenStore, tmp_path: Path) -> None:
+def test_a_state_of_another_run_is_refused(tiny_model: Model, store: TokenStore, tmp_path: Path) -> None:
     train(tiny_model, recipe(), store, tmp_path, "one recipe")
     with pytest.raises(CheckpointError):
         train(tiny_model, recipe(), store, tmp_path, "another recipe")

@@ -5,13 +5,13 @@ from torch import nn
 
 from actvar_convert.distillation.optimizers import Optimizers, hidden_matrices
 from actvar_convert.distillation.stages import trainable_parameters
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import JointStage, StageRecipe
 
 MATRICES = {"attn.mat_qkv.weight", "attn.proj.weight", "ffn.fc1.weight", "ffn.fc2.weight", "ada_lin.1.weight"}
 
 
-def test_muon_gets_the_matrices_that_the_dense_model_has(tiny_sparse: SparseVARModel) -> None:
+def test_muon_gets_the_matrices_that_the_dense_model_has(tiny_sparse: Model) -> None:
     stages = (StageRecipe(), JointStage())
     parameters = {k: p for stage in stages for k, p in trainable_parameters(tiny_sparse.transformer, stage).items()}
     assert {name.partition(".")[2].partition(".")[2] for name in hidden_matrices(parameters)} == MATRICES

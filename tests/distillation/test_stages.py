@@ -11,8 +11,7 @@ import actvar_convert as av
 from actvar_convert.distillation import losses
 from actvar_convert.distillation.loop import StageRun
 from actvar_convert.distillation.stages import STAGES
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import JointStage, Recipe, StageRecipe
 
@@ -20,13 +19,11 @@ LABELS = torch.tensor([0, 3, 5, 1])
 
 
 @pytest.fixture
-def tokens(tiny_model: VARModel) -> torch.Tensor:
+def tokens(tiny_model: Model) -> torch.Tensor:
     return tiny_model.generate_tokens(LABELS, seed=3).clone()
 
 
-def test_a_step_leaves_what_its_plan_does_not_use(
-    tiny_model: VARModel, tiny_sparse: SparseVARModel, tokens: torch.Tensor
-) -> None:
+def test_a_step_leaves_what_its_plan_does_not_use(tiny_model: Model, tiny_sparse: Model, tokens: torch.Tensor) -> None:
     run = StageRun(tiny_sparse, STAGES["stage2"], JointStage(warmup=1, steps=9), seed=0, turns="random")
     sparse = {name for name in run.parameters if {"gate", "reconstruction"} & {*name.split(".")}}
     assert len(sparse) == 2 * 5
@@ -45,7 +42,7 @@ def test_a_step_leaves_what_its_plan_does_not_use(
     assert sparse <= step("default")
 
 
-def test_which_plans_a_stage_trains(tiny_sparse: SparseVARModel) -> None:
+def test_which_plans_a_stage_trains(tiny_sparse: Model) -> None:
     tiny_sparse.use_plan("all")
     assert STAGES["stage1"].plans(tiny_sparse, "default") == ["all"]
     assert STAGES["stage1"].plans(tiny_sparse, "random") == ["default"]
@@ -53,11 +50,11 @@ def test_which_plans_a_stage_trains(tiny_sparse: SparseVARModel) -> None:
 
 
 def test_the_losses_of_both_stages_and_what_they_weigh(
-    tiny_model: VARModel, tiny_sparse: SparseVARModel, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, tiny_sparse: Model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = (tiny_sparse, tiny_model)
     with torch.no_grad():
-        inputs = tiny_model.teacher_forcing_input(tokens)
+        inputs = tiny_model.inputs(tokens)
         local = STAGES["stage1"].objective(*given, StageRecipe(), tokens, LABELS)
         joint = STAGES["stage2"].objective(*given, JointStage(), tokens, LABELS)
         frozen = STAGES["stage2"].objective(*given, JointStage(gate="frozen"), tokens, LABELS)
@@ -73,7 +70,7 @@ def test_the_losses_of_both_stages_and_what_they_weigh(
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_a_gate_learns_only_where_tokens_are_skipped(tiny_model: VARModel, rows: int) -> None:
+def test_a_gate_learns_only_where_tokens_are_skipped(tiny_model: Model, rows: int) -> None:
     """One token is kept whatever the share."""
     chosen = Recipe.model_validate(
         {
@@ -92,8 +89,8 @@ def test_a_gate_learns_only_where_tokens_are_skipped(tiny_model: VARModel, rows:
     assert 0 < float(found["gate"]) < 10
 
 
-def test_a_gate_that_never_skips_is_left_at_its_start(tiny_model: VARModel) -> None:
-    config = tiny_model.transformer.config
+def test_a_gate_that_never_skips_is_left_at_its_start(tiny_model: Model) -> None:
+    config = tiny_model.config
     block = BlockPlan(prefix=(8, 8, 4, 4), routed=(0,) * 4, keep=(0.5, 1.0, 1.0, 0.99))
     plans = {"one": SparsityPlan(experts=8, blocks=(block,) * config.depth, reconstruction_rank=4)}
     calibration = {"pyramids": 8, "batch": 8}

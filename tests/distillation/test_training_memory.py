@@ -15,11 +15,10 @@ from actvar_convert.distillation.loop import StageRun
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.files.layout import official_config
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel, images_at_once
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model, images_at_once
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe import shipped_recipes
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
@@ -66,13 +65,11 @@ def test_a_step_takes_what_was_estimated(
     torch.manual_seed(0)
     dense = VARTransformer(CONFIG)
     dense.initialise(torch.Generator().manual_seed(0))
-    teacher = VARModel(dense, VQVAE(TOKENIZER)).eval().requires_grad_(False)
+    teacher = Model(dense, VQVAE(TOKENIZER)).eval().requires_grad_(False)
     transformer = SparseVARTransformer(CONFIG, *recipe_plans(CONFIG, chosen))
     transformer.load_state_dict(dense.state_dict(), strict=False)
-    run = StageRun(
-        SparseVARModel(transformer, teacher.tokenizer).eval(), STAGES[stage], getattr(chosen.distill, stage), 0
-    )
-    tokens, labels = torch.randint(0, 256, (8, CONFIG.pyramid.total)), torch.arange(8)
+    run = StageRun(Model(transformer, teacher.tokenizer).eval(), STAGES[stage], getattr(chosen.distill, stage), 0)
+    tokens, labels = torch.randint(0, 256, (8, CONFIG.schedule.total)), torch.arange(8)
 
     def step() -> None:
         wanted = autocast_dtype(dtype)

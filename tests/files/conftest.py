@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from actvar_convert.models.model import Sampling, VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.base import Sampling
+from actvar_convert.models.model import Model
 
 LABELS = [0, 1]
 
 
 @pytest.fixture
-def dense(tiny_model: VARModel) -> VARModel:
+def dense(tiny_model: Model) -> Model:
     """The tiny model with a sampling of its own."""
     tiny_model.sampling = Sampling(2.0, 10, 0.9)
     return tiny_model
 
 
 @pytest.fixture
-def sparse(tiny_sparse: SparseVARModel) -> SparseVARModel:
+def sparse(tiny_sparse: Model) -> Model:
     """The tiny sparse model with a sampling and orders of neurons of its own."""
     tiny_sparse.sampling = Sampling(1.25, 12, 0.8)
     for index, block in enumerate(tiny_sparse.transformer.blocks):
@@ -33,7 +33,7 @@ def sparse(tiny_sparse: SparseVARModel) -> SparseVARModel:
 
 
 @pytest.fixture
-def parts(dense: VARModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def parts(dense: Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of transformer and tokenizer; the dictionaries may be changed, the tensors not."""
     return dict(dense.transformer.state_dict()), dict(dense.tokenizer.state_dict())
 
@@ -48,11 +48,11 @@ def official_pair(tmp_path: Path, parts: tuple[dict[str, Tensor], dict[str, Tens
 
 
 @pytest.fixture(scope="session")
-def same_model() -> Callable[[VARModel, VARModel], None]:
+def same_model() -> Callable[[Model, Model], None]:
     """Asserts that two models have equal weights and generate equal tokens."""
 
-    def check(model: VARModel, expected: VARModel) -> None:
-        assert model.transformer.config == expected.transformer.config
+    def check(model: Model, expected: Model) -> None:
+        assert model.config == expected.config
         assert model.tokenizer.config == expected.tokenizer.config
         ours, theirs = model.state_dict(), expected.state_dict()
         assert ours.keys() == theirs.keys()

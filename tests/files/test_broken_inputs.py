@@ -24,7 +24,7 @@ from actvar_convert.files.layout import official_config
 from actvar_convert.files.skeleton import NoWeights
 from actvar_convert.files.source import load_any
 from actvar_convert.files.tensors import wanted_globals, write_weights
-from actvar_convert.models.var import VARTransformer
+from actvar_convert.models.var.network import VARTransformer
 from actvar_convert_cli.main import app
 
 Tensors = dict[str, Tensor]

@@ -11,8 +11,9 @@ import torch
 
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files import bundled as zoo
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.model import Sampling, VARModel
+from actvar_convert.models.model import Model
 
 CONFIG: dict[str, Any] = {"sampling": {"cfg": 2.0, "top_k": 10, "top_p": 0.9}, "classes": ["a", "b", "c", "d", "e"]}
 
@@ -23,20 +24,20 @@ def classifier() -> FashionClassifier:
     return FashionClassifier(5).eval()
 
 
-def _write(folder: Path, dense: VARModel, classifier: FashionClassifier, limit: int = 200_000) -> Path:
+def _write(folder: Path, dense: Model, classifier: FashionClassifier, limit: int = 200_000) -> Path:
     features = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
     zoo.write_bundle(folder, dense.transformer, dense.tokenizer, classifier, features, CONFIG, limit)
     return folder
 
 
-def test_round_trip(tmp_path: Path, dense: VARModel, classifier: FashionClassifier) -> None:
+def test_round_trip(tmp_path: Path, dense: Model, classifier: FashionClassifier) -> None:
     folder = _write(tmp_path / "tiny", dense, classifier)
     shards = list(folder.glob("var-*-of-*.safetensors"))
     assert len(shards) > 1 and (folder / "var.safetensors.index.json").is_file()
     assert max(file.stat().st_size for file in shards) < 210_000
     model = zoo.load_bundled(folder)
     assert model.sampling == Sampling(2.0, 10, 0.9)
-    assert model.transformer.config == dense.transformer.config and model.tokenizer.config == dense.tokenizer.config
+    assert model.config == dense.config and model.tokenizer.config == dense.tokenizer.config
     for name, tensor in dense.state_dict().items():
         read = model.state_dict()[name]
         assert torch.equal(read, tensor.half().float() if tensor.is_floating_point() else tensor), name
@@ -49,7 +50,7 @@ def test_round_trip(tmp_path: Path, dense: VARModel, classifier: FashionClassifi
 
 
 def test_rewriting_keeps_the_card_and_drops_old_shards(
-    tmp_path: Path, dense: VARModel, classifier: FashionClassifier
+    tmp_path: Path, dense: Model, classifier: FashionClassifier
 ) -> None:
     folder = _write(tmp_path / "tiny", dense, classifier)
     (folder / "README.md").write_text("card")
@@ -60,9 +61,7 @@ def test_rewriting_keeps_the_card_and_drops_old_shards(
     ]  # fmt: skip
 
 
-def test_half_precision_that_overflows_is_refused(
-    tmp_path: Path, dense: VARModel, classifier: FashionClassifier
-) -> None:
+def test_half_precision_that_overflows_is_refused(tmp_path: Path, dense: Model, classifier: FashionClassifier) -> None:
     with torch.no_grad():
         classifier.head.bias[0] = 1e6
     with pytest.raises(InputError, match=r"classifier: head\.bias"):
@@ -70,9 +69,7 @@ def test_half_precision_that_overflows_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_config_that_does_not_describe_the_weights(
-    tmp_path: Path, dense: VARModel, classifier: FashionClassifier
-) -> None:
+def test_config_that_does_not_describe_the_weights(tmp_path: Path, dense: Model, classifier: FashionClassifier) -> None:
     folder = _write(tmp_path / "tiny", dense, classifier)
     content = json.loads((folder / "config.json").read_text())
     content["transformer"]["classes"] = 7
@@ -93,7 +90,7 @@ def test_models_in_the_package(name: str) -> None:
     assert max(sizes) <= 16e6 and sum(sizes) <= 28e6
     model = zoo.load_bundled(name)
     assert model.origin["name"] == name
-    assert len(zoo.bundled_config(name)["classes"]) == model.transformer.config.classes
+    assert len(zoo.bundled_config(name)["classes"]) == model.config.classes
     config = zoo.bundled_config(name)
     pieces = 4 if "quadrants" in config else 1
     width = pieces * zoo.load_bundled_classifier(name).feature_dim

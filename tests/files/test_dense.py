@@ -14,13 +14,13 @@ from torch import Tensor
 from actvar_convert.errors import CheckpointError
 from actvar_convert.files.dense import load_dense
 from actvar_convert.files.tensors import write_weights
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 
 Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
-Same = Callable[[VARModel, VARModel], None]
+Same = Callable[[Model, Model], None]
 OPTIONAL = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 
 
@@ -111,26 +111,26 @@ def _averaged_too(folder: Path, transformer: dict[str, Tensor], tokenizer: dict[
     ],
 )
 def test_every_form_loads_as_the_same_model(
-    store: Callable[..., tuple[Path, Path | None]], tmp_path: Path, parts: Parts, dense: VARModel, same_model: Same
+    store: Callable[..., tuple[Path, Path | None]], tmp_path: Path, parts: Parts, dense: Model, same_model: Same
 ) -> None:
     source, vae = store(tmp_path, *parts)
     same_model(load_dense(source, vae), dense)
 
 
-def test_the_configuration_beside_a_file_counts_as_in_its_folder(tmp_path: Path, parts: Parts, dense: VARModel) -> None:
+def test_the_configuration_beside_a_file_counts_as_in_its_folder(tmp_path: Path, parts: Parts, dense: Model) -> None:
     hub, vae = _hub_folder(tmp_path, *parts)
     plain = {name: t for name, t in _without_buffers(parts[0]).items() if not name.endswith("scale_mul_1H11")}
     save_file(plain, hub / "model.safetensors")
     for source in (hub, hub / "model.safetensors"):
         model = load_dense(source, vae)
-        assert (model.transformer.config.heads, model.transformer.config.sides) == (2, (1, 2, 3, 4))
+        assert (model.config.heads, model.config.sides) == (2, (1, 2, 3, 4))
         assert model.origin["path"] == str(hub / "model.safetensors")
     save_file(plain, hub / "other.safetensors")
     with pytest.raises(CheckpointError, match="patch_nums"):
         load_dense(hub / "other.safetensors", vae)
 
 
-def test_buffers_may_be_absent(tmp_path: Path, parts: Parts, dense: VARModel, same_model: Same) -> None:
+def test_buffers_may_be_absent(tmp_path: Path, parts: Parts, dense: Model, same_model: Same) -> None:
     source, vae = _plain_pair(tmp_path, *map(_without_buffers, parts))
     same_model(load_dense(source, vae, sides=(1, 2, 3, 4)), dense)
 
@@ -173,7 +173,7 @@ def test_shared_adaln_and_plain_attention(tmp_path: Path, same_model: Same) -> N
         ch=32, ch_mult=(1, 1, 3), res_blocks=2, vocab=16, z_channels=4, sides=(1, 3), phis=2, residual_ratio=0.25
     )
     torch.manual_seed(0)
-    model = VARModel(VARTransformer(config), VQVAE(tokenizer)).eval()
+    model = Model(VARTransformer(config), VQVAE(tokenizer)).eval()
     source, vae = _plain_pair(tmp_path, model.transformer.state_dict(), model.tokenizer.state_dict())
     assert load_dense(source, vae).transformer.config.heads == 2  # the rule: width / 64
     same_model(load_dense(source, vae, heads=4, residual_ratio=0.25), model)

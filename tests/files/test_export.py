@@ -17,11 +17,10 @@ from actvar_convert.files.dense import load_dense
 from actvar_convert.files.export import dense_skeleton, export_reference
 from actvar_convert.files.layout import reference_tokenizer, split_parts
 from actvar_convert.files.sparse_folder import load_sparse, save_sparse
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
 
 from ..conftest import gated_plan
@@ -34,7 +33,7 @@ SHAPES: dict[str, dict[str, object]] = {
 }
 
 
-def dense_model(**changes: object) -> VARModel:
+def dense_model(**changes: object) -> Model:
     shape = {"depth": 2, "width": 64, "heads": 2, "hidden": 128, "sides": (1, 2, 3), "vocab": 32, "z_channels": 8}
     config = TransformerConfig.model_validate({**shape, "classes": 5, **changes})
     torch.manual_seed(1)
@@ -42,10 +41,10 @@ def dense_model(**changes: object) -> VARModel:
     for parameter in transformer.parameters():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape))
     tokenizer = TokenizerConfig(ch=32, ch_mult=(1,), res_blocks=1, vocab=32, z_channels=8, sides=config.sides, phis=1)
-    return VARModel(transformer, VQVAE(tokenizer)).eval().requires_grad_(False)
+    return Model(transformer, VQVAE(tokenizer)).eval().requires_grad_(False)
 
 
-def converted(dense: VARModel) -> SparseVARModel:
+def converted(dense: Model) -> Model:
     recipe = Recipe(
         name="x",
         model="x",
@@ -54,8 +53,8 @@ def converted(dense: VARModel) -> SparseVARModel:
         budget=BudgetRecipe(reduction=0.25, gate_keep=0.9),
         gate=GateRecipe(rank=2),
     )
-    config = dense.transformer.config
-    tokens = torch.randint(0, config.vocab, (6, config.pyramid.total), generator=torch.Generator().manual_seed(0))
+    config = dense.config
+    tokens = torch.randint(0, config.vocab, (6, config.schedule.total), generator=torch.Generator().manual_seed(0))
     plans, default = recipe_plans(config, recipe)
     plans = {name: gated_plan(plan, 0.9, blocks=range(config.depth)) for name, plan in plans.items()}
     return convert_model(dense, plans, default, recipe, tokens, torch.arange(6) % config.classes)
@@ -77,7 +76,7 @@ def test_an_undistilled_conversion_gives_its_source_bit_by_bit(tmp_path: Path, s
     out, vae = tmp_path / f"var{ending}", tmp_path / f"vae{ending}"
     exported = export_reference(load_sparse(folder), out, vae)
     assert exported.files == (out, vae)
-    depth = dense.transformer.config.depth
+    depth = dense.config.depth
     whose = f"of {depth} block{'s' if depth > 1 else ''}"
     kinds = {"routers", "token gates", "reconstructions of skipped tokens"}
     assert set(exported.left_out) == {f"{kind} {whose}" for kind in kinds}
@@ -92,7 +91,7 @@ def test_an_undistilled_conversion_gives_its_source_bit_by_bit(tmp_path: Path, s
 
 
 def test_the_files_are_read_as_any_official_ones(
-    tmp_path: Path, dense: VARModel, sparse: SparseVARModel, same_model: Callable[[VARModel, VARModel], None]
+    tmp_path: Path, dense: Model, sparse: Model, same_model: Callable[[Model, Model], None]
 ) -> None:
     for block, own in zip(sparse.transformer.blocks, dense.transformer.blocks, strict=True):
         order = block.ffn.permutation
@@ -105,7 +104,7 @@ def test_the_files_are_read_as_any_official_ones(
     )
 
 
-def test_a_dense_model_changes_its_format_alone(tmp_path: Path, dense: VARModel) -> None:
+def test_a_dense_model_changes_its_format_alone(tmp_path: Path, dense: Model) -> None:
     exported = export_reference(dense, tmp_path / "var.safetensors")
     assert exported.left_out == () and exported.files == (tmp_path / "var.safetensors",)
     assert_equal(dense_skeleton(dense)[0], dense.transformer.state_dict())
@@ -131,7 +130,7 @@ def test_one_phi_has_the_name_that_the_reference_gives_it() -> None:
         ("var.pth", "var.pth", "give two files"),
     ],
 )
-def test_targets_that_cannot_be_written(tmp_path: Path, dense: VARModel, out: str, vae: str | None, said: str) -> None:
+def test_targets_that_cannot_be_written(tmp_path: Path, dense: Model, out: str, vae: str | None, said: str) -> None:
     (tmp_path / "there.pth").write_text("mine")
     with pytest.raises(InputError, match=said):
         export_reference(dense, tmp_path / out, None if vae is None else tmp_path / vae)
@@ -139,7 +138,7 @@ def test_targets_that_cannot_be_written(tmp_path: Path, dense: VARModel, out: st
     assert (tmp_path / "there.pth").read_text() == "mine"
 
 
-def test_a_failure_leaves_neither_file(tmp_path: Path, dense: VARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_neither_file(tmp_path: Path, dense: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

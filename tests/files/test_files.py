@@ -15,7 +15,7 @@ from actvar_convert.files import tensors as weight_files
 from actvar_convert.files.run_state import RunState, save_run_state
 from actvar_convert.files.sparse_folder import load_sparse, read_provenance, save_sparse, update_file
 from actvar_convert.files.tensors import sha256_of
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.system.atomic import COMMIT, STAGING, replacing_files
 
 
@@ -39,7 +39,7 @@ def test_hash() -> None:
 @pytest.mark.parametrize("moment", ["fsync", "replace", "rename", "mkdir"])
 def test_failures_leave_everything_as_it_was(
     tmp_path: Path,
-    sparse: SparseVARModel,
+    sparse: Model,
     monkeypatch: pytest.MonkeyPatch,
     failure: Callable[..., None],
     cause: str,
@@ -67,7 +67,7 @@ def test_failures_leave_everything_as_it_was(
 
 
 def test_disk_that_fills_up_while_weights_are_written(
-    tmp_path: Path, sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sparse: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors import SafetensorError
 
@@ -81,7 +81,7 @@ def test_disk_that_fills_up_while_weights_are_written(
 
 
 def test_too_little_space_is_said_before_any_writing(
-    tmp_path: Path, sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sparse: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -91,7 +91,7 @@ def test_too_little_space_is_said_before_any_writing(
 
 
 def test_failure_after_the_commit_is_completed_later(
-    tmp_path: Path, sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sparse: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_sparse(sparse, tmp_path / "out", provenance={"name": "old"}, recipe_text="a: 1\n")
     with monkeypatch.context() as patched:
@@ -128,7 +128,7 @@ def test_an_exception_of_the_writer_passes_through(tmp_path: Path) -> None:
         "[]",
     ],
 )
-def test_a_made_up_or_damaged_commit_touches_nothing(tmp_path: Path, sparse: SparseVARModel, manifest: str) -> None:
+def test_a_made_up_or_damaged_commit_touches_nothing(tmp_path: Path, sparse: Model, manifest: str) -> None:
     folder = save_sparse(sparse, tmp_path / "out", provenance={}, recipe_text="a: 1\n")
     (tmp_path / "kept.txt").write_text("kept")
     (folder / COMMIT).mkdir()
@@ -140,7 +140,7 @@ def test_a_made_up_or_damaged_commit_touches_nothing(tmp_path: Path, sparse: Spa
 
 
 def test_names_beyond_ascii_do_not_depend_on_the_locale(
-    tmp_path: Path, sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sparse: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Path.write_text
 

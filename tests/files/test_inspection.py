@@ -16,7 +16,7 @@ from actvar_convert.files.dense import load_dense
 from actvar_convert.files.inspection import inspect_file
 from actvar_convert.files.source import model_shape
 from actvar_convert.files.sparse_folder import save_sparse
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 
 Parts = tuple[dict[str, Tensor], dict[str, Tensor]]
 LINE = "VAR: 2 blocks, width 64, FFN hidden 128, 2 heads, 4 scales to 4\N{MULTIPLICATION SIGN}4, 5 classes; "
@@ -85,7 +85,7 @@ def test_a_disagreement_keeps_the_model_from_being_loaded(official_pair: tuple[P
     assert found.disagreements == ("scales: transformer 4, tokenizer 6",) and not found.complete
 
 
-def test_sparse_folder(tmp_path: Path, sparse: SparseVARModel) -> None:
+def test_sparse_folder(tmp_path: Path, sparse: Model) -> None:
     folder = save_sparse(sparse, tmp_path / "out", provenance={"name": "tiny"}, recipe_text="name: x\n")
     found = inspect_file(folder, values=True)
     assert found.kind == "sparse" and found.complete

@@ -16,9 +16,9 @@ from actvar_convert.files.layout import (
     official_config,
     official_names,
 )
-from actvar_convert.files.skeleton import compare, empty_tokenizer, empty_transformer
-from actvar_convert.models.config import TransformerConfig
-from actvar_convert.models.var import VARTransformer
+from actvar_convert.files.skeleton import compare, empty_backbone, empty_tokenizer
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
 
 LINES = {
     "var-d16": "VAR-d16: 16 blocks, width 1024, 16 heads, 10 scales to 16x16, 1000 classes; 310 M parameters, fp32",
@@ -33,7 +33,7 @@ LINES = {
 @pytest.mark.parametrize("name", official_names())
 def test_published_shapes_are_inferred(name: str) -> None:
     transformer_config, tokenizer_config = official_config(name)
-    transformer, tokenizer = empty_transformer(transformer_config), empty_tokenizer(tokenizer_config)
+    transformer, tokenizer = empty_backbone(transformer_config), empty_tokenizer(tokenizer_config)
     assert all(parameter.is_meta for parameter in transformer.blocks[0].ffn.parameters())
     assert infer_transformer(transformer.state_dict(), Overrides()) == transformer_config
     shape = infer_tokenizer(tokenizer.state_dict())
@@ -50,7 +50,7 @@ def test_published_shapes_are_inferred(name: str) -> None:
 
 
 def test_names_and_shapes_of_d16_are_the_reference_ones() -> None:
-    transformer = empty_transformer(official_config("var-d16")[0])
+    transformer = empty_backbone(official_config("var-d16")[0])
     shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     assert shapes["pos_1LC"] == (1, 680, 1024)
     assert shapes["class_emb.weight"] == (1001, 1024)
@@ -60,14 +60,14 @@ def test_names_and_shapes_of_d16_are_the_reference_ones() -> None:
     assert shapes["blocks.0.ada_lin.1.weight"] == (6144, 1024)
     assert shapes["head.weight"] == (4096, 1024)
     assert len([name for name in shapes if name.startswith("blocks.")]) == 16 * 13
-    shared = empty_transformer(official_config("var-d36")[0])
+    shared = empty_backbone(official_config("var-d36")[0])
     names = set(shared.state_dict())
     assert {"shared_ada_lin.1.weight", "blocks.35.ada_gss"} <= names and "blocks.0.ada_lin.1.weight" not in names
 
 
 def test_official_table() -> None:
     transformer, tokenizer = official_config("var-d36")
-    assert (transformer.pyramid.total, tokenizer.image_size, tokenizer.downsampling) == (2240, 512, 16)
+    assert (transformer.schedule.total, tokenizer.image_size, tokenizer.downsampling) == (2240, 512, 16)
     assert official_config("var-d16")[1].image_size == 256
     with pytest.raises(InputError, match="var-d30"):
         official_config("var-d17")

@@ -11,18 +11,15 @@ from actvar_convert.errors import InputError
 from actvar_convert.files.layout import official_config
 from actvar_convert.files.source import model_shape
 from actvar_convert.files.sparse_folder import save_sparse
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 
 
-def test_names_files_and_folders(
-    tmp_path: Path, official_pair: tuple[Path, Path], dense: VARModel, sparse: SparseVARModel
-) -> None:
+def test_names_files_and_folders(tmp_path: Path, official_pair: tuple[Path, Path], dense: Model, sparse: Model) -> None:
     published = model_shape("var-d36")
     assert (published.transformer, published.tokenizer) == official_config("var-d36") and published.plans == {}
     assert published.line.startswith("VAR-d36: 36 blocks") and published.line.endswith("fp32")
     file = model_shape(official_pair[0])
-    assert (file.transformer, file.tokenizer) == (dense.transformer.config, dense.tokenizer.config)
+    assert (file.transformer, file.tokenizer) == (dense.config, dense.tokenizer.config)
     official_pair[1].rename(tmp_path / "elsewhere.pth")
     assert model_shape(official_pair[0]).tokenizer is None
     assert model_shape(official_pair[0], tmp_path / "elsewhere.pth").tokenizer == dense.tokenizer.config
@@ -31,9 +28,7 @@ def test_names_files_and_folders(
     assert (dict(found.plans), found.default_plan) == (sparse.plans, "default")
 
 
-def test_what_could_not_be_loaded_has_no_shape(
-    tmp_path: Path, official_pair: tuple[Path, Path], sparse: SparseVARModel
-) -> None:
+def test_what_could_not_be_loaded_has_no_shape(tmp_path: Path, official_pair: tuple[Path, Path], sparse: Model) -> None:
     tensors = torch.load(official_pair[0], weights_only=True)
     torch.save({**tensors, "a": torch.zeros(1), "b": torch.zeros(1)}, official_pair[0])
     for source, vae, said in (

@@ -17,8 +17,7 @@ from actvar_convert.files import bundled as zoo
 from actvar_convert.files.layout import official_config, official_names, published_sampling
 from actvar_convert.files.source import TOKENIZER_FILE, fetch_official, load_any
 from actvar_convert.files.sparse_folder import provenance_of, save_sparse
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.origins import provenance, recorded_teacher
 from actvar_convert.recipe import Recipe
 from actvar_convert_cli.main import app
@@ -32,7 +31,7 @@ def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_dense_files(official_pair: tuple[Path, Path], dense: VARModel) -> None:
+def test_dense_files(official_pair: tuple[Path, Path], dense: Model) -> None:
     for source in (str(official_pair[0]), official_pair[0]):
         model = load_any(source, vae=official_pair[1])
         assert not model.is_sparse and torch.equal(model.transformer.head.weight, dense.transformer.head.weight)
@@ -41,10 +40,10 @@ def test_dense_files(official_pair: tuple[Path, Path], dense: VARModel) -> None:
         load_any(official_pair[0], plan="x")
 
 
-def test_sparse_folder(tmp_path: Path, sparse: SparseVARModel) -> None:
+def test_sparse_folder(tmp_path: Path, sparse: Model) -> None:
     folder = save_sparse(sparse, tmp_path / "out", provenance={}, recipe_text="a: 1\n")
     model = load_any(str(folder), plan="all")
-    assert isinstance(model, SparseVARModel) and model.plan_name == "all"
+    assert isinstance(model, Model) and model.plans.name == "all"
     with pytest.raises(InputError, match="Leave vae out"):
         load_any(folder, vae=folder / "vae.safetensors")
     (folder / "config.json").unlink()
@@ -53,7 +52,7 @@ def test_sparse_folder(tmp_path: Path, sparse: SparseVARModel) -> None:
 
 
 def test_published_name_from_the_cache(
-    offline_cache: Path, official_pair: tuple[Path, Path], dense: VARModel, sparse: SparseVARModel, tmp_path: Path
+    offline_cache: Path, official_pair: tuple[Path, Path], dense: Model, sparse: Model, tmp_path: Path
 ) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = offline_cache / "models--FoundationVision--var"
@@ -92,7 +91,7 @@ COMMITS = ("0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef
 
 
 def test_a_recorded_teacher_is_of_the_recorded_revision(
-    offline_cache: Path, official_pair: tuple[Path, Path], dense: VARModel, sparse: SparseVARModel, tmp_path: Path
+    offline_cache: Path, official_pair: tuple[Path, Path], dense: Model, sparse: Model, tmp_path: Path
 ) -> None:
     repository = offline_cache / "models--FoundationVision--var"
     (repository / "refs").mkdir(parents=True)
@@ -194,16 +193,16 @@ def test_bundled_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_any(name, vae=tmp_path)
 
 
-def test_models_of_a_published_shape_have_the_published_sampling(dense: VARModel) -> None:
+def test_models_of_a_published_shape_have_the_published_sampling(dense: Model) -> None:
     for name in official_names():
         config, _ = official_config(name)
         assert published_sampling(config) == (1.5, 900, 0.96)
         assert published_sampling(config.model_copy(update={"depth": config.depth - 1})) is None
-    assert published_sampling(dense.transformer.config) is None
+    assert published_sampling(dense.config) is None
 
 
 def test_what_was_given_for_a_file_is_kept_with_it(
-    tmp_path: Path, official_pair: tuple[Path, Path], sparse: SparseVARModel
+    tmp_path: Path, official_pair: tuple[Path, Path], sparse: Model
 ) -> None:
     transformer = {name: t for name, t in torch.load(official_pair[0]).items() if not name.endswith("lvl_1L")}
     torch.save(transformer, official_pair[0])

@@ -25,8 +25,7 @@ from actvar_convert.files.sparse_folder import (
     update_file,
 )
 from actvar_convert.files.upgrade import FORMAT_VERSION
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 from actvar_convert.system.atomic import COMMIT
 
 RECIPE = "name: tiny\nexperts:\n  count: 4\n"
@@ -34,7 +33,7 @@ FILES = ["config.json", "model.safetensors", "recipe.yaml", "vae.safetensors"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, sparse: SparseVARModel) -> Path:
+def folder(tmp_path: Path, sparse: Model) -> Path:
     return save_sparse(sparse, tmp_path / "runs" / "tiny", provenance={"name": "tiny"}, recipe_text=RECIPE)
 
 
@@ -42,11 +41,11 @@ def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_round_trip(folder: Path, sparse: SparseVARModel, same_model: Callable[[VARModel, VARModel], None]) -> None:
+def test_round_trip(folder: Path, sparse: Model, same_model: Callable[[Model, Model], None]) -> None:
     assert _names(folder) == FILES and _names(folder.parent) == ["tiny"]
     model = load_sparse(folder)
     same_model(model, sparse)
-    assert (model.plans, model.plan_name, model.sampling) == (sparse.plans, "default", sparse.sampling)
+    assert (model.plans, model.plans.name, model.sampling) == (sparse.plans, "default", sparse.sampling)
     assert load_sparse(folder, plan="all").plan == sparse.plans["all"]
     assert {p.dtype for p in load_sparse(folder, dtype=torch.bfloat16).transformer.parameters()} == {torch.bfloat16}
     config = json.loads((folder / "config.json").read_text())
@@ -56,8 +55,8 @@ def test_round_trip(folder: Path, sparse: SparseVARModel, same_model: Callable[[
 
 def test_large_weights_are_sharded(
     tmp_path: Path,
-    sparse: SparseVARModel,
-    same_model: Callable[[VARModel, VARModel], None],
+    sparse: Model,
+    same_model: Callable[[Model, Model], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sparse_files, "SHARD_BYTES", 200_000)
@@ -74,7 +73,7 @@ def test_large_weights_are_sharded(
     same_model(load_sparse(folder), sparse)
 
 
-def test_provenance(tmp_path: Path, official_pair: tuple[Path, Path], sparse: SparseVARModel) -> None:
+def test_provenance(tmp_path: Path, official_pair: tuple[Path, Path], sparse: Model) -> None:
     import hashlib
 
     given = provenance_of({"path": str(official_pair[0]), "vae": str(official_pair[1]), "name": "x"}, distilled=True)
@@ -90,7 +89,7 @@ def test_provenance(tmp_path: Path, official_pair: tuple[Path, Path], sparse: Sp
     assert read_provenance(again).source_sha256 == read.source_sha256
 
 
-def test_replacing_the_model_takes_its_reports_and_leaves_other_files(folder: Path, sparse: SparseVARModel) -> None:
+def test_replacing_the_model_takes_its_reports_and_leaves_other_files(folder: Path, sparse: Model) -> None:
     for name in (*REPORTS, "plot.png"):
         update_file(folder, name, b"{}")
     (folder / "notes").mkdir()
@@ -101,7 +100,7 @@ def test_replacing_the_model_takes_its_reports_and_leaves_other_files(folder: Pa
     assert read_provenance(folder).name == "second"
 
 
-def test_reports_may_be_edited_and_deleted(folder: Path, sparse: SparseVARModel) -> None:
+def test_reports_may_be_edited_and_deleted(folder: Path, sparse: Model) -> None:
     for name in ("README.md", "flops.json", "samples.png"):
         update_file(folder, name, b"anything")
     (folder / "flops.json").write_text("edited")
@@ -119,7 +118,7 @@ def test_recipe_line_ends_do_not_matter(folder: Path) -> None:
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_an_interrupted_replacement_is_finished_by_the_next_reader(
-    folder: Path, tmp_path: Path, sparse: SparseVARModel, moved: int
+    folder: Path, tmp_path: Path, sparse: Model, moved: int
 ) -> None:
     """What a crash leaves after the commit: the new files complete in one folder, some of them moved already."""
     update_file(folder, "old-shard", b"")
@@ -225,7 +224,7 @@ def test_unknown_plan(folder: Path) -> None:
 
 
 def test_a_folder_of_version_1_names_no_family(
-    folder: Path, sparse: SparseVARModel, same_model: Callable[[VARModel, VARModel], None]
+    folder: Path, sparse: Model, same_model: Callable[[Model, Model], None]
 ) -> None:
     content = json.loads((folder / "config.json").read_text())
     assert content.pop("family") == "var"
@@ -242,7 +241,7 @@ def test_a_family_of_nobody_is_refused(folder: Path) -> None:
         load_sparse(folder)
 
 
-def test_weights_that_are_not_finite_are_not_written(folder: Path, tmp_path: Path, sparse: SparseVARModel) -> None:
+def test_weights_that_are_not_finite_are_not_written(folder: Path, tmp_path: Path, sparse: Model) -> None:
     spoilt = copy.deepcopy(sparse)
     spoilt.transformer.head.weight.data[0, 0] = float("nan")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -252,7 +251,7 @@ def test_weights_that_are_not_finite_are_not_written(folder: Path, tmp_path: Pat
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and not (tmp_path / "new").exists()
 
 
-def test_foreign_folders_are_not_overwritten(tmp_path: Path, sparse: SparseVARModel) -> None:
+def test_foreign_folders_are_not_overwritten(tmp_path: Path, sparse: Model) -> None:
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text('{"depth": 16}')
     with pytest.raises(InputError, match="holds another model"):
@@ -264,7 +263,7 @@ def test_foreign_folders_are_not_overwritten(tmp_path: Path, sparse: SparseVARMo
     assert _names(tmp_path) == ["file", "hub"] and _names(tmp_path / "hub") == ["config.json"]
 
 
-def test_a_made_up_shape_is_refused_before_anything_is_made_of_it(tmp_path: Path, sparse: SparseVARModel) -> None:
+def test_a_made_up_shape_is_refused_before_anything_is_made_of_it(tmp_path: Path, sparse: Model) -> None:
     folder = save_sparse(sparse, tmp_path / "out", provenance={}, recipe_text=RECIPE)
     path = folder / "config.json"
     right = json.loads(path.read_text())
@@ -284,7 +283,7 @@ def test_a_made_up_shape_is_refused_before_anything_is_made_of_it(tmp_path: Path
         load_sparse(folder)
 
 
-def test_a_recipe_whose_aliases_grow_is_named(tmp_path: Path, sparse: SparseVARModel) -> None:
+def test_a_recipe_whose_aliases_grow_is_named(tmp_path: Path, sparse: Model) -> None:
     folder = save_sparse(sparse, tmp_path / "out", provenance={}, recipe_text=RECIPE)
     lines = [f"k{n}: &k{n} {{<<: [*k{n - 1}, *k{n - 1}]}}" for n in range(1, 60)]
     (folder / "recipe.yaml").write_text("\n".join(["k0: &k0 {a: 1}", *lines]))

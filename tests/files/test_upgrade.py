@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from actvar_convert.errors import CheckpointError
 from actvar_convert.files.sparse_folder import load_sparse, save_sparse
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 
 PLAN: dict[str, object] = {
     "neighbourhood": 1,
@@ -42,13 +41,11 @@ def written_before(folder: Path, plan: dict[str, object], block: dict[str, objec
 
 
 @pytest.fixture
-def folder(tmp_path: Path, sparse: SparseVARModel) -> Path:
+def folder(tmp_path: Path, sparse: Model) -> Path:
     return save_sparse(sparse, tmp_path / "tiny", provenance={}, recipe_text="name: tiny\n")
 
 
-def test_kept_values_are_dropped(
-    folder: Path, sparse: SparseVARModel, same_model: Callable[[VARModel, VARModel], None]
-) -> None:
+def test_kept_values_are_dropped(folder: Path, sparse: Model, same_model: Callable[[Model, Model], None]) -> None:
     model = load_sparse(written_before(folder, PLAN, BLOCK))
     same_model(model, sparse)
     assert model.plans == sparse.plans

@@ -9,7 +9,7 @@ from actvar_convert.errors import InputError
 from actvar_convert.files import bundled as zoo
 from actvar_convert.measure.extractors import bundled_extractor
 from actvar_convert.measure.fid import frechet_inception_distance
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.tokenizer import VQVAE
 
 
 def test_unknown_bundle_is_named() -> None:

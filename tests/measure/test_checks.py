@@ -11,7 +11,7 @@ from actvar_convert.cost.flops import FlopsReport, count_flops
 from actvar_convert.errors import ChecksFailed, InputError
 from actvar_convert.measure.checks import MEASURED_BY, require_comparable, run_checks
 from actvar_convert.measure.quality_report import QualityReport
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import BlockPlan, SparsityPlan
 
 CONFIG = TransformerConfig(depth=1, width=32, heads=2, hidden=64, sides=(1, 2, 4), vocab=16, z_channels=8, classes=3)

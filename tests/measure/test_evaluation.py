@@ -17,13 +17,13 @@ from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.measure.image_features import chunks, model_fingerprint
 from actvar_convert.measure.quality_report import QualityReport, load_quality
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import Sampling, VARModel
+from actvar_convert.models.model import Model
 from actvar_convert.models.sampling import balanced_labels
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.show.tables import quality_notes
 
@@ -42,7 +42,7 @@ def extractor() -> ClassifierExtractor:
 
 
 @pytest.fixture
-def other(tiny_model: VARModel) -> VARModel:
+def other(tiny_model: Model) -> Model:
     """The tiny model with changed weights."""
     model = copy.deepcopy(tiny_model)
     generator = torch.Generator().manual_seed(11)
@@ -53,9 +53,7 @@ def other(tiny_model: VARModel) -> VARModel:
     return model
 
 
-def evaluate(
-    model: VARModel, teacher: VARModel, extractor: ClassifierExtractor | None, **changes: object
-) -> QualityReport:
+def evaluate(model: Model, teacher: Model, extractor: ClassifierExtractor | None, **changes: object) -> QualityReport:
     given: dict[str, object] = {"images": IMAGES, "batch": BATCH, "held_out": HELD_OUT, **changes}
     others = {name: given.pop(name) for name in ("sampling", "cache_dir") if name in given}
     settings = Evaluation(**given)  # type: ignore[arg-type]
@@ -78,7 +76,7 @@ class Counting(ClassifierExtractor):
         return super().__call__(image_B3HW)
 
 
-def test_a_model_equals_itself(tiny_model: VARModel, extractor: ClassifierExtractor) -> None:
+def test_a_model_equals_itself(tiny_model: Model, extractor: ClassifierExtractor) -> None:
     report = evaluate(copy.deepcopy(tiny_model), tiny_model, extractor)
     assert report.fid.dense == report.fid.sparse > 0
     assert report.fid.increase == 0 and report.fid.jackknife_error == 0
@@ -88,7 +86,7 @@ def test_a_model_equals_itself(tiny_model: VARModel, extractor: ClassifierExtrac
     assert report.precision is not None and report.precision.dense == report.precision.sparse
 
 
-def test_figures_of_two_models(tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor) -> None:
+def test_figures_of_two_models(tiny_model: Model, other: Model, extractor: ClassifierExtractor) -> None:
     report = evaluate(other, tiny_model, extractor, seeds=(0, 1))
     assert report.fid.dense != report.fid.sparse
     assert report.fid.dense == pytest.approx(sum(report.fid.dense_per_seed) / 2)
@@ -107,7 +105,7 @@ def test_figures_of_two_models(tiny_model: VARModel, other: VARModel, extractor:
 
 
 def test_without_images_there_are_kl_and_agreement(
-    tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor
+    tiny_model: Model, other: Model, extractor: ClassifierExtractor
 ) -> None:
     full = evaluate(other, tiny_model, extractor)
     report = evaluate(other, tiny_model, None, images=0)
@@ -121,13 +119,13 @@ def test_without_images_there_are_kl_and_agreement(
         evaluate(other, tiny_model, None)
 
 
-def test_agreement_is_the_definition(tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor) -> None:
+def test_agreement_is_the_definition(tiny_model: Model, other: Model, extractor: ClassifierExtractor) -> None:
     report = evaluate(other, tiny_model, extractor)
     labels = balanced_labels(HELD_OUT, 5)
     tokens = tiny_model.generate_tokens(labels, seed=HELD_OUT_SEED, chunk=BATCH)
-    pyramid = tiny_model.transformer.config.pyramid
+    pyramid = tiny_model.config.schedule
     with torch.inference_mode():
-        inputs = tiny_model.tokenizer.quantize.teacher_forcing_input(torch.split(tokens, list(pyramid.lengths), 1))
+        inputs = tiny_model.tokenizer.quantize.inputs(torch.split(tokens, list(pyramid.lengths), 1))
         p, q = (m.transformer(labels, inputs).double() for m in (tiny_model, other))
     kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).double()
@@ -141,17 +139,17 @@ def test_agreement_is_the_definition(tiny_model: VARModel, other: VARModel, extr
 
 
 def test_guided_predictions_are_compared_as_they_are_sampled(
-    tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor
+    tiny_model: Model, other: Model, extractor: ClassifierExtractor
 ) -> None:
     """With the strength of this evaluation's sampling, not the model's own; not where nothing is guided."""
     sampling = tiny_model.sampling._replace(cfg=3.0)
     report = evaluate(other, tiny_model, extractor, sampling=sampling)
     labels = balanced_labels(HELD_OUT, 5)
     tokens = tiny_model.generate_tokens(labels, seed=HELD_OUT_SEED, chunk=BATCH, cfg=3.0)
-    lengths = tiny_model.transformer.config.pyramid.lengths
+    lengths = tiny_model.config.schedule.lengths
     strength = torch.cat([torch.full((n, 1), 3.0 * scale / (len(lengths) - 1)) for scale, n in enumerate(lengths)])
     with torch.inference_mode():
-        inputs = tiny_model.teacher_forcing_input(tokens)
+        inputs = tiny_model.inputs(tokens)
         p, q = (
             (1 + strength) * m.transformer(labels, inputs).double()
             - strength * m.transformer(torch.full_like(labels, 5), inputs).double()
@@ -165,7 +163,7 @@ def test_guided_predictions_are_compared_as_they_are_sampled(
     assert evaluate(other, tiny_model, extractor, sampling=sampling._replace(cfg=0.0)).guided_kl is None
 
 
-def test_chunks_are_those_of_one_call(tiny_model: VARModel) -> None:
+def test_chunks_are_those_of_one_call(tiny_model: Model) -> None:
     labels = balanced_labels(19, 5)
     whole = tiny_model.generate(labels, seed=4, chunk=8)
     parts = [tiny_model.generate(part, seed=seed, chunk=8) for part, seed in chunks(labels, 4, 8)]
@@ -173,9 +171,7 @@ def test_chunks_are_those_of_one_call(tiny_model: VARModel) -> None:
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_contract_of_the_json(
-    tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor, tmp_path: Path
-) -> None:
+def test_contract_of_the_json(tiny_model: Model, other: Model, extractor: ClassifierExtractor, tmp_path: Path) -> None:
     sampling = Sampling(cfg=0.5, top_k=20, top_p=0.9)
     report = evaluate(other, tiny_model, extractor, sampling=sampling)
     data = json.loads(report.to_json())
@@ -193,7 +189,7 @@ def test_contract_of_the_json(
 
 
 def test_generation_in_half_precision(
-    tiny_model: VARModel, other: VARModel, extractor: ClassifierExtractor, tmp_path: Path
+    tiny_model: Model, other: Model, extractor: ClassifierExtractor, tmp_path: Path
 ) -> None:
     full = evaluate(other, tiny_model, extractor, cache_dir=tmp_path)
     short = evaluate(other, tiny_model, extractor, dtype="bf16", cache_dir=tmp_path)
@@ -213,8 +209,8 @@ def test_wrong_or_missing_json_is_named(tmp_path: Path) -> None:
 
 
 def test_stored_features_are_reused_and_an_interruption_costs_one_group(
-    tiny_model: VARModel,
-    other: VARModel,
+    tiny_model: Model,
+    other: Model,
     extractor: ClassifierExtractor,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -243,7 +239,7 @@ def test_stored_features_are_reused_and_an_interruption_costs_one_group(
 
 
 def test_damaged_stored_features_are_made_again(
-    tiny_model: VARModel, extractor: ClassifierExtractor, tmp_path: Path
+    tiny_model: Model, extractor: ClassifierExtractor, tmp_path: Path
 ) -> None:
     first = evaluate(tiny_model, tiny_model, extractor, cache_dir=tmp_path)
     for path in tmp_path.iterdir():
@@ -251,7 +247,7 @@ def test_damaged_stored_features_are_made_again(
     assert evaluate(tiny_model, tiny_model, extractor, cache_dir=tmp_path) == first
 
 
-def test_tokenizer_figure_belongs_to_one_tokenizer(tiny_model: VARModel, extractor: ClassifierExtractor) -> None:
+def test_tokenizer_figure_belongs_to_one_tokenizer(tiny_model: Model, extractor: ClassifierExtractor) -> None:
     features = extractor.reference().features_NF
     assert features is not None
     known = {state_fingerprint(tiny_model.tokenizer): 1.25}
@@ -264,9 +260,9 @@ def test_tokenizer_figure_belongs_to_one_tokenizer(tiny_model: VARModel, extract
 
 
 @pytest.fixture
-def sparse(tiny_model: VARModel) -> SparseVARModel:
+def sparse(tiny_model: Model) -> Model:
     """The tiny model's weights under two plans, with gates that have learnt nothing."""
-    config = tiny_model.transformer.config
+    config = tiny_model.config
     lean = BlockPlan(prefix=(4, 4, 1, 1), routed=(0, 0, 1, 1), keep=(1.0, 1.0, 1.0, 0.5))
     leaner = BlockPlan(prefix=(4, 4, 1, 0), routed=(0, 0, 0, 1), keep=(1.0, 1.0, 0.5, 0.5))
     plans = {name: SparsityPlan(experts=4, blocks=(block,) * 2) for name, block in {"a": lean, "b": leaner}.items()}
@@ -276,14 +272,14 @@ def sparse(tiny_model: VARModel) -> SparseVARModel:
     for name, parameter in transformer.named_parameters():
         if name in missing:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return SparseVARModel(transformer, tiny_model.tokenizer).eval()
+    return Model(transformer, tiny_model.tokenizer).eval()
 
 
 def test_plans_are_measured_and_the_model_is_left_as_it_was(
-    sparse: SparseVARModel, tiny_model: VARModel, extractor: ClassifierExtractor, tmp_path: Path
+    sparse: Model, tiny_model: Model, extractor: ClassifierExtractor, tmp_path: Path
 ) -> None:
     report = evaluate(sparse, tiny_model, extractor, plans=["a", "b"], cache_dir=tmp_path)
-    assert report.plan == "a" == sparse.plan_name and set(report.plans) == {"b"}
+    assert report.plan == "a" == sparse.plans.name and set(report.plans) == {"b"}
     assert 0 < report.kl.mean < report.plans["b"].kl.mean
     sparse.use_plan("b")
     alone = evaluate(sparse, tiny_model, extractor)
@@ -291,14 +287,12 @@ def test_plans_are_measured_and_the_model_is_left_as_it_was(
     assert alone.fid.sparse != report.fid.sparse
 
 
-def test_sparse_generation_in_half_precision(
-    sparse: SparseVARModel, tiny_model: VARModel, extractor: ClassifierExtractor
-) -> None:
+def test_sparse_generation_in_half_precision(sparse: Model, tiny_model: Model, extractor: ClassifierExtractor) -> None:
     full, short = (evaluate(sparse, tiny_model, extractor, dtype=dtype) for dtype in (None, "bf16"))
     assert short.fid.sparse == pytest.approx(full.fid.sparse, rel=0.5) and short.kl == full.kl
 
 
-def test_fingerprint_follows_weights(tiny_model: VARModel, other: VARModel) -> None:
+def test_fingerprint_follows_weights(tiny_model: Model, other: Model) -> None:
     assert model_fingerprint(tiny_model) == model_fingerprint(copy.deepcopy(tiny_model))
     assert model_fingerprint(tiny_model) != model_fingerprint(other)
     low = cast(tiny_model, torch.float32, decoder=torch.bfloat16)
@@ -311,7 +305,7 @@ def test_fingerprint_follows_weights(tiny_model: VARModel, other: VARModel) -> N
     assert model_fingerprint(mixed) != model_fingerprint(tiny_model), "no tensor tells it"
 
 
-def test_all_problems_are_named_at_once(tiny_model: VARModel, extractor: ClassifierExtractor) -> None:
+def test_all_problems_are_named_at_once(tiny_model: Model, extractor: ClassifierExtractor) -> None:
     features = extractor.reference().features_NF
     assert features is not None
     large = ClassifierExtractor(FashionClassifier(), features, name="large")

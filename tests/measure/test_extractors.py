@@ -9,7 +9,7 @@ import torch
 
 from actvar_convert.measure.extractors import ClassifierExtractor, QuadrantExtractor, Reference
 from actvar_convert.models.classifier import FashionClassifier
-from actvar_convert.models.model import VARModel
+from actvar_convert.models.model import Model
 
 QUADRANTS = [[label, (label + 1) % 5, (label + 2) % 5, (label + 3) % 5] for label in range(5)]
 
@@ -63,7 +63,7 @@ def test_a_mosaic_counts_as_its_class_only_where_all_quadrants_do(classifier: Fa
     assert logits.isfinite().all()
 
 
-def test_which_models_it_can_judge(classifier: FashionClassifier, tiny_model: VARModel) -> None:
+def test_which_models_it_can_judge(classifier: FashionClassifier, tiny_model: Model) -> None:
     assert tiny_model.tokenizer.config.image_size == 8
     assert mosaics_of(classifier, image_size=8).problems(tiny_model) == []
     assert mosaics_of(classifier, quadrants=QUADRANTS[:4]).problems(tiny_model) == [

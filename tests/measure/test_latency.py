@@ -9,11 +9,10 @@ from actvar_convert.measure import latency
 from actvar_convert.measure.components import ComponentClock, split_components, timed_components
 from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_models
 from actvar_convert.models.casting import cast
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.system.progress import SilentProgress
 
@@ -25,14 +24,14 @@ PLAN = SparsityPlan(experts=8, blocks=(BLOCK, BLOCK), reconstruction_rank=4)
 
 
 @pytest.fixture(scope="module")
-def dense() -> VARModel:
+def dense() -> Model:
     torch.manual_seed(0)
-    return VARModel(VARTransformer(CONFIG), VQVAE(TOKENIZER)).eval()
+    return Model(VARTransformer(CONFIG), VQVAE(TOKENIZER)).eval()
 
 
 @pytest.fixture(scope="module")
-def sparse(dense) -> SparseVARModel:
-    return SparseVARModel(SparseVARTransformer(CONFIG, {"plan": PLAN}, "plan"), dense.tokenizer).eval()
+def sparse(dense) -> Model:
+    return Model(SparseVARTransformer(CONFIG, {"plan": PLAN}, "plan"), dense.tokenizer).eval()
 
 
 class CountingProgress(SilentProgress):
@@ -126,7 +125,7 @@ def test_recordings_of_other_batches_are_gone_before_a_row(dense, sparse, monkey
 
 
 def test_all_problems_at_once(dense, sparse):
-    other = VARModel(VARTransformer(TransformerConfig(**CONFIG.model_dump() | {"depth": 1})), dense.tokenizer)
+    other = Model(VARTransformer(TransformerConfig(**CONFIG.model_dump() | {"depth": 1})), dense.tokenizer)
     with pytest.raises(InputError) as error:
         benchmark_models(sparse, other, Timing(batches=(0,), dtypes=("fp64",), repeats=0))
     assert len(error.value.problems) == 4

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
+from actvar_convert.models.model import Model
 
 
-def test_the_transformer_changes_its_format_and_nothing_else(tiny_sparse: SparseVARModel) -> None:
+def test_the_transformer_changes_its_format_and_nothing_else(tiny_sparse: Model) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_sparse.state_dict().items()}
     assert cast(tiny_sparse, torch.float32) is tiny_sparse
     narrow = cast(tiny_sparse, torch.bfloat16)
-    assert isinstance(narrow, SparseVARModel) and narrow.dtype == torch.bfloat16
+    assert isinstance(narrow, Model) and narrow.dtype == torch.bfloat16
     assert narrow.plan == tiny_sparse.plan and narrow.plans == tiny_sparse.plans
     for name, tensor in narrow.state_dict().items():
         wanted = before[name]
@@ -31,7 +30,7 @@ def test_the_transformer_changes_its_format_and_nothing_else(tiny_sparse: Sparse
 def test_a_decoder_of_its_own_format_changes_no_token(
     request: pytest.FixtureRequest, kind: str, dtype: torch.dtype
 ) -> None:
-    model: VARModel = request.getfixturevalue(kind)
+    model: Model = request.getfixturevalue(kind)
     low = cast(model, torch.float32, decoder=dtype)
     assert (low.tokenizer.decoder_dtype, model.tokenizer.decoder_dtype) == (dtype, torch.float32)
     for name, tensor in low.state_dict().items():
@@ -46,14 +45,14 @@ def test_a_decoder_of_its_own_format_changes_no_token(
     assert cast(low, torch.float32, decoder=dtype) is low
 
 
-def test_it_draws_what_a_converted_model_draws(tiny_model: VARModel) -> None:
+def test_it_draws_what_a_converted_model_draws(tiny_model: Model) -> None:
     wanted = copy.deepcopy(tiny_model)
     wanted.transformer.to(torch.bfloat16)
     drawn = cast(tiny_model, torch.bfloat16).generate_tokens([0, 1, 2], seed=4, cfg=2.0)
     assert torch.equal(drawn, wanted.generate_tokens([0, 1, 2], seed=4, cfg=2.0))
 
 
-def test_there_is_no_second_copy_in_the_old_format(tiny_model: VARModel, memory_watch: Any) -> None:
+def test_there_is_no_second_copy_in_the_old_format(tiny_model: Model, memory_watch: Any) -> None:
     with memory_watch as watch:
         cast(tiny_model, torch.bfloat16)
     there = sum(tensor.nbytes for tensor in tiny_model.state_dict().values())  # looked at, so counted

@@ -11,10 +11,9 @@ from actvar_convert.distillation.losses import kl_per_token
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.measure.agreement import compare_logits
+from actvar_convert.models.base import Sampling, guided
 from actvar_convert.models.generation import Generation
-from actvar_convert.models.model import VARModel, guided_logits
-from actvar_convert.models.sampling import Sampling, guided
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
+from actvar_convert.models.model import Model
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import JointStage
 from actvar_convert.system.progress import SilentProgress
@@ -22,22 +21,20 @@ from actvar_convert.system.progress import SilentProgress
 LABELS = torch.tensor([0, 3, 5, 1])
 
 
-def test_it_draws_what_both_rows_would_without_guidance(
-    tiny_sparse: SparseVARModel, tiny_folded: SparseVARModel
-) -> None:
+def test_it_draws_what_both_rows_would_without_guidance(tiny_sparse: Model, tiny_folded: Model) -> None:
     unguided = tiny_sparse.generate_tokens(LABELS, cfg=0.0, seed=3)
     assert torch.equal(tiny_folded.generate_tokens(LABELS, seed=3), unguided)
     assert not torch.equal(tiny_sparse.generate_tokens(LABELS, seed=3), unguided)
     assert torch.equal(tiny_folded.generate([2], seed=3), tiny_sparse.generate([2], cfg=0.0, seed=3))
 
 
-def test_a_scale_runs_one_row_per_image(tiny_sparse: SparseVARModel, tiny_folded: SparseVARModel) -> None:
-    def rows(model: VARModel) -> list[int]:
+def test_a_scale_runs_one_row_per_image(tiny_sparse: Model, tiny_folded: Model) -> None:
+    def rows(model: Model) -> list[int]:
         seen: list[int] = []
-        handle = model.transformer.layers[0].ffn.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+        handle = model.transformer.blocks[0].ffn.register_forward_hook(lambda _, args, out: seen.append(len(out)))
         under_way = Generation(model.transformer, model.tokenizer.quantize, LABELS, model.sampling)
-        for scale, length in enumerate(model.transformer.config.pyramid.lengths):
-            under_way.step(scale, torch.ones(len(LABELS), length, model.transformer.config.vocab))
+        for scale, length in enumerate(model.config.schedule.lengths):
+            under_way.step(scale, torch.ones(len(LABELS), length, model.config.vocab))
         handle.remove()
         return seen
 
@@ -45,14 +42,14 @@ def test_a_scale_runs_one_row_per_image(tiny_sparse: SparseVARModel, tiny_folded
         assert (rows(tiny_sparse), rows(tiny_folded)) == ([8] * 4, [4] * 4)
 
 
-def test_its_strength_is_fixed(tiny_folded: SparseVARModel) -> None:
+def test_its_strength_is_fixed(tiny_folded: Model) -> None:
     with pytest.raises(InputError, match=r"strength 1\.5 is folded into .* cfg 3 is out of reach"):
         tiny_folded.generate(LABELS, cfg=3.0)
     assert tiny_folded.generate_tokens(LABELS, cfg=1.5).shape == (4, 30)
 
 
-def test_plans_of_one_model_agree(tiny_model: VARModel) -> None:
-    config = tiny_model.transformer.config
+def test_plans_of_one_model_agree(tiny_model: Model) -> None:
+    config = tiny_model.config
     paired = SparsityPlan.dense(config, 8)
     folded = paired.model_copy(update={"guidance": "folded"})
     with pytest.raises(RecipeError, match="agree on guidance") as error:
@@ -60,8 +57,8 @@ def test_plans_of_one_model_agree(tiny_model: VARModel) -> None:
     assert "'a': 'paired', 'b': 'folded'" in str(error.value)
 
 
-def test_it_is_priced_by_one_row(tiny_sparse: SparseVARModel, tiny_folded: SparseVARModel) -> None:
-    config = tiny_sparse.transformer.config
+def test_it_is_priced_by_one_row(tiny_sparse: Model, tiny_folded: Model) -> None:
+    config = tiny_sparse.config
     unguided = costs.transformer_macs(config, tiny_sparse.plan, guidance=False)
     assert costs.transformer_macs(config, tiny_folded.plan) == unguided
     assert costs.transformer_macs(config, tiny_folded.plan, guidance=False) == unguided
@@ -71,33 +68,33 @@ def test_it_is_priced_by_one_row(tiny_sparse: SparseVARModel, tiny_folded: Spars
     assert report.dense.transformer.macs == costs.transformer_macs(config, None)
 
 
-def test_guided_predictions_are_those_of_sampling(tiny_model: VARModel) -> None:
+def test_guided_predictions_are_those_of_sampling(tiny_model: Model) -> None:
     """Scale by scale, from a generation under way, and under teacher forcing."""
     sampling = Sampling(cfg=2.5)
-    model = VARModel(tiny_model.transformer, tiny_model.tokenizer, sampling)
+    model = Model(tiny_model.transformer, tiny_model.tokenizer, sampling)
     tokens = model.generate_tokens(LABELS, seed=3, chunk=4).clone()
-    lengths = model.transformer.config.pyramid.lengths
+    lengths = model.config.schedule.lengths
     with torch.no_grad():
-        forced = guided_logits(model, LABELS, model.teacher_forcing_input(tokens)).split(list(lengths), dim=1)
-        known = model.transformer(LABELS, model.teacher_forcing_input(tokens))
-        again = guided_logits(model, LABELS, model.teacher_forcing_input(tokens), known)
+        forced = model.guided_logits(LABELS, model.inputs(tokens)).split(list(lengths), dim=1)
+        known = model.transformer(LABELS, model.inputs(tokens))
+        again = model.guided_logits(LABELS, model.inputs(tokens), known)
     torch.testing.assert_close(again, torch.cat(forced, 1))
     for scale, part in enumerate(forced):
         strength = 2.5 * scale / 3
         with torch.no_grad():
             null = torch.full_like(LABELS, model.transformer.null_class)
-            inputs = model.teacher_forcing_input(tokens)
+            inputs = model.inputs(tokens)
             pair = torch.cat((model.transformer(LABELS, inputs), model.transformer(null, inputs)))
-        own = model.transformer.config.pyramid.slice(scale)
+        own = model.config.schedule.slice(scale)
         torch.testing.assert_close(part, guided(pair[:, own], strength))
         torch.testing.assert_close(part, pair[:4, own] + strength * (pair[:4, own] - pair[4:, own]))
 
 
-def test_it_learns_and_is_judged_by_guided_predictions(tiny_model: VARModel, tiny_folded: SparseVARModel) -> None:
+def test_it_learns_and_is_judged_by_guided_predictions(tiny_model: Model, tiny_folded: Model) -> None:
     tokens = tiny_model.generate_tokens(LABELS, seed=3).clone()
     with torch.no_grad():
-        inputs = tiny_model.teacher_forcing_input(tokens)
-        found = kl_per_token(guided_logits(tiny_model, LABELS, inputs), tiny_folded.transformer(LABELS, inputs))
+        inputs = tiny_model.inputs(tokens)
+        found = kl_per_token(tiny_model.guided_logits(LABELS, inputs), tiny_folded.transformer(LABELS, inputs))
         losses = STAGES["stage2"].objective(tiny_folded, tiny_model, JointStage(), tokens, LABELS)
         null = torch.full_like(LABELS, tiny_model.transformer.null_class)
         plain = STAGES["stage2"].objective(tiny_folded, tiny_model, JointStage(), tokens, null)

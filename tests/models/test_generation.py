@@ -7,9 +7,8 @@ from actvar_convert.errors import InputError
 from actvar_convert.files.layout import official_config
 from actvar_convert.models import model as model_module
 from actvar_convert.models import vqvae
-from actvar_convert.models.model import GENERATION_BYTES, VARModel, images_at_once
+from actvar_convert.models.model import GENERATION_BYTES, Model, images_at_once
 from actvar_convert.models.sampling import Noise, chunk_seed, draw, filter_logits
-from actvar_convert.models.sparse import SparseVARModel
 
 LABELS = [0, 1, 2, 3, 4, 5, -1]
 
@@ -55,20 +54,20 @@ def test_kept_noise_is_the_same_again() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7])
-def test_images_do_not_depend_on_how_many_are_under_way(tiny_model: VARModel, at_once: int) -> None:
+def test_images_do_not_depend_on_how_many_are_under_way(tiny_model: Model, at_once: int) -> None:
     tokens = tiny_model.generate_tokens(LABELS, seed=5, chunk=4, at_once=100)
     assert torch.equal(tiny_model.generate_tokens(LABELS, seed=5, chunk=4, at_once=at_once), tokens)
     images = tiny_model.generate(LABELS, seed=5, chunk=4, at_once=at_once)
     torch.testing.assert_close(images, tiny_model.decode(tokens), rtol=0, atol=1e-5)
 
 
-def test_chunks_draw_from_generators_of_their_own(tiny_model: VARModel) -> None:
+def test_chunks_draw_from_generators_of_their_own(tiny_model: Model) -> None:
     tokens = tiny_model.generate_tokens(LABELS, seed=5, chunk=4)
     second = tiny_model.generate_tokens(LABELS[4:], seed=chunk_seed(5, 1), chunk=4)
     assert torch.equal(tokens[4:], second)
 
 
-def test_the_bound_on_memory_is_kept(tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_on_memory_is_kept(tiny_sparse: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny_sparse.images_at_once()
     expected = tiny_sparse.generate_tokens(LABELS, seed=2)
     monkeypatch.setitem(model_module.GENERATION_BYTES, "cpu", model_module.GENERATION_BYTES["cpu"] * 2 // whole)
@@ -80,11 +79,9 @@ def test_the_bound_on_memory_is_kept(tiny_sparse: SparseVARModel, monkeypatch: p
     assert seen == [2, 2, 2, 1]
 
 
-def test_the_memory_of_pieces_is_bounded(
-    tiny_sparse: SparseVARModel, memory_watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, images, peaks = tiny_sparse.transformer.config, 12, {}
-    noise, pictures = 4 * config.pyramid.total * config.vocab * images, 12 * 8 * 8 * images
+def test_the_memory_of_pieces_is_bounded(tiny_sparse: Model, memory_watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, images, peaks = tiny_sparse.config, 12, {}
+    noise, pictures = 4 * config.schedule.total * config.vocab * images, 12 * 8 * 8 * images
     bound = GENERATION_BYTES["cpu"] * 2 // tiny_sparse.images_at_once()
     tiny_sparse.generate([0])  # what lasts beyond a generation is there already
     for name in ("whole", "pieces"):
@@ -108,7 +105,7 @@ def test_published_sizes_stream_in_pieces() -> None:
             assert images_at_once(*official_config(name), 2, "cuda") >= 64
 
 
-def test_decoding_streams_too(tiny_model: VARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_streams_too(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = tiny_model.generate_tokens(LABELS, seed=1)
     whole = tiny_model.decode(tokens)
     monkeypatch.setattr(tiny_model, "images_at_once", lambda: 3)
@@ -116,7 +113,7 @@ def test_decoding_streams_too(tiny_model: VARModel, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(tiny_model.decode(tiny_model.split(tokens)), whole, rtol=0, atol=1e-6)
 
 
-def test_channels_last_decodes_the_same(tiny_model: VARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_last_decodes_the_same(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = tiny_model.generate_tokens(LABELS, seed=1)
     tiny_model.tokenizer.to(torch.bfloat16)
     whole = tiny_model.decode(tokens)
@@ -127,14 +124,14 @@ def test_channels_last_decodes_the_same(tiny_model: VARModel, monkeypatch: pytes
     assert all(parameter.is_contiguous() for parameter in tiny_model.parameters())
 
 
-def test_where_noise_comes_from(tiny_model: VARModel) -> None:
+def test_where_noise_comes_from(tiny_model: Model) -> None:
     tokens = tiny_model.generate_tokens(LABELS, seed=5)
     assert torch.equal(tiny_model.generate_tokens(LABELS, seed=5, noise="cpu"), tokens)
     with pytest.raises(InputError, match="device or cpu"):
         tiny_model.generate(LABELS, noise="gpu")
 
 
-def test_nothing_to_generate(tiny_model: VARModel) -> None:
+def test_nothing_to_generate(tiny_model: Model) -> None:
     assert tiny_model.generate([]).shape == (0, 3, 8, 8)
     assert tiny_model.generate_tokens([]).shape == (0, 30)
     with pytest.raises(InputError, match="at least 1"):
@@ -144,7 +141,7 @@ def test_nothing_to_generate(tiny_model: VARModel) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
 def test_low_precision_generates(request: pytest.FixtureRequest, kind: str, dtype: torch.dtype) -> None:
-    model: VARModel = request.getfixturevalue(kind)
+    model: Model = request.getfixturevalue(kind)
     exact = model.generate(LABELS, seed=1)
     drawn = model.generate_tokens(LABELS, seed=1)
     with torch.autocast("cpu", dtype):

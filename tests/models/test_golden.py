@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "var_tiny_adaln"
 
@@ -46,7 +46,7 @@ def golden() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model(manifest: dict[str, Any]) -> VARModel:
+def model(manifest: dict[str, Any]) -> Model:
     shape = manifest["config"]
     common = {
         "vocab": shape["vocab_size"],
@@ -73,26 +73,26 @@ def model(manifest: dict[str, Any]) -> VARModel:
     )
     _fill(transformer, manifest["var"])
     _fill(tokenizer, manifest["vae"])
-    return VARModel(transformer, tokenizer).eval()
+    return Model(transformer, tokenizer).eval()
 
 
-def test_state_dict_names_and_shapes_are_those_of_the_reference(model: VARModel, manifest: dict[str, Any]) -> None:
+def test_state_dict_names_and_shapes_are_those_of_the_reference(model: Model, manifest: dict[str, Any]) -> None:
     for module, key in ((model.transformer, "var_other"), (model.tokenizer, "vae_other")):
         ours = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
         assert ours == manifest[key]
 
 
-def test_teacher_forcing_logits(model: VARModel, golden: dict[str, Tensor]) -> None:
+def test_teacher_forcing_logits(model: Model, golden: dict[str, Tensor]) -> None:
     with torch.inference_mode():
         logits = model.transformer(golden["tf.labels"], golden["tf.x_BLCv_wo_first_l"])
     torch.testing.assert_close(logits, golden["tf.logits_BLV"], rtol=0, atol=1e-4)
 
 
-def test_tokens_reconstruction_and_transformer_input(model: VARModel, golden: dict[str, Tensor]) -> None:
+def test_tokens_reconstruction_and_transformer_input(model: Model, golden: dict[str, Tensor]) -> None:
     with torch.inference_mode():
         tokens = model.tokenizer.encode(golden["vae.img_B3HW"])
         image = model.tokenizer.decode(tokens)
-        inputs = model.tokenizer.quantize.teacher_forcing_input(tokens)
+        inputs = model.tokenizer.quantize.inputs(tokens)
     for scale, index in enumerate(tokens):
         assert torch.equal(index, golden[f"vae.idx_scale{scale}"])
     torch.testing.assert_close(image, golden["vae.rec_B3HW"], rtol=0, atol=1e-4)
@@ -100,7 +100,7 @@ def test_tokens_reconstruction_and_transformer_input(model: VARModel, golden: di
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "plain"])
-def test_generation(model: VARModel, golden: dict[str, Tensor], manifest: dict[str, Any], kind: str) -> None:
+def test_generation(model: Model, golden: dict[str, Tensor], manifest: dict[str, Any], kind: str) -> None:
     arguments = dict(manifest["gen"][kind])
     arguments["seed"] = arguments.pop("g_seed")
     labels = golden["tf.labels"]

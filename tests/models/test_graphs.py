@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from actvar_convert.errors import InputError
 from actvar_convert.kernels import expert_ffn
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import RECORDINGS_KEPT, RecordedGeneration
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sampling import Noise, Sampling
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
+from actvar_convert.models.model import Model
+from actvar_convert.models.sampling import Noise
 
 LABELS = [0, 1, 2, 3, 4, -1]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -33,19 +33,19 @@ def without_values(module: nn.Module) -> None:
                     table[name] = nn.Parameter(empty, requires_grad=False) if table is each._parameters else empty
 
 
-def steps(model: VARModel, device: str) -> None:
+def steps(model: Model, device: str) -> None:
     """Every step of a generation of three images."""
     labels = torch.zeros(3, dtype=torch.int64, device=device)
     under_way = Generation(model.transformer, model.tokenizer.quantize, labels, Sampling(1.5, top_k=9, top_p=0.9))
-    config = model.transformer.config
-    for scale, length in enumerate(config.pyramid.lengths):
+    config = model.config
+    for scale, length in enumerate(config.schedule.lengths):
         drawn = under_way.step(scale, torch.empty(3, length, config.vocab, device=device))
         assert drawn.shape == (3, length) and drawn.device.type == device
 
 
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
 def test_no_step_reads_a_value_back(request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: VARModel = request.getfixturevalue(kind)
+    model: Model = request.getfixturevalue(kind)
     model.transformer.to(torch.bfloat16)
     monkeypatch.setattr(expert_ffn, "pick_backend", lambda *_: "masked")
     with torch.inference_mode(), FakeTensorMode():
@@ -53,17 +53,17 @@ def test_no_step_reads_a_value_back(request: pytest.FixtureRequest, kind: str, m
         steps(model, "cpu")
 
 
-def test_no_step_of_a_static_plan_reads_a_value_back(tiny_sparse: SparseVARModel) -> None:
+def test_no_step_of_a_static_plan_reads_a_value_back(tiny_sparse: Model) -> None:
     blocks = tuple(block.model_copy(update={"routed": (0, 0, 0, 0)}) for block in tiny_sparse.plan.blocks)
     plan = tiny_sparse.plan.model_copy(update={"blocks": blocks})
-    transformer = SparseVARTransformer(tiny_sparse.transformer.config, {"static": plan}, "static")
-    model = SparseVARModel(transformer, tiny_sparse.tokenizer).eval()
+    transformer = SparseVARTransformer(tiny_sparse.config, {"static": plan}, "static")
+    model = Model(transformer, tiny_sparse.tokenizer).eval()
     with torch.inference_mode(), FakeTensorMode():
         without_values(model)
         steps(model, "cpu")
 
 
-def test_the_check_sees_a_value_that_is_read(tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_sees_a_value_that_is_read(tiny_sparse: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         expert_ffn, "pick_backend", lambda *_: "loop"
     )  # one product per expert: counts rows on the host
@@ -73,7 +73,7 @@ def test_the_check_sees_a_value_that_is_read(tiny_sparse: SparseVARModel, monkey
         steps(tiny_sparse, "cpu")
 
 
-def test_no_graphs_on_a_cpu(tiny_model: VARModel) -> None:
+def test_no_graphs_on_a_cpu(tiny_model: Model) -> None:
     for verb in (tiny_model.generate, tiny_model.generate_tokens):
         with pytest.raises(InputError, match="CUDA graphs, and the model is on cpu") as caught:
             verb([0], compile=True)
@@ -83,7 +83,7 @@ def test_no_graphs_on_a_cpu(tiny_model: VARModel) -> None:
     assert len(caught.value.problems) == 2
 
 
-def test_a_plan_tells_recordings_apart(tiny_sparse: SparseVARModel) -> None:
+def test_a_plan_tells_recordings_apart(tiny_sparse: Model) -> None:
     keys = set()
     for name in tiny_sparse.plans:
         tiny_sparse.use_plan(name)
@@ -91,7 +91,7 @@ def test_a_plan_tells_recordings_apart(tiny_sparse: SparseVARModel) -> None:
     assert len(keys) == 2
 
 
-def test_a_copy_of_a_model_has_recordings_of_its_own(tiny_model: VARModel) -> None:
+def test_a_copy_of_a_model_has_recordings_of_its_own(tiny_model: Model) -> None:
     tiny_model.recordings._kept["something"] = object()
     assert not copy.deepcopy(tiny_model).recordings._kept
     tiny_model.recordings.clear()
@@ -111,7 +111,7 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
 def test_graphs_draw_what_the_plain_path_draws(request: pytest.FixtureRequest, kind: str, dtype: torch.dtype) -> None:
-    model: VARModel = request.getfixturevalue(kind).cuda()
+    model: Model = request.getfixturevalue(kind).cuda()
     model.to(dtype)
     exact = dtype == torch.float32
     for seed, labels in ((1, LABELS), (2, LABELS[::-1]), (1, LABELS)):
@@ -125,7 +125,7 @@ def test_graphs_draw_what_the_plain_path_draws(request: pytest.FixtureRequest, k
 
 
 @needs_gpu
-def test_pieces_of_a_chunk_draw_alike_on_a_gpu(tiny_model: VARModel) -> None:
+def test_pieces_of_a_chunk_draw_alike_on_a_gpu(tiny_model: Model) -> None:
     model = tiny_model.cuda()
     whole = model.generate_tokens(LABELS, seed=3)
     for at_once in (1, 4):
@@ -137,7 +137,7 @@ def test_pieces_of_a_chunk_draw_alike_on_a_gpu(tiny_model: VARModel) -> None:
 
 
 @needs_gpu
-def test_weights_may_change_or_move(tiny_model: VARModel) -> None:
+def test_weights_may_change_or_move(tiny_model: Model) -> None:
     model = tiny_model.cuda()
     model.generate_tokens(LABELS, compile=True)
     model.transformer.head.weight.mul_(-1)
@@ -150,7 +150,7 @@ def test_weights_may_change_or_move(tiny_model: VARModel) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
 def test_nothing_waits_for_the_gpu(request: pytest.FixtureRequest, kind: str) -> None:
-    model: VARModel = request.getfixturevalue(kind).cuda()
+    model: Model = request.getfixturevalue(kind).cuda()
     model.transformer.to(torch.bfloat16)
     steps(model, "cuda")
     labels = torch.zeros(3, dtype=torch.int64, device="cuda")
@@ -163,7 +163,7 @@ def test_nothing_waits_for_the_gpu(request: pytest.FixtureRequest, kind: str) ->
 
 
 @needs_gpu
-def test_a_plan_that_waits_is_refused(tiny_sparse: SparseVARModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_waits_is_refused(tiny_sparse: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_sparse.cuda()
     monkeypatch.setattr(expert_ffn, "pick_backend", lambda *_: "loop")
     with pytest.raises(InputError, match="waits for the device"):

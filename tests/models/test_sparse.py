@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.models.attention import GenerationCache
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import Span, VARTransformer
+from actvar_convert.models.base import Span
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.network import GenerationCache, VARTransformer
 from actvar_convert.plan import BlockPlan, SparsityPlan
 
 
@@ -29,11 +28,11 @@ def sparse_from(dense: VARTransformer, plans: dict[str, SparsityPlan], default: 
 
 
 @pytest.fixture
-def pyramids(tiny_model: VARModel) -> tuple[torch.Tensor, torch.Tensor]:
+def pyramids(tiny_model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.tensor([0, 3, 5])
     tokens = tiny_model.generate_tokens(labels, seed=3)
-    pieces = tokens.split(list(tiny_model.transformer.config.pyramid.lengths), 1)
-    return labels, tiny_model.tokenizer.quantize.teacher_forcing_input(pieces)
+    pieces = tokens.split(list(tiny_model.config.schedule.lengths), 1)
+    return labels, tiny_model.tokenizer.quantize.inputs(pieces)
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -41,16 +40,14 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_everything_on_is_the_dense_model(tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]) -> None:
-    config = tiny_model.transformer.config
+def test_everything_on_is_the_dense_model(tiny_model: Model, pyramids: tuple[torch.Tensor, torch.Tensor]) -> None:
+    config = tiny_model.config
     sparse = sparse_from(tiny_model.transformer, {"all": SparsityPlan.dense(config, 8)}, "all")
     assert relative_error(sparse(*pyramids), tiny_model.transformer(*pyramids)) <= 1e-5
 
 
 @torch.no_grad()
-def test_all_experts_routed_is_the_dense_model(
-    tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_all_experts_routed_is_the_dense_model(tiny_model: Model, pyramids: tuple[torch.Tensor, torch.Tensor]) -> None:
     everything = block(prefix=(0, 1, 2, 3), routed=(8, 7, 6, 5), keep=(1, 1, 1, 1))
     plans = {"routed": SparsityPlan(experts=8, blocks=(everything,) * 2)}
     sparse = sparse_from(tiny_model.transformer, plans, "routed")
@@ -59,7 +56,7 @@ def test_all_experts_routed_is_the_dense_model(
 
 @torch.no_grad()
 def test_permuting_neurons_of_the_dense_model_changes_nothing(
-    tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, pyramids: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     expected = tiny_model.transformer(*pyramids)
     for each in tiny_model.transformer.blocks:
@@ -72,7 +69,7 @@ def test_permuting_neurons_of_the_dense_model_changes_nothing(
 
 @pytest.mark.parametrize("rank", [0, 16])
 def test_generation_equals_teacher_forcing(
-    tiny_model: VARModel,
+    tiny_model: Model,
     pyramids: tuple[torch.Tensor, torch.Tensor],
     rank: int,
 ) -> None:
@@ -83,7 +80,7 @@ def test_generation_equals_teacher_forcing(
     )
     sparse = sparse_from(tiny_model.transformer, {"sparse": plan}, "sparse")
     labels, inputs = pyramids
-    pyramid = sparse.config.pyramid
+    pyramid = sparse.config.schedule
     with torch.no_grad():
         expected = sparse(labels, inputs)
         condition = sparse.class_emb(labels)
@@ -103,7 +100,7 @@ def test_generation_equals_teacher_forcing(
 
 
 def test_straight_through_keeps_the_value_and_reaches_the_gate(
-    tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]
+    tiny_model: Model, pyramids: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     plan = SparsityPlan(experts=8, blocks=(block(),) * 2)
     sparse = sparse_from(tiny_model.transformer, {"sparse": plan}, "sparse").requires_grad_(True)
@@ -121,7 +118,7 @@ def test_straight_through_keeps_the_value_and_reaches_the_gate(
         assert each.reconstruction.up.weight.grad.abs().sum() > 0
 
 
-def test_reconstruction_of_skipped_tokens_by_hand(tiny_model: VARModel) -> None:
+def test_reconstruction_of_skipped_tokens_by_hand(tiny_model: Model) -> None:
     keep = (1.0, 1.0, 1.0, 0.5)
     whole = block(prefix=(8,) * 4, routed=(0,) * 4, keep=keep)
     plan = SparsityPlan(experts=8, blocks=(whole,) * 2)
@@ -130,13 +127,13 @@ def test_reconstruction_of_skipped_tokens_by_hand(tiny_model: VARModel) -> None:
     with torch.no_grad():
         condition = sparse.class_emb(torch.tensor([1]))
         modulation = sparse.modulation(condition).blocks[0]
-        x = torch.randn(1, config.pyramid.total, config.width, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, config.schedule.total, config.width, generator=torch.Generator().manual_seed(0))
         mask = sparse.attn_bias_for_masking
-        y = each(x, modulation, Span(0, config.pyramid.lengths), mask)
-        part = config.pyramid.slice(3)
+        y = each(x, modulation, Span(0, config.schedule.lengths), mask)
+        part = config.schedule.slice(3)
         score = each.gate(x[:, part])[0]
         kept = score.topk(8).indices.sort().values.tolist()
-        update = (y - x)[:, config.pyramid.slice(2)]
+        update = (y - x)[:, config.schedule.slice(2)]
         grid = update.transpose(1, 2).reshape(1, -1, 3, 3)
         up = torch.nn.functional.interpolate(grid, size=(4, 4), mode="bilinear").flatten(2).transpose(1, 2)
         rows = [*range(part.start), *(part.start + token for token in kept)]
@@ -151,8 +148,8 @@ def test_reconstruction_of_skipped_tokens_by_hand(tiny_model: VARModel) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_plans_switch_without_copies(tiny_model: VARModel, pyramids: tuple[torch.Tensor, torch.Tensor]) -> None:
-    config = tiny_model.transformer.config
+def test_plans_switch_without_copies(tiny_model: Model, pyramids: tuple[torch.Tensor, torch.Tensor]) -> None:
+    config = tiny_model.config
     plans = {"all": SparsityPlan.dense(config, 8), "some": SparsityPlan(experts=8, blocks=(block(),) * 2)}
     sparse = sparse_from(tiny_model.transformer, plans, "some")
     with torch.no_grad():
@@ -165,8 +162,8 @@ def test_plans_switch_without_copies(tiny_model: VARModel, pyramids: tuple[torch
         sparse.use_plan("none")
 
 
-def test_plans_that_do_not_fit_are_named_together(tiny_model: VARModel) -> None:
-    config = tiny_model.transformer.config
+def test_plans_that_do_not_fit_are_named_together(tiny_model: Model) -> None:
+    config = tiny_model.config
     wrong = SparsityPlan(experts=7, blocks=(block(keep=(1, 1, 1)), block(prefix=(8, 8, 7, 2)), block()))
     with pytest.raises(RecipeError) as caught:
         SparseVARTransformer(config, {"wrong": wrong}, "wrong")
@@ -178,15 +175,15 @@ def test_plans_that_do_not_fit_are_named_together(tiny_model: VARModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_static_plan_keeps_no_copy_of_a_weight(tiny_sparse: SparseVARModel, dtype: torch.dtype) -> None:
+def test_a_static_plan_keeps_no_copy_of_a_weight(tiny_sparse: Model, dtype: torch.dtype) -> None:
     static = {"prefix": (8, 6, 4, 2), "routed": (0,) * 4}
     blocks = tuple(each.model_copy(update=static) for each in tiny_sparse.plan.blocks)
     plan = tiny_sparse.plan.model_copy(update={"blocks": blocks})
-    transformer = SparseVARTransformer(tiny_sparse.transformer.config, {"static": plan}, "static")
+    transformer = SparseVARTransformer(tiny_sparse.config, {"static": plan}, "static")
     transformer.load_state_dict(tiny_sparse.transformer.state_dict(), strict=False)
-    model = SparseVARModel(transformer.to(dtype), tiny_sparse.tokenizer).eval().requires_grad_(False)
+    model = Model(transformer.to(dtype), tiny_sparse.tokenizer).eval().requires_grad_(False)
     drawn = model.generate_tokens([0, 1, 2], seed=1)
-    ffn = model.transformer.sparse_layers[0].ffn
+    ffn = model.transformer.blocks[0].ffn
     assert ffn._derived._kept is None
     ffn.fc2.weight.mul_(-3)
     fresh = copy.deepcopy(model)

@@ -17,12 +17,11 @@ from actvar_convert.conversion.budget import uniform_plan
 from actvar_convert.files.layout import official_config
 from actvar_convert.files.source import model_shape
 from actvar_convert.kernels import expert_ffn
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import GENERATION_BYTES, VARModel, images_at_once
+from actvar_convert.models.model import GENERATION_BYTES, Model, images_at_once
 from actvar_convert.models.sampling import Noise
-from actvar_convert.models.sparse import SparseVARModel, SparseVARTransformer
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.load import load_recipe
 
 GRANTED = GENERATION_BYTES["cpu"]
@@ -37,17 +36,17 @@ def shapes(name: str) -> tuple[TransformerConfig, TokenizerConfig]:
     return shape.transformer, shape.tokenizer
 
 
-def without_weights(name: str, kind: str) -> VARModel:
+def without_weights(name: str, kind: str) -> Model:
     """A dense, a sparse, or a sparse model with folded guidance."""
     config, tokenizer_config = shapes(name)
     with torch.device("meta"):
         tokenizer = VQVAE(tokenizer_config)
         if kind == "dense":
-            return VARModel(VARTransformer(config), tokenizer).eval()
+            return Model(VARTransformer(config), tokenizer).eval()
         guidance = {"sparse": "paired", "folded": "folded"}[kind]
         settings = (f"budget.guidance={guidance}", *(D16_PLAN if name == "d16" else ()))
         plan = uniform_plan(config, load_recipe("fashion" if name == "fashion" else f"var_{name}", settings))
-        return SparseVARModel(SparseVARTransformer(config, {"plan": plan}, "plan"), tokenizer).eval()
+        return Model(SparseVARTransformer(config, {"plan": plan}, "plan"), tokenizer).eval()
 
 
 def without_values(module: nn.Module, dtype: torch.dtype) -> None:
@@ -75,7 +74,7 @@ class Enough(Exception):
     """Raised after two pieces: all further ones take what the second took."""
 
 
-def peak_of(model: VARModel, dtype: torch.dtype, images: int, watch: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+def peak_of(model: Model, dtype: torch.dtype, images: int, watch: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that ``generate`` of so many images in one chunk takes at most on a CPU, weights not counted."""
     monkeypatch.setattr(Noise, "exponential", drawn)
     monkeypatch.setattr(model, "_labels", lambda given: torch.zeros(len(given), dtype=torch.int64))
@@ -116,11 +115,11 @@ def test_large_batches_stay_within_what_is_granted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = without_weights(name, kind)
-    config, side = model.transformer.config, model.tokenizer.config.image_size
+    config, side = model.config, model.tokenizer.config.image_size
     peak = peak_of(model, dtype, images, memory_watch, monkeypatch)
     assert model.images_at_once() == at_once
     pictures = 12 * side**2 * images
-    numbers = 4 * config.pyramid.total * config.vocab * images if images > at_once else 0
+    numbers = 4 * config.schedule.total * config.vocab * images if images > at_once else 0
     assert 0.1 * GRANTED < peak - pictures - numbers <= GRANTED
 
 
@@ -132,7 +131,7 @@ def test_an_image_of_one_row_takes_less() -> None:
     assert images_at_once(config, small, 4, "cpu") == paired and 1.6 * paired < folded < 2 * paired + 1
     for kind, expected in (("sparse", 2), ("folded", 1)):
         model = without_weights("fashion", kind)
-        given = model.transformer.config, model.tokenizer.config, 4, "cpu"
+        given = model.config, model.tokenizer.config, 4, "cpu"
         assert model.transformer.rows_per_image == expected
         model.to_empty(device="cpu")
         assert model.images_at_once() == images_at_once(*given, expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actvar_convert.errors import RecipeError
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe import Recipe, check_recipe, load_recipe, problems_for
 

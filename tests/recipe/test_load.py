@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 

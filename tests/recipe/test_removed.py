@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actvar_convert.errors import RecipeError
-from actvar_convert.models.config import TransformerConfig
+from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe import Recipe, load_recipe
 from actvar_convert.recipe.fields import find

@@ -19,7 +19,7 @@ from actvar_convert.measure.quality_report import (
     QualityReport,
     SamplingSettings,
 )
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.show.card import model_card, plan_in_words
 from actvar_convert.show.charts import Series, line_chart, thinned

@@ -30,11 +30,10 @@ from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.errors import InputError, Interrupted
 from actvar_convert.files.layout import official_config
 from actvar_convert.files.sparse_folder import load_sparse
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.model import VARModel
-from actvar_convert.models.sparse import SparseVARModel
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import (
     BudgetRecipe,
@@ -63,8 +62,8 @@ SIDES = (1, 2, 3, 4)
 class Setting(NamedTuple):
     """What one run needs; equal in all processes."""
 
-    teacher: VARModel
-    student: SparseVARModel
+    teacher: Model
+    student: Model
     recipe: Recipe
     store: TokenStore
 
@@ -108,9 +107,9 @@ def converted(name: str, shared_adaln: bool) -> Setting:
     transformer.initialise(torch.Generator().manual_seed(0))
     for parameter in transformer.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    teacher = VARModel(transformer, VQVAE(tokenizer)).eval().requires_grad_(False)
+    teacher = Model(transformer, VQVAE(tokenizer)).eval().requires_grad_(False)
     labels = torch.arange(14) % 5
-    store = TokenStore(teacher.generate_tokens(labels, seed=1), labels)
+    store = TokenStore(teacher, teacher.generate_tokens(labels, seed=1), labels)
     chosen = RECIPES[name]
     plans = {"plan": gated_plan(uniform_plan(config, chosen))}
     if chosen.distill.plans == "random":
@@ -120,7 +119,7 @@ def converted(name: str, shared_adaln: bool) -> Setting:
     return Setting(teacher, student, chosen, store)
 
 
-def train(given: Setting, folder: Path, processes: Processes = ALONE, stop_after: int = 0) -> SparseVARModel:
+def train(given: Setting, folder: Path, processes: Processes = ALONE, stop_after: int = 0) -> Model:
     """Runs both stages; after ``stop_after`` steps the last process gets a Ctrl-C."""
     taken, original = 0, loop.StageRun.train_step
 
@@ -161,14 +160,14 @@ def sample(folder: Path, processes: Processes) -> TokenStore:
     )
 
 
-def convert_and_distill(folder: Path) -> SparseVARModel:
+def convert_and_distill(folder: Path) -> Model:
     """The public verbs, from the teacher's samples to sparse folders."""
     given = setting("all")
     sparse = verbs.convert(given.teacher, recipe=given.recipe, out=folder / "converted")
     return verbs.distill(sparse, teacher=given.teacher, recipe=given.recipe, out=folder / "distilled")
 
 
-def convert_searched(folder: Path) -> SparseVARModel:
+def convert_searched(folder: Path) -> Model:
     """A conversion whose plan is found by a search, on three batches of calibration pyramids."""
     chosen = RECIPES["all"]
     searched = chosen.model_copy(

@@ -33,7 +33,7 @@ def test_from_data_to_bundle(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     bundle_fashion.main(bundle)
 
     model = zoo.load_bundled(out)
-    assert model.transformer.config == config and model.tokenizer.config == tokenizer and model.sampling.cfg == 1
+    assert model.config == config and model.tokenizer.config == tokenizer and model.sampling.cfg == 1
     assert zoo.bundled_reference_features(out).shape == (20, 128)
     stored = json.loads((out / "config.json").read_text())
     figures = stored["figures"]

@@ -11,9 +11,9 @@ from stages import _restart_unused, attend_by_scale, fit_var, fit_vqvae, grow, v
 from torch import Tensor
 from training import Log, epoch_index, load_split
 
-from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 
 from .conftest import IMAGES, assert_equal_checkpoints
 
@@ -111,7 +111,7 @@ def test_attention_by_scale_is_masked_attention(sides: tuple[int, ...], tokens: 
     attention, mask = model.blocks[0].attn, model.attn_bias_for_masking[..., :tokens, :tokens]
     inputs = [torch.randn(2, 2, tokens, 64, requires_grad=True) for _ in range(3)]
     whole = attention.attend(inputs[0], inputs[1], inputs[2], mask)
-    parts = attend_by_scale(attention, model.config.pyramid.lengths, inputs[0], inputs[1], inputs[2], mask)
+    parts = attend_by_scale(attention, model.config.schedule.lengths, inputs[0], inputs[1], inputs[2], mask)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=3e-5)
     weight = torch.randn_like(whole)
     for part, reference in zip(
@@ -156,7 +156,7 @@ def test_the_first_scales_have_the_losses_that_they_have_among_all() -> None:
     x, labels = tokens(0), torch.tensor([0, 1, 2, 0, 1])
     whole = var_loss(model, vae, x, labels)
     begin = 0
-    for scale, length in enumerate(TRANSFORMER.pyramid.lengths):
+    for scale, length in enumerate(TRANSFORMER.schedule.lengths):
         begin += length
         if scale:
             torch.testing.assert_close(var_loss(model, vae, x[:, :begin], labels), whole[:begin])

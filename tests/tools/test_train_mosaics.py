@@ -20,8 +20,8 @@ from actvar_convert.measure.extractors import QuadrantExtractor
 from actvar_convert.measure.fid import frechet_inception_distance
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.sampling import balanced_labels
-from actvar_convert.models.var import VARTransformer
-from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.origins import class_names
 from actvar_convert.verbs import extractor_for
 
@@ -63,7 +63,7 @@ def test_the_presets_fit_the_pyramid() -> None:
         parts = (VARTransformer(preset.transformer), VQVAE(train_mosaics.TOKENIZER), FashionClassifier())
         stored = 2 * sum(value.numel() for part in parts for value in part.parameters()) + 2 * 5000 * 512
         assert stored < 0.995 * LARGEST_BUNDLE, "in half precision, with the features of 5,000 mosaics"
-    assert train_mosaics.TOKENIZER.image_size == 64 and train_mosaics.TOKENIZER.pyramid.total == 680
+    assert train_mosaics.TOKENIZER.image_size == 64 and train_mosaics.TOKENIZER.schedule.total == 680
 
 
 def test_the_tokenizer_starts_from_that_of_single_images() -> None:
@@ -101,7 +101,7 @@ def test_from_data_to_evaluation(data: Path, tmp_path: Path, monkeypatch: pytest
     bundle_mosaics.main([*whole, "--machine", "a test", "--out", str(assets / "mosaics"), *shrunk])
 
     model = av.load("mosaics")
-    assert model.transformer.config == CONFIG and model.tokenizer.config == train_mosaics.TOKENIZER
+    assert model.config == CONFIG and model.tokenizer.config == train_mosaics.TOKENIZER
     assert class_names(model)[:2] == ["T-shirt", "trouser"]
     figures = zoo.bundled_config("mosaics")["figures"]
     assert len(figures["vqvae_test_mse_after_scales"]) == 10 and figures["preset"] == "cpu"
