@@ -22,7 +22,7 @@ from actvar_convert.files.sparse_folder import (
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.system.device import pick_device, pick_dtype
+from actvar_convert.system.device import DtypeLike, pick_device, pick_dtype
 
 STATE = "state.safetensors"
 """File of an unfinished distillation in its ``work_folder``."""
@@ -33,7 +33,7 @@ def provenance(teacher: Model, recipe: Recipe, **more: object) -> Provenance:
     return provenance_of(teacher.origin, recipe=recipe.name, teacher_fingerprint=state_fingerprint(teacher), **more)
 
 
-def recorded_teacher(model: Model, *, device: str | None = None, dtype: str | None = None) -> Model:
+def recorded_teacher(model: Model, *, device: str | None = None, dtype: DtypeLike | None = None) -> Model:
     """The dense model that a sparse folder records as its source.
 
     Raises:

@@ -43,7 +43,7 @@ from actvar_convert.origins import (
     work_folder,
 )
 from actvar_convert.recipe.load import dump_recipe, load_recipe
-from actvar_convert.recipe.schema import BenchmarkRecipe, Recipe
+from actvar_convert.recipe.schema import Recipe
 from actvar_convert.show.card import model_card
 from actvar_convert.show.html import report_html
 from actvar_convert.show.pictures import samples_picture
@@ -159,7 +159,7 @@ def _measured_by(recipe: Recipe, teacher: Model, extractor: FeatureExtractor | N
     return {
         "images": 0 if extractor is None else settings.images,
         "sampling": SamplingSettings(**teacher.sampling._asdict(), chunk=settings.batch),
-        "dtype": str(DTYPES[settings.dtype]).removeprefix("torch."),
+        "dtype": str(DTYPES[recipe.dtype]).removeprefix("torch."),
         "extractor": None if extractor is None else extractor.name,
         "reference": None if extractor is None else extractor.reference().fingerprint,
     }
@@ -215,17 +215,17 @@ def _stored(path: Path, kind: type[Report]) -> Report | None:
 def _measured_as(quality: QualityReport, recipe: Recipe, measurement: Mapping[str, object]) -> bool:
     """Whether a stored evaluation is the one that a recipe asks for."""
     settings = recipe.evaluate
-    own = (quality.seeds, quality.kl.pyramids, quality.neighbours)
+    own = (quality.seeds, quality.kl.pyramids)
     same = all(getattr(quality, name) == value for name, value in measurement.items())
-    return same and own == (settings.seeds, settings.held_out, settings.neighbours)
+    return same and own == (settings.seeds, settings.held_out)
 
 
-def _timed_as(benchmark: BenchmarkReport, settings: BenchmarkRecipe, device: torch.device) -> bool:
+def _timed_as(benchmark: BenchmarkReport, timing: Timing, device: torch.device) -> bool:
     """Whether a stored benchmark is the one that a recipe asks for, made on this machine's device."""
     timed = {(row.device, row.dtype, row.batch) for row in benchmark.rows}
-    asked = set(product([str(device)], settings.dtypes, settings.batches))
+    asked = set(product([str(device)], timing.names, timing.batches))
     own = (benchmark.repeats, benchmark.hardware)
-    return timed == asked and own == (settings.repeats, hardware_name(device))
+    return timed == asked and own == (timing.repeats, hardware_name(device))
 
 
 def _measure(
@@ -252,9 +252,8 @@ def _measure(
                 seeds=settings.seeds,
                 batch=settings.batch,
                 held_out=settings.held_out,
-                neighbours=settings.neighbours,
                 plans=[name for name in plans_of(model).named if name != plans_of(model).name],
-                dtype=settings.dtype,
+                dtype=recipe.dtype,
             ),
             reference=settings.reference,
             extractor=extractor,
@@ -262,22 +261,19 @@ def _measure(
             progress=progress,
         )
         update_file(folder, "eval.json", quality.to_json().encode())
-    timing = recipe.benchmark
+    timing = Timing(recipe.benchmark.batches, recipe.benchmark.dtypes)
     benchmark = _stored(folder / "benchmark.json", BenchmarkReport)
     if benchmark is None or not _timed_as(benchmark, timing, model.device):
         benchmark = verbs.benchmark(
             model,
             against=teacher,
-            timing=Timing(timing.batches, timing.dtypes, repeats=timing.repeats),
+            timing=timing,
             progress=progress,
         )
         update_file(folder, "benchmark.json", benchmark.to_json().encode())
     names = class_names(teacher)
     shown = list(range(min(len(names) - 1, 10)))
-    pictures = [
-        verbs.sample(each, labels=shown, per_class=recipe.samples.per_class, seed=recipe.samples.seed)
-        for each in (teacher, model)
-    ]
+    pictures = [verbs.sample(each, labels=shown) for each in (teacher, model)]
     samples = samples_picture(pictures[0], pictures[1], [names[label] for label in shown])
     update_file(folder, "samples.png", samples)
     checks = None

@@ -22,74 +22,49 @@ from actvar_convert.system.progress import Progress
 def calibration_store(
     model: Model, recipe: Recipe, *, path: Path | None = None, progress: Progress, processes: Processes = ALONE
 ) -> TokenStore:
-    """The pyramids that a dense model's activations are measured on; kept in ``path`` as they come, where given."""
-    return _store(
-        model,
-        recipe.calibration,
-        seed=recipe.seed + 1,
-        cfg=recipe.data.cfg,
-        path=path,
-        progress=progress,
-        processes=processes,
-    )
+    """The pyramids that a dense model's activations are measured on; kept in ``path`` as they come, if given."""
+    return _store(model, recipe, recipe.calibration, recipe.seed + 1, path, progress, processes)
 
 
 def distillation_store(
     teacher: Model, recipe: Recipe, *, path: Path | None, progress: Progress, processes: Processes = ALONE
 ) -> TokenStore:
-    """The pyramids that a distillation replays; kept in ``path`` as they come, where given."""
-    return _store(
-        teacher,
-        recipe.data,
-        seed=recipe.seed + 2,
-        cfg=recipe.data.cfg,
-        path=path,
-        progress=progress,
-        processes=processes,
-    )
+    """The pyramids that a distillation replays; kept in ``path`` as they come, if given."""
+    return _store(teacher, recipe, recipe.data, recipe.seed + 2, path, progress, processes)
 
 
-def require_images(recipe: Recipe, classes: int | None, *, calibration: bool = True, data: bool = True) -> None:
-    """Checks that the images of a recipe's sections are there, in as many class folders as the model has classes.
+def require_images(recipe: Recipe, classes: int | None) -> None:
+    """Checks that a recipe's images are there, in as many class folders as the model has classes.
 
     Raises:
-        InputError: they are not, all problems at once.
+        InputError: they are not.
     """
-    wanted: dict[str, CalibrationRecipe | DataRecipe] = {}
-    if calibration:
-        wanted["calibration"] = recipe.calibration
-    if data:
-        wanted["data"] = recipe.data
-    problems = []
-    for name, section in wanted.items():
-        if section.source == "images" and section.images is not None:
-            try:
-                labelled_images(Path(section.images), classes)
-            except InputError as error:
-                problems.append(f"{name}.images: {error.message}")
-    if problems:
-        raise InputError("the recipe's images cannot be used; give the root of a class-per-folder tree:", problems)
+    if recipe.data.images is not None:
+        try:
+            labelled_images(Path(recipe.data.images), classes)
+        except InputError as error:
+            raise InputError(
+                "the recipe's images cannot be used; give the root of a class-per-folder tree:",
+                [f"data.images: {error.message}"],
+            ) from error
 
 
 def _store(
     model: Model,
+    recipe: Recipe,
     wanted: CalibrationRecipe | DataRecipe,
-    *,
     seed: int,
-    cfg: float | None,
     path: Path | None,
     progress: Progress,
     processes: Processes,
 ) -> TokenStore:
-    count, batch = wanted.pyramids, wanted.batch
-    if wanted.source == "images":
-        if wanted.images is None:
-            raise InputError("source: images needs the folder, as images: PATH")
+    count, batch, images = wanted.pyramids, wanted.batch, recipe.data.images
+    if images is not None:
         return store_from_images(
-            model, Path(wanted.images), count, path=path, batch=batch, seed=seed, progress=progress, processes=processes
+            model, Path(images), count, path=path, batch=batch, seed=seed, progress=progress, processes=processes
         )
-    dtype = pick_dtype(wanted.dtype, model.device)
-    drawing = cast(model, dtype) if dtype.itemsize < model.dtype.itemsize else model
+    dtype, cfg = pick_dtype(recipe.dtype, model.device), recipe.data.cfg
+    sampling = cast(model, dtype) if dtype.itemsize < model.dtype.itemsize else model
     return store_from_teacher(
-        drawing, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress, processes=processes
+        sampling, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress, processes=processes
     )

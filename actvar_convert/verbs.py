@@ -56,7 +56,7 @@ from actvar_convert.recipe.schema import Recipe
 from actvar_convert.show.pictures import picture
 from actvar_convert.stores import calibration_store, distillation_store, require_images
 from actvar_convert.system.atomic import write_whole
-from actvar_convert.system.device import limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
+from actvar_convert.system.device import DtypeLike, limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
 from actvar_convert.system.processes import ALONE, Processes, join
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 
@@ -71,8 +71,8 @@ def load(
     sides: Sequence[int] | None = None,
     residual_ratio: float | None = None,
     device: str | None = None,
-    dtype: str | None = None,
-    decoder_dtype: str | None = None,
+    dtype: DtypeLike | None = None,
+    decoder_dtype: DtypeLike | None = None,
     plan: str | None = None,
     recipe: RecipeLike | None = None,
 ) -> Model:
@@ -85,7 +85,7 @@ def load(
         heads, sides, residual_ratio: of dense files that do not tell: attention heads, the side of every scale, and the
             share of the phi convolutions in the tokenizer. Kept in ``origin``, and in what is made from the model.
         device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
-        dtype: fp32, bf16 or fp16, of the transformer; fp32 by default. The tokenizer is in fp32.
+        dtype: fp32, bf16 or fp16 (or torch's own), of the transformer; fp32 by default. The tokenizer is in fp32.
         decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
             so. For generating: what is converted or saved from such a model keeps the rounded decoder.
         plan: of a sparse model, instead of its default plan.
@@ -159,7 +159,7 @@ def convert(
             refuse_distilled(Path(out))
     config = model.config
     recipe_plans(config, chosen)
-    require_images(chosen, model.family.classes(config), data=False)
+    require_images(chosen, model.family.classes(config))
     require_memory(conversion_memory(model, chosen, processes), model.device)
     origin = provenance(model, chosen) if out is not None else None
     release_pages(model.tokenizer.state_dict().values())
@@ -275,7 +275,7 @@ def distill(
         return model
     if not replace:
         refuse_distilled(folder)
-    require_images(chosen, teacher.family.classes(teacher.config), calibration=False)
+    require_images(chosen, teacher.family.classes(teacher.config))
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(folder, fingerprint)
     work.mkdir(parents=True, exist_ok=True)

@@ -67,19 +67,18 @@ def partition_neurons(
         ffn: the dense FFN.
         x_TC: calibration inputs, from the scales that will be sparse.
         recipe: number of experts and method.
-        shared: experts that every scale runs. With ``recipe.shared == "neurons"`` they are the most important neurons,
-            one by one, and only the others are clustered; with ``"experts"`` all neurons are clustered and the most
-            important clusters come first.
+        shared: experts that every scale runs. They are the most important neurons, one by one; only the others are
+            clustered.
         seed: of the clustering.
         root_CC: see ``neuron_importance``; also what clustering by ``gradient`` weighs activations with.
         clustering: groups the neurons in place of the recipe's method.
     """
     hidden = activations(ffn, x_TC)
-    importance = neuron_importance(ffn, hidden, root_CC if recipe.importance == "gradient" else None)
+    importance = neuron_importance(ffn, hidden, root_CC)
     neurons = ffn.fc1.out_features
     size = neurons // recipe.count
     ranked = importance.argsort(descending=True, stable=True)
-    head = ranked[: shared * size] if recipe.shared == "neurons" else ranked[:0]
+    head = ranked[: shared * size]
     tail = ranked[len(head) :].sort().values
     groups = [head.view(-1, size)] if len(head) else []
     if len(tail):
@@ -89,7 +88,7 @@ def partition_neurons(
             measured *= output_norms(ffn, root_CC)[tail]
         weights = _array(ffn.fc1.weight.detach()[tail])
         group = clustering or METHODS[recipe.clustering]
-        label = group(_array(measured), weights, len(tail) // size, recipe.projection, seed)
+        label = group(_array(measured), weights, len(tail) // size, seed)
         members = tail[torch.from_numpy(np.argsort(label, kind="stable")).to(tail.device)].view(-1, size)
         energy = importance.square()[members].sum(1)
         groups.append(members[energy.argsort(descending=True, stable=True)])
@@ -143,6 +142,6 @@ def start_router(ffn: ExpertFFN, x_TC: Tensor) -> None:
 
 
 def active_neurons(ffn: ExpertFFN, x_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-    """Hidden activations [B, L, E, N] of all experts in fp32, and which of these the plan in force runs, [B, L, E]."""
+    """Hidden activations [B, L, E, N] of all experts in fp32, and which of these the active plan runs, [B, L, E]."""
     hidden = ffn.hidden(x_BLC).float().view(*x_BLC.shape[:2], ffn.experts, -1)
     return hidden, ffn.active(x_BLC, scale)

@@ -124,7 +124,7 @@ def measure_metrics(
     on_step: Callable[[int], None] = lambda steps: None,
 ) -> list[BlockMetrics]:
     """What errors in every block cost the predictions, on the pyramids that the search looks at; see ``Measuring``."""
-    how = Measuring(recipe.seed, autocast_dtype(recipe.calibration.dtype), state, processes, on_step)
+    how = Measuring(recipe.seed, autocast_dtype(recipe.dtype), state, processes, on_step)
     metrics = output_metrics(model, calibration.first(recipe.budget.pyramids), how)
     release_pages(model.transformer.state_dict().values())
     return metrics

@@ -20,7 +20,7 @@ from actvar_convert.measure.image_features import Features, ImageSet, generated_
 from actvar_convert.measure.quality_report import AgreementQuality, KLQuality
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
-from actvar_convert.system.device import DTYPES
+from actvar_convert.system.device import pick_dtype
 from actvar_convert.system.progress import Progress
 
 
@@ -172,7 +172,7 @@ class CutMeasurement:
         dtype = self.settings.dtype
         with self.progress.task(f"images of the {what}", self.settings.images) as task:
             return generated_features(
-                of if dtype is None else cast(of, DTYPES[dtype]),
+                of if dtype is None else cast(of, pick_dtype(dtype, of.device)),
                 extractor,
                 self.wanted,
                 task,

@@ -21,7 +21,15 @@ from actvar_convert.errors import InputError
 from actvar_convert.measure.components import ComponentTimes, split_components
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
-from actvar_convert.system.device import DTYPES, peak_memory_bytes, reset_peak_memory, synchronize
+from actvar_convert.system.device import (
+    DTYPES,
+    DtypeLike,
+    peak_memory_bytes,
+    pick_dtype,
+    reset_peak_memory,
+    synchronize,
+)
+from actvar_convert.system.dtype_names import short_dtype
 from actvar_convert.system.progress import Progress, SilentProgress, Task
 
 
@@ -105,7 +113,7 @@ class Timing:
 
     Attributes:
         batches: images at once.
-        dtypes: fp32, bf16 or fp16, of the transformer.
+        dtypes: fp32, bf16 or fp16 (or torch's own), of the transformer.
         decoder_dtype: of both sides' decoders; None: what the model has, which after ``load`` is fp32.
         repeats: timed runs per side and row, after one to warm up.
         with_decoder: False for tokens, True for images; one row each.
@@ -114,12 +122,17 @@ class Timing:
     """
 
     batches: Sequence[int] = (1, 4, 16)
-    dtypes: Sequence[str] = ("fp32",)
-    decoder_dtype: str | None = None
+    dtypes: Sequence[DtypeLike] = ("fp32",)
+    decoder_dtype: DtypeLike | None = None
     repeats: int = 5
     with_decoder: Sequence[bool] = (False, True)
     split: bool = False
     compile: bool | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The dtypes by their short names."""
+        return [str(short_dtype(dtype)) for dtype in self.dtypes]
 
 
 def benchmark_models(
@@ -137,13 +150,13 @@ def benchmark_models(
         InputError: settings or models that cannot be measured, all problems at once.
     """
     _check(model, against, timing)
-    name = timing.decoder_dtype
-    decoder = model.tokenizer.decoder_dtype if name is None else DTYPES[name]
+    given = timing.decoder_dtype
+    decoder = model.tokenizer.decoder_dtype if given is None else pick_dtype(given, model.device)
     runs = len(timing.batches) * len(timing.dtypes) * len(timing.with_decoder) * (timing.repeats + 1)
     rows: list[BenchmarkRow] = []
     components: list[ComponentTimes] = []
     with (progress or SilentProgress()).task("benchmark", runs * (1 if against is None else 2)) as task:
-        for dtype in timing.dtypes:
+        for dtype in timing.names:
             sides = [cast(side, DTYPES[dtype], decoder=decoder) for side in (model, against) if side is not None]
             graphs = _all_record(sides) if timing.compile is None else timing.compile
             for batch in timing.batches:
@@ -248,10 +261,10 @@ def _check(model: Model, against: Model | None, timing: Timing) -> None:
     problems = []
     if not timing.batches or min(timing.batches) < 1:
         problems.append(f"batches: {list(timing.batches)} given, one or more numbers of at least 1 needed")
-    unknown = [name for name in timing.dtypes if name not in DTYPES]
+    unknown = [name for name in timing.names if name not in DTYPES]
     if unknown or not timing.dtypes:
         problems.append(f"dtypes: {unknown or 'none'} given, known are {', '.join(DTYPES)}")
-    if timing.decoder_dtype is not None and timing.decoder_dtype not in DTYPES:
+    if timing.decoder_dtype is not None and short_dtype(timing.decoder_dtype) not in DTYPES:
         problems.append(f"decoder_dtype: {timing.decoder_dtype} given, known are {', '.join(DTYPES)}")
     if timing.repeats < 1:
         problems.append(f"repeats: {timing.repeats} given, at least 1 needed")

@@ -42,11 +42,10 @@ def make(tiny_model: Model, recipe: ExpertsRecipe, shared: int = 2) -> tuple[FFN
     return dense, sparse, x
 
 
-@pytest.mark.parametrize("shared", ["neurons", "experts"])
 @pytest.mark.parametrize("clustering", ["kmeans", "gradient"])
 @torch.no_grad()
-def test_partition_is_a_permutation_that_keeps_the_function(tiny_model: Model, shared: str, clustering: str) -> None:
-    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS, shared=shared, clustering=clustering))
+def test_partition_is_a_permutation_that_keeps_the_function(tiny_model: Model, clustering: str) -> None:
+    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS, clustering=clustering))
     assert sorted(sparse.permutation.tolist()) == list(range(dense.fc1.out_features))
     everything = sparse.fc2(F.gelu(sparse.fc1(x), approximate="tanh"))
     expected = dense(x.unsqueeze(0), Span(3, (len(x),)))[0]
@@ -57,13 +56,13 @@ def test_partition_is_a_permutation_that_keeps_the_function(tiny_model: Model, s
 def test_clustering_by_gradient_weighs_activations_with_what_they_move(tiny_model: Model) -> None:
     dense, _, x = make(tiny_model, ExpertsRecipe(count=EXPERTS))
     hidden = F.gelu(dense.fc1(x), approximate="tanh")
-    recipe = ExpertsRecipe(count=EXPERTS, clustering="gradient", projection=8)
+    recipe = ExpertsRecipe(count=EXPERTS, clustering="gradient")
     width = dense.fc2.out_features
     root = torch.randn(width, width, generator=torch.Generator().manual_seed(2))
     norms = output_norms(dense, root)
     torch.testing.assert_close(norms, torch.stack([(root.T @ w).norm() for w in dense.fc2.weight.T]))
     found = partition_neurons(dense, x, recipe, 0, seed=1, root_CC=root)
-    label = METHODS["gradient"]((hidden * norms).numpy(), dense.fc1.weight.numpy(), EXPERTS, 8, 1)
+    label = METHODS["gradient"]((hidden * norms).numpy(), dense.fc1.weight.numpy(), EXPERTS, 1)
     groups = {frozenset(np.flatnonzero(label == expert).tolist()) for expert in range(EXPERTS)}
     size = dense.fc1.out_features // EXPERTS
     assert {frozenset(part.tolist()) for part in found.permutation.split(size)} == groups
@@ -71,7 +70,7 @@ def test_clustering_by_gradient_weighs_activations_with_what_they_move(tiny_mode
 
 @torch.no_grad()
 def test_shared_prefix_holds_the_most_important_neurons(tiny_model: Model) -> None:
-    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS, shared="neurons"), shared=2)
+    dense, sparse, x = make(tiny_model, ExpertsRecipe(count=EXPERTS), shared=2)
     importance = neuron_importance(dense, F.gelu(dense.fc1(x), approximate="tanh"))
     size = dense.fc1.out_features // EXPERTS
     head, tail = sparse.permutation[: 2 * size], sparse.permutation[2 * size :]
