@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -139,6 +140,7 @@ class SparsityPlan(BaseModel):
         return found
 
 
+@dataclass
 class Plans:
     """The plans that one set of weights can run, and the one that it runs now; all modules of the method share it.
 
@@ -147,8 +149,8 @@ class Plans:
         name: of the plan that runs.
     """
 
-    def __init__(self, named: Mapping[str, SparsityPlan], name: str) -> None:
-        self.named, self.name = dict(named), name
+    named: Mapping[str, SparsityPlan]
+    name: str
 
     @property
     def current(self) -> SparsityPlan:

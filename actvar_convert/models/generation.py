@@ -11,26 +11,23 @@ Shapes: B images, R B rows (2: guidance, conditional, then unconditional; 1: it 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from actvar_convert.models.base import Call, Sampling, Span, inner
-
-if TYPE_CHECKING:
-    from actvar_convert.models.model import Model
 
 
 class Generation:
     """One batch under way. What depends on the condition or on the weights alone is computed once per image.
 
     Args:
-        model: dense or sparse.
+        model: the ``Model``, dense or sparse.
         condition: of B images, on the model's device.
         sampling: how tokens are sampled.
     """
 
-    def __init__(self, model: Model, condition: Any, sampling: Sampling) -> None:
+    def __init__(self, model: Any, condition: Any, sampling: Sampling) -> None:
         self._model, self._sampling = model, sampling
         self._guidance = model.guidance(sampling)
         rows = condition if self._guidance.rows == 1 else condition.joined(condition.null())
@@ -60,4 +57,5 @@ class Generation:
         tokens = model.alphabet.draw(logits, noise, self._sampling.top_k, self._sampling.top_p)
         if scale + 1 < schedule.num_scales:
             self._f_hat = model.tokenizer.accumulate(self._f_hat, tokens, scale, schedule)
-        return tokens
+        drawn: Tensor = tokens
+        return drawn

@@ -17,7 +17,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from actvar_convert.errors import InputError
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.sampling import Noise
-
-if TYPE_CHECKING:
-    from actvar_convert.models.model import Model
 
 RECORDINGS_KEPT = 2
 """Recordings that a model keeps, the last used ones: the pieces of a large batch and their smaller remainder.
@@ -49,7 +46,7 @@ class RecordedGeneration:
         InputError: a step of this plan or dtype waits for the device, so it cannot be recorded.
     """
 
-    def __init__(self, model: Model, condition: Any, sampling: Sampling) -> None:
+    def __init__(self, model: Any, condition: Any, sampling: Sampling) -> None:
         self._model, self._sampling, self._device = model, sampling, model.device
         schedule, outcomes = model.schedule, model.alphabet.outcomes
         images, size = len(condition), math.prod(outcomes)
@@ -90,7 +87,8 @@ class RecordedGeneration:
         return images
 
     def _decoded(self) -> Tensor:
-        return self._model.decoded(torch.cat(self._tokens, dim=1))
+        images: Tensor = self._model.decoded(torch.cat(self._tokens, dim=1))
+        return images
 
     def _start(self) -> Generation:
         return Generation(self._model, self._condition, self._sampling)
@@ -129,7 +127,7 @@ class Recordings:
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, RecordedGeneration] = OrderedDict()
 
-    def of(self, model: Model, condition: Any, sampling: Sampling) -> RecordedGeneration:
+    def of(self, model: Any, condition: Any, sampling: Sampling) -> RecordedGeneration:
         """The recording for these settings and so many images, made now if there is none.
 
         Raises:

@@ -7,13 +7,13 @@ import torch
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.cost.flops import count_flops
-from actvar_convert.distillation.losses import kl_per_token
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.measure.agreement import compare_logits
 from actvar_convert.models.base import Sampling, guided
 from actvar_convert.models.generation import Generation
-from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model, fresh_sparse
+from actvar_convert.models.split import ffn_of
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import JointStage
 from actvar_convert.system.progress import SilentProgress
@@ -31,8 +31,9 @@ def test_it_draws_what_both_rows_would_without_guidance(tiny_sparse: Model, tiny
 def test_a_scale_runs_one_row_per_image(tiny_sparse: Model, tiny_folded: Model) -> None:
     def rows(model: Model) -> list[int]:
         seen: list[int] = []
-        handle = model.transformer.blocks[0].ffn.register_forward_hook(lambda _, args, out: seen.append(len(out)))
-        under_way = Generation(model.transformer, model.tokenizer.quantize, LABELS, model.sampling)
+        ffn = ffn_of(model.transformer.blocks[0])
+        handle = ffn.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+        under_way = Generation(model, model.family.condition(model.config, LABELS), model.sampling)
         for scale, length in enumerate(model.config.schedule.lengths):
             under_way.step(scale, torch.ones(len(LABELS), length, model.config.vocab))
         handle.remove()
@@ -53,7 +54,7 @@ def test_plans_of_one_model_agree(tiny_model: Model) -> None:
     paired = SparsityPlan.dense(config, 8)
     folded = paired.model_copy(update={"guidance": "folded"})
     with pytest.raises(RecipeError, match="agree on guidance") as error:
-        SparseVARTransformer(config, {"a": paired, "b": folded}, "a")
+        fresh_sparse(config, tiny_model.tokenizer, {"a": paired, "b": folded}, "a")
     assert "'a': 'paired', 'b': 'folded'" in str(error.value)
 
 
@@ -74,10 +75,11 @@ def test_guided_predictions_are_those_of_sampling(tiny_model: Model) -> None:
     model = Model(tiny_model.transformer, tiny_model.tokenizer, sampling)
     tokens = model.generate_tokens(LABELS, seed=3, chunk=4).clone()
     lengths = model.config.schedule.lengths
+    labels = model.family.condition(model.config, LABELS)
     with torch.no_grad():
-        forced = model.guided_logits(LABELS, model.inputs(tokens)).split(list(lengths), dim=1)
-        known = model.transformer(LABELS, model.inputs(tokens))
-        again = model.guided_logits(LABELS, model.inputs(tokens), known)
+        forced = model.guided_logits(labels, model.inputs(tokens)).split(list(lengths), dim=1)
+        known = model.transformer(labels, model.inputs(tokens))
+        again = model.guided_logits(labels, model.inputs(tokens), known)
     torch.testing.assert_close(again, torch.cat(forced, 1))
     for scale, part in enumerate(forced):
         strength = 2.5 * scale / 3
@@ -92,13 +94,14 @@ def test_guided_predictions_are_those_of_sampling(tiny_model: Model) -> None:
 
 def test_it_learns_and_is_judged_by_guided_predictions(tiny_model: Model, tiny_folded: Model) -> None:
     tokens = tiny_model.generate_tokens(LABELS, seed=3).clone()
+    labels, kl = tiny_model.family.condition(tiny_model.config, LABELS), tiny_model.alphabet.divergence
     with torch.no_grad():
         inputs = tiny_model.inputs(tokens)
-        found = kl_per_token(tiny_model.guided_logits(LABELS, inputs), tiny_folded.transformer(LABELS, inputs))
-        losses = STAGES["stage2"].objective(tiny_folded, tiny_model, JointStage(), tokens, LABELS)
-        null = torch.full_like(LABELS, tiny_model.transformer.null_class)
+        found = kl(tiny_model.guided_logits(labels, inputs), tiny_folded.transformer(labels, inputs))
+        losses = STAGES["stage2"].objective(tiny_folded, tiny_model, JointStage(), tokens, labels)
+        null = labels.null()
         plain = STAGES["stage2"].objective(tiny_folded, tiny_model, JointStage(), tokens, null)
-        unconditional = kl_per_token(tiny_model.transformer(null, inputs), tiny_folded.transformer(null, inputs))
+        unconditional = kl(tiny_model.transformer(null, inputs), tiny_folded.transformer(null, inputs))
     assert found.mean() > 0
     torch.testing.assert_close(losses["kl"], found.mean())
     assert losses.keys() == {"kl", "gate"}, "states of unguided predictions are nothing to learn from"

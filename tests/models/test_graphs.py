@@ -16,8 +16,9 @@ from actvar_convert.kernels import expert_ffn
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import RECORDINGS_KEPT, RecordedGeneration
-from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.sampling import Noise
+from actvar_convert.models.var.labels import Labels
 
 LABELS = [0, 1, 2, 3, 4, -1]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -35,8 +36,8 @@ def without_values(module: nn.Module) -> None:
 
 def steps(model: Model, device: str) -> None:
     """Every step of a generation of three images."""
-    labels = torch.zeros(3, dtype=torch.int64, device=device)
-    under_way = Generation(model.transformer, model.tokenizer.quantize, labels, Sampling(1.5, top_k=9, top_p=0.9))
+    labels = Labels(torch.zeros(3, dtype=torch.int64, device=device), model.config.classes)
+    under_way = Generation(model, labels, Sampling(1.5, top_k=9, top_p=0.9))
     config = model.config
     for scale, length in enumerate(config.schedule.lengths):
         drawn = under_way.step(scale, torch.empty(3, length, config.vocab, device=device))
@@ -56,17 +57,14 @@ def test_no_step_reads_a_value_back(request: pytest.FixtureRequest, kind: str, m
 def test_no_step_of_a_static_plan_reads_a_value_back(tiny_sparse: Model) -> None:
     blocks = tuple(block.model_copy(update={"routed": (0, 0, 0, 0)}) for block in tiny_sparse.plan.blocks)
     plan = tiny_sparse.plan.model_copy(update={"blocks": blocks})
-    transformer = SparseVARTransformer(tiny_sparse.config, {"static": plan}, "static")
-    model = Model(transformer, tiny_sparse.tokenizer).eval()
+    model = fresh_sparse(tiny_sparse.config, tiny_sparse.tokenizer, {"static": plan}, "static").eval()
     with torch.inference_mode(), FakeTensorMode():
         without_values(model)
         steps(model, "cpu")
 
 
 def test_the_check_sees_a_value_that_is_read(tiny_sparse: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        expert_ffn, "pick_backend", lambda *_: "loop"
-    )  # one product per expert: counts rows on the host
+    monkeypatch.setattr(expert_ffn, "pick_backend", lambda *_: "loop")  # counts rows on the host
     read = pytest.raises((DynamicOutputShapeException, DataDependentOutputException))
     with torch.inference_mode(), FakeTensorMode(), read:
         without_values(tiny_sparse)
@@ -85,9 +83,9 @@ def test_no_graphs_on_a_cpu(tiny_model: Model) -> None:
 
 def test_a_plan_tells_recordings_apart(tiny_sparse: Model) -> None:
     keys = set()
-    for name in tiny_sparse.plans:
+    for name in ("default", "all"):
         tiny_sparse.use_plan(name)
-        keys.add(tiny_sparse._plan_key)
+        keys.add(tiny_sparse.plan_key)
     assert len(keys) == 2
 
 
@@ -153,8 +151,8 @@ def test_nothing_waits_for_the_gpu(request: pytest.FixtureRequest, kind: str) ->
     model: Model = request.getfixturevalue(kind).cuda()
     model.transformer.to(torch.bfloat16)
     steps(model, "cuda")
-    labels = torch.zeros(3, dtype=torch.int64, device="cuda")
-    recorded = RecordedGeneration(model.transformer, model.tokenizer, 3, Sampling())
+    labels = Labels(torch.zeros(3, dtype=torch.int64, device="cuda"), model.config.classes)
+    recorded = RecordedGeneration(model, labels, Sampling())
     recorded.images()
     with no_waiting():
         steps(model, "cuda")

@@ -17,9 +17,10 @@ from actvar_convert.conversion.budget import uniform_plan
 from actvar_convert.files.layout import official_config
 from actvar_convert.files.source import model_shape
 from actvar_convert.kernels import expert_ffn
-from actvar_convert.models.model import GENERATION_BYTES, Model, images_at_once
+from actvar_convert.models.model import GENERATION_BYTES, Model, fresh_sparse, images_at_once
 from actvar_convert.models.sampling import Noise
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.labels import Labels
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.load import load_recipe
@@ -46,7 +47,7 @@ def without_weights(name: str, kind: str) -> Model:
         guidance = {"sparse": "paired", "folded": "folded"}[kind]
         settings = (f"budget.guidance={guidance}", *(D16_PLAN if name == "d16" else ()))
         plan = uniform_plan(config, load_recipe("fashion" if name == "fashion" else f"var_{name}", settings))
-        return Model(SparseVARTransformer(config, {"plan": plan}, "plan"), tokenizer).eval()
+        return fresh_sparse(config, tokenizer, {"plan": plan}, "plan").eval()
 
 
 def without_values(module: nn.Module, dtype: torch.dtype) -> None:
@@ -60,10 +61,10 @@ def without_values(module: nn.Module, dtype: torch.dtype) -> None:
                     table[name] = nn.Parameter(empty, requires_grad=False) if table is each._parameters else empty
 
 
-def drawn(noise: Noise, scale: int, length: int, vocab: int) -> torch.Tensor:
+def drawn(noise: Noise, scale: int, length: int, outcomes: tuple[int, ...]) -> torch.Tensor:
     """The random numbers of a scale, which no generator draws here."""
     if scale == len(noise._kept) or not noise._keep:
-        made = torch.empty(noise._images, length, vocab)
+        made = torch.empty(noise._images, length, *outcomes)
         if not noise._keep:
             return made
         noise._kept.append(made)
@@ -77,7 +78,6 @@ class Enough(Exception):
 def peak_of(model: Model, dtype: torch.dtype, images: int, watch: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that ``generate`` of so many images in one chunk takes at most on a CPU, weights not counted."""
     monkeypatch.setattr(Noise, "exponential", drawn)
-    monkeypatch.setattr(model, "_labels", lambda given: torch.zeros(len(given), dtype=torch.int64))
     pick_backend = expert_ffn.pick_backend
     masked = {"loop": "masked"}  # the loop reads values; masking keeps more in memory than it
     monkeypatch.setattr(expert_ffn, "pick_backend", lambda *given: masked.get(backend := pick_backend(*given), backend))
@@ -92,7 +92,8 @@ def peak_of(model: Model, dtype: torch.dtype, images: int, watch: Any, monkeypat
         without_values(model.transformer, dtype)
         without_values(model.tokenizer, torch.float32)
         with watch, suppress(Enough):
-            model.generate([0] * images, chunk=images, on_images=ready)
+            labels = Labels(torch.zeros(images, dtype=torch.int64), model.config.classes)
+            model.generate(labels, chunk=images, on_images=ready)
     assert made == ([images] if model.images_at_once() >= images else [model.images_at_once()] * 2)
     return int(watch.peak)
 
@@ -132,6 +133,6 @@ def test_an_image_of_one_row_takes_less() -> None:
     for kind, expected in (("sparse", 2), ("folded", 1)):
         model = without_weights("fashion", kind)
         given = model.config, model.tokenizer.config, 4, "cpu"
-        assert model.transformer.rows_per_image == expected
+        assert model.guidance().rows == expected
         model.to_empty(device="cpu")
         assert model.images_at_once() == images_at_once(*given, expected)

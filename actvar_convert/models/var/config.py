@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actvar_convert.models.base import Schedule
+from actvar_convert.models.schedule import Schedule
 
 MAX_TOKENS = 16384
 """Tokens of a pyramid; the largest published one has 2240."""
