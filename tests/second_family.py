@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from actvar_convert.models.alphabet import Bits
-from actvar_convert.models.base import Call, Guidance, Residual, Sampling, Schedule, Slot, Span, last_states
+from actvar_convert.models.base import Call, Entries, Guidance, Residual, Sampling, Schedule, Slot, Span, last_states
 from actvar_convert.models.model import Model
 
 WORDS = 3
@@ -41,37 +41,6 @@ class Shape(BaseModel):
     @property
     def num_scales(self) -> int:
         return len(self.maps)
-
-
-@dataclass(frozen=True)
-class Words:
-    """A condition of several rows: [B, WORDS, C]."""
-
-    values: Tensor
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def rows(self, index: slice | Tensor) -> Self:
-        return replace(self, values=self.values[index])
-
-    def null(self) -> Self:
-        return replace(self, values=torch.zeros_like(self.values))
-
-    def dropped(self, where_B: Tensor) -> Self:
-        return replace(self, values=self.values.masked_fill(where_B.view(-1, 1, 1), 0.0))
-
-    def partly_null(self, every: int) -> Self:
-        return self.dropped(torch.arange(len(self.values)) % every == 0)
-
-    def joined(self, other: Self) -> Self:
-        return replace(self, values=torch.cat((self.values, other.values)))
-
-    def to(self, device: torch.device) -> Self:
-        return replace(self, values=self.values.to(device))
-
-    def copy_(self, other: Self) -> None:
-        self.values.copy_(other.values)
 
 
 class Feed(nn.Module):
@@ -143,7 +112,7 @@ class Writer(nn.Module):
         self.blocks = nn.ModuleList(Layer(shape) for _ in range(shape.depth))
         self.norm, self.head = nn.RMSNorm(shape.width), nn.Linear(shape.width, 2 * shape.bits)
 
-    def prepare(self, condition: Words) -> Tensor:
+    def prepare(self, condition: Entries) -> Tensor:
         return condition.values
 
     def table(self, schedule: Schedule, begin: int, end: int) -> Tensor:
@@ -175,7 +144,7 @@ class Writer(nn.Module):
         out: Tensor = self.head(self.before_head(x, prepared))
         return out.float()
 
-    def forward(self, words: Words, inputs: Tensor) -> Tensor:
+    def forward(self, words: Entries, inputs: Tensor) -> Tensor:
         prepared, schedule = self.prepare(words), self.config.schedule
         x = self.states(prepared, inputs, schedule)
         call = Call(schedule.span(schedule.scales_in(x.shape[1])), self.table(schedule, 0, x.shape[1]))
@@ -225,15 +194,18 @@ class Writing:
     def guidance(self, config: Shape, sampling: Sampling, *, folded: bool) -> Guidance:
         return Guidance((sampling.cfg - 1,) * config.num_scales, 1 if folded else 2)
 
-    def condition(self, config: Shape, given: Words | Sequence[int]) -> Words:
-        return given if isinstance(given, Words) else self._words(config, list(given))
+    def condition(self, config: Shape, given: Entries | Sequence[int]) -> Entries:
+        return given if isinstance(given, Entries) else self._words(config, list(given))
 
-    def balanced(self, config: Shape, count: int) -> Words:
+    def balanced(self, config: Shape, count: int) -> Entries:
         return self._words(config, list(range(count)))
 
-    def _words(self, config: Shape, seeds: list[int]) -> Words:
+    def _words(self, config: Shape, seeds: list[int]) -> Entries:
         made = [torch.randn(WORDS, config.width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return Words(torch.stack(made))
+        return Entries(torch.stack(made), torch.zeros(WORDS, config.width))
+
+    def classes(self, config: Shape) -> None:
+        return None
 
     def image_bytes(self, config: Shape, tokenizer: Shape, itemsize: int, rows: int) -> int:
         return rows * config.schedule.total * config.width * config.depth * 8 * itemsize
@@ -278,5 +250,7 @@ def writing_model(shape: Shape | None = None) -> Model:
     """A small dense model of this family with random weights."""
     shape, family = shape or Shape(), Writing()
     torch.manual_seed(0)
-    model = Model(family, family.backbone(shape), family.tokenizer(shape), Sampling(cfg=2.0))
+    model = Model(family.backbone(shape), family.tokenizer(shape), Sampling(cfg=2.0))
+    for parameter in model.transformer.parameters():
+        parameter.data.mul_(2)  # so that what is left out can be told
     return model.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,6 @@ from torch import Tensor
 from actvar_convert.conversion.clustering import METHODS, Clustering
 from actvar_convert.conversion.least_squares import CHUNK, Moments
 from actvar_convert.models.experts import ExpertFFN
-from actvar_convert.models.var.network import FFN
 from actvar_convert.recipe.schema import ExpertsRecipe
 
 
@@ -28,7 +28,7 @@ class Partition:
     permutation: Tensor
 
 
-def activations(ffn: FFN, x_TC: Tensor) -> Tensor:
+def activations(ffn: Any, x_TC: Tensor) -> Tensor:
     """Hidden activations [T, H] of a dense FFN."""
     hidden = x_TC.new_empty(len(x_TC), ffn.fc1.out_features)
     for x, out in zip(torch.split(x_TC, CHUNK), torch.split(hidden, CHUNK), strict=True):
@@ -36,7 +36,7 @@ def activations(ffn: FFN, x_TC: Tensor) -> Tensor:
     return hidden
 
 
-def neuron_importance(ffn: FFN, hidden_TH: Tensor, root_CC: Tensor | None = None) -> Tensor:
+def neuron_importance(ffn: Any, hidden_TH: Tensor, root_CC: Tensor | None = None) -> Tensor:
     """Root mean square [H] of what each neuron adds to the output: rms activation times norm of its output weights.
 
     With ``root_CC`` the norm is that of R' w: how much the addition matters to the loss (``fisher.OutputMetric``).
@@ -45,7 +45,7 @@ def neuron_importance(ffn: FFN, hidden_TH: Tensor, root_CC: Tensor | None = None
     return size / math.sqrt(len(hidden_TH))
 
 
-def output_norms(ffn: FFN, root_CC: Tensor | None = None) -> Tensor:
+def output_norms(ffn: Any, root_CC: Tensor | None = None) -> Tensor:
     """Norms [H] of the neurons' output weights w, or of R' w; see ``neuron_importance``."""
     w2_CH = ffn.fc2.weight if root_CC is None else root_CC.T @ ffn.fc2.weight.float()
     norms: Tensor = torch.linalg.vector_norm(w2_CH, dim=0)
@@ -53,7 +53,7 @@ def output_norms(ffn: FFN, root_CC: Tensor | None = None) -> Tensor:
 
 
 def partition_neurons(
-    ffn: FFN,
+    ffn: Any,
     x_TC: Tensor,
     recipe: ExpertsRecipe,
     shared: int,
@@ -99,16 +99,16 @@ def _array(x: Tensor) -> npt.NDArray[np.float32]:
     return x.float().cpu().numpy()
 
 
-def install_experts(sparse: ExpertFFN, ffn: FFN, partition: Partition) -> None:
+def install_experts(sparse: ExpertFFN, ffn: Any, partition: Partition) -> None:
     """Gives an expert FFN its own copy of the dense weights, neurons in expert order; it may have no memory yet."""
     order = partition.permutation
     weights = {
         "fc1.weight": ffn.fc1.weight.detach().index_select(0, order),
-        "fc1.bias": ffn.fc1.bias.detach().index_select(0, order),
         "fc2.weight": ffn.fc2.weight.detach().index_select(1, order),
-        "fc2.bias": ffn.fc2.bias.detach().clone(),
         "permutation": order.clone(),
     }
+    if ffn.fc1.bias is not None:
+        weights |= {"fc1.bias": ffn.fc1.bias.detach()[order], "fc2.bias": ffn.fc2.bias.detach().clone()}
     sparse.load_state_dict(weights, strict=False, assign=True)
 
 

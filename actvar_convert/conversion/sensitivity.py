@@ -82,7 +82,7 @@ def expert_damage(
     inputs = torch.cat([record.ffn_input[scale] for scale in scales])
     partition = partition_neurons(ffn, inputs, recipe, shared, seed, metric.root, clustering)
     order = partition.permutation
-    w1, b1 = ffn.fc1.weight[order], ffn.fc1.bias[order]
+    w1, b1 = ffn.fc1.weight[order], None if ffn.fc1.bias is None else ffn.fc1.bias[order]
     w2 = ffn.fc2.weight.T[order].reshape(experts, -1, ffn.fc2.weight.shape[0])
 
     def hidden(x_TC: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -205,11 +205,14 @@ def _inspect_sparse(folder: Path, values: bool) -> Inspection:
     weights, vae_weights = read_sparse_weights(folder)
     transformer, tokenizer, _ = sparse_skeleton(config)
     parameters, dtype = _parameters(weights), common_dtype(weights.values())
-    plans = {name: _active_share(config.transformer, plan) for name, plan in config.plans.items()}
+    plans = {
+        name: _active_share(cast(TransformerConfig, config.transformer), plan) for name, plan in config.plans.items()
+    }
+    said = describe(cast(TransformerConfig, config.transformer), parameters, dtype)
     return Inspection(
         path=str(folder),
         kind="sparse",
-        line=f"Sparse {describe(config.transformer, parameters, dtype)}; {_plans_text(config, plans)}",
+        line=f"Sparse {said}; {_plans_text(config, plans)}",
         config=config.transformer,
         tokenizer=config.tokenizer,
         parameters=parameters,

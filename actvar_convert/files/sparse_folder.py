@@ -6,10 +6,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from actvar_convert._version import __version__
@@ -27,9 +27,10 @@ from actvar_convert.files.tensors import (
 )
 from actvar_convert.files.upgrade import FORMAT_VERSION, upgraded, upgraded_tensors
 from actvar_convert.models.base import Sampling
+from actvar_convert.models.families import FAMILIES
 from actvar_convert.models.model import Model
+from actvar_convert.models.schedule import Config
 from actvar_convert.models.split import plans_of, stored_state
-from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import Plans, SparsityPlan
 from actvar_convert.recipe.yaml_text import read_yaml
 from actvar_convert.system.atomic import (
@@ -96,23 +97,43 @@ class SparseConfig(BaseModel):
 
     format: Literal["actvar-sparse"] = SPARSE_FORMAT
     format_version: int = FORMAT_VERSION
-    family: Literal["var"] = "var"
-    transformer: TransformerConfig
-    tokenizer: TokenizerConfig
+    family: str = "var"
+    transformer: SerializeAsAny[BaseModel]
+    tokenizer: SerializeAsAny[BaseModel]
     sampling: SamplingConfig
     plans: dict[str, SparsityPlan] = Field(min_length=1)
     default_plan: str
     provenance: Provenance = Provenance()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_family(cls, data: Any) -> Any:
+        """Shapes of the kind that the family has."""
+        known = FAMILIES.get(data.get("family", "var")) if isinstance(data, dict) else None
+        if known is None:
+            return data
+        types = {"transformer": known.config_type, "tokenizer": known.tokenizer_config_type}
+        shapes = {key: kind.model_validate(data[key]) for key, kind in types.items() if isinstance(data.get(key), dict)}
+        return {**data, **shapes}
+
+    @field_validator("family")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in FAMILIES:
+            raise ValueError(f"{name!r} is unknown to this version, which has {', '.join(FAMILIES)}")
+        return name
+
     def problems(self) -> list[str]:
         """What contradicts itself: plans that do not fit the model, a default that is no plan, another tokenizer."""
         found = [
-            f"plans.{name}: {line}" for name, plan in self.plans.items() for line in plan.problems(self.transformer)
+            f"plans.{name}: {line}"
+            for name, plan in self.plans.items()
+            for line in plan.problems(cast(Config, self.transformer))
         ]
         if self.default_plan not in self.plans:
             found.append(f"default_plan: {self.default_plan!r} is not among the plans {', '.join(self.plans)}")
         for field in ("vocab", "z_channels", "sides"):
-            ours, theirs = getattr(self.transformer, field), getattr(self.tokenizer, field)
+            ours, theirs = getattr(self.transformer, field, None), getattr(self.tokenizer, field, None)
             if ours != theirs:
                 found.append(f"{field}: transformer {ours}, tokenizer {theirs}")
         return found
@@ -412,6 +433,7 @@ def _config(model: Model, provenance: Provenance | Mapping[str, Any] | None, rec
         given = provenance if isinstance(provenance, Provenance) else Provenance(**provenance)
     sampling = model.sampling
     return SparseConfig(
+        family=model.family.name,
         transformer=model.config,
         tokenizer=model.tokenizer.config,
         sampling=SamplingConfig(cfg=sampling.cfg, top_k=sampling.top_k, top_p=sampling.top_p),

@@ -19,16 +19,16 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16)
 """Number formats in which the fused operation was measured to win on a CPU."""
 
 
-def linear_gelu_reference(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor) -> Tensor:
+def linear_gelu_reference(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
     """gelu(x W^T + b) as it is written, differentiable."""
     return F.gelu(F.linear(x_RC, weight_OC, bias_O), approximate="tanh")
 
 
-def linear_gelu(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor) -> Tensor:
+def linear_gelu(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
     """gelu(x W^T + b), fused where that is possible and no gradient is wanted; [..., O]."""
     if fuses(x_RC, weight_OC):
         return _pointwise(x_RC, weight_OC, bias_O, "gelu", "tanh")
-    if fuses_on_gpu(x_RC, weight_OC):
+    if bias_O is not None and fuses_on_gpu(x_RC, weight_OC):
         return _epilogue(x_RC, weight_OC, bias_O)
     return linear_gelu_reference(x_RC, weight_OC, bias_O)
 

@@ -122,6 +122,44 @@ class Condition(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Entries:
+    """The ``Condition`` of a family whose entries are alike: one tensor.
+
+    Attributes:
+        values: [B, ...], an entry an image.
+        nothing: [...], the entry that says nothing.
+    """
+
+    values: Tensor
+    nothing: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def rows(self, index: slice | Tensor) -> Self:
+        return replace(self, values=self.values[index])
+
+    def null(self) -> Self:
+        return replace(self, values=self.nothing.to(self.values.device).expand_as(self.values).clone())
+
+    def dropped(self, where_B: Tensor) -> Self:
+        where = where_B.to(self.values.device).view(-1, *(1,) * self.nothing.ndim)
+        return replace(self, values=torch.where(where, self.null().values, self.values))
+
+    def partly_null(self, every: int) -> Self:
+        return self.dropped(torch.arange(len(self)) % every == 0)
+
+    def joined(self, other: Self) -> Self:
+        return replace(self, values=torch.cat((self.values, other.values)))
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, values=self.values.to(device))
+
+    def copy_(self, other: Self) -> None:
+        self.values.copy_(other.values)
+
+
 class Block(Protocol):
     """One transformer block. Its ``ffn`` is what the method splits into experts: ``ffn(x, span)``, with linear layers
     ``fc1`` and ``fc2`` around a tanh-GELU, biases or none. A block computes whatever tokens it gets: a token's output

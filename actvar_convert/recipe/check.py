@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from actvar_convert.errors import RecipeError
-from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.schedule import Config
 from actvar_convert.recipe.schema import Recipe, StageRecipe
 
 
-def problems_for(recipe: Recipe, config: TransformerConfig | None = None) -> list[str]:
+def problems_for(recipe: Recipe, config: Config | None = None) -> list[str]:
     """Everything that keeps a recipe from being carried out, each with its dotted path; empty when nothing does.
 
     Args:
@@ -22,7 +22,7 @@ def problems_for(recipe: Recipe, config: TransformerConfig | None = None) -> lis
     return found
 
 
-def check_recipe(recipe: Recipe, config: TransformerConfig | None = None) -> None:
+def check_recipe(recipe: Recipe, config: Config | None = None) -> None:
     """Raises RecipeError with all problems of ``problems_for`` at once."""
     problems = problems_for(recipe, config)
     if problems:
@@ -88,7 +88,7 @@ def _beside_plans(recipe: Recipe) -> Iterator[str]:
             yield f"{section}.{name}: given {given}, but the plans say {listed}, and they decide; leave it out"
 
 
-def _misfits(recipe: Recipe, config: TransformerConfig) -> Iterator[str]:
+def _misfits(recipe: Recipe, config: Config) -> Iterator[str]:
     scales, experts, budget = config.schedule.num_scales, recipe.experts, recipe.budget
     if config.hidden % experts.count:
         divisors = [n for n in range(1, config.hidden + 1) if config.hidden % n == 0]

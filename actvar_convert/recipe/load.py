@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from actvar_convert.errors import InputError, RecipeError
-from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.schedule import Config
 from actvar_convert.recipe.check import problems_for
 from actvar_convert.recipe.fields import allowed, find, nearest
 from actvar_convert.recipe.removed import drop_removed, replacement
@@ -22,7 +22,7 @@ from actvar_convert.recipe.shipped import shipped_recipes
 from actvar_convert.recipe.yaml_text import read_yaml, write_yaml
 
 RecipeSource = str | os.PathLike[str] | Recipe
-ConfigSource = TransformerConfig | Callable[[Recipe], TransformerConfig]
+ConfigSource = Config | Callable[[Recipe], Config]
 Place = tuple[str | int, ...]
 
 
@@ -204,7 +204,7 @@ def _take_out(data: dict[str, Any], place: Place) -> Place:
 
 
 def _misfits(recipe: Recipe, config: ConfigSource | None) -> list[str]:
-    if config is None or isinstance(config, TransformerConfig):
+    if config is None or not callable(config):
         return problems_for(recipe, config)
     try:
         return problems_for(recipe, config(recipe))

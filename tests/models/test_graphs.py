@@ -36,7 +36,7 @@ def without_values(module: nn.Module) -> None:
 
 def steps(model: Model, device: str) -> None:
     """Every step of a generation of three images."""
-    labels = Labels(torch.zeros(3, dtype=torch.int64, device=device), model.config.classes)
+    labels = Labels.of(torch.zeros(3, dtype=torch.int64, device=device), model.config.classes)
     under_way = Generation(model, labels, Sampling(1.5, top_k=9, top_p=0.9))
     config = model.config
     for scale, length in enumerate(config.schedule.lengths):
@@ -151,7 +151,7 @@ def test_nothing_waits_for_the_gpu(request: pytest.FixtureRequest, kind: str) ->
     model: Model = request.getfixturevalue(kind).cuda()
     model.transformer.to(torch.bfloat16)
     steps(model, "cuda")
-    labels = Labels(torch.zeros(3, dtype=torch.int64, device="cuda"), model.config.classes)
+    labels = Labels.of(torch.zeros(3, dtype=torch.int64, device="cuda"), model.config.classes)
     recorded = RecordedGeneration(model, labels, Sampling())
     recorded.images()
     with no_waiting():

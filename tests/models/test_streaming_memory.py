@@ -92,7 +92,7 @@ def peak_of(model: Model, dtype: torch.dtype, images: int, watch: Any, monkeypat
         without_values(model.transformer, dtype)
         without_values(model.tokenizer, torch.float32)
         with watch, suppress(Enough):
-            labels = Labels(torch.zeros(images, dtype=torch.int64), model.config.classes)
+            labels = Labels.of(torch.zeros(images, dtype=torch.int64), model.config.classes)
             model.generate(labels, chunk=images, on_images=ready)
     assert made == ([images] if model.images_at_once() >= images else [model.images_at_once()] * 2)
     return int(watch.peak)

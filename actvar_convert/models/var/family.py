@@ -56,10 +56,10 @@ class VARFamily:
         labels = torch.where(labels == -1, none, labels)
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > none):
             raise InputError(f"labels must be within 0 to {none - 1}, or -1 for no class")
-        return Labels(labels, none)
+        return Labels.of(labels, none)
 
     def balanced(self, config: TransformerConfig, count: int) -> Labels:
-        return Labels(balanced_labels(count, config.classes), config.classes)
+        return Labels.of(balanced_labels(count, config.classes), config.classes)
 
     def classes(self, config: TransformerConfig) -> int | None:
         return config.classes

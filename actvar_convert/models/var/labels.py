@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from actvar_convert.models.base import Entries
+
 
 @dataclass(frozen=True)
-class Labels:
-    """Class indices.
+class Labels(Entries):
+    """Class indices [B] int64; ``nothing``, the index that stands for no class, is the number of classes."""
 
-    Attributes:
-        index: [B] int64.
-        no_class: the index that stands for no class.
-    """
-
-    index: Tensor
-    no_class: int
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def rows(self, index: slice | Tensor) -> Self:
-        return replace(self, index=self.index[index])
-
-    def null(self) -> Self:
-        return replace(self, index=torch.full_like(self.index, self.no_class))
-
-    def dropped(self, where_B: Tensor) -> Self:
-        return replace(self, index=self.index.masked_fill(where_B.to(self.index.device), self.no_class))
+    @classmethod
+    def of(cls, index_B: Tensor, classes: int) -> Labels:
+        """The labels of a model of so many classes."""
+        return cls(index_B, torch.tensor(classes))
 
     def partly_null(self, every: int) -> Self:
         """Of labels that go round a multiple of ``every`` classes, others in every round."""
-        place = torch.arange(len(self.index), device=self.index.device)
-        if self.no_class % every == 0:
-            place += place // self.no_class
+        place, classes = torch.arange(len(self)), int(self.nothing)
+        if classes % every == 0:
+            place += place // classes
         return self.dropped(place % every == 0)
-
-    def joined(self, other: Self) -> Self:
-        return replace(self, index=torch.cat((self.index, other.index)))
-
-    def to(self, device: torch.device) -> Self:
-        return replace(self, index=self.index.to(device))
-
-    def copy_(self, other: Self) -> None:
-        self.index.copy_(other.index)

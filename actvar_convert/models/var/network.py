@@ -239,7 +239,7 @@ class VARTransformer(nn.Module):
 
     def prepare(self, condition: Labels) -> Prepared:
         """Class embeddings, the shared projection if there is one, and the modulation before the head."""
-        embedded = self.class_emb(condition.index)
+        embedded = self.class_emb(condition.values)
         shared = None
         if self.config.shared_adaln:
             shared = self.shared_ada_lin(embedded).view(-1, 6, self.config.width)
@@ -296,7 +296,7 @@ class VARTransformer(nn.Module):
             logits [B, L, V], fp32.
         """
         if isinstance(labels, Tensor):
-            labels = Labels(labels, self.null_class)
+            labels = Labels.of(labels, self.null_class)
         prepared, schedule = self.prepare(labels), self.config.schedule
         x = self.states(prepared, inputs_BLz, schedule)
         call = Call(schedule.span(schedule.scales_in(x.shape[1])))
