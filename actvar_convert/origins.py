@@ -8,7 +8,6 @@ from pathlib import Path
 
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_config, bundled_names
-from actvar_convert.files.layout import Overrides
 from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.source import load_any
 from actvar_convert.files.sparse_folder import (
@@ -52,9 +51,7 @@ def recorded_teacher(model: VARModel, *, device: str | None = None, dtype: Dtype
         teacher = load_any(
             source,
             _recorded_vae(recorded),
-            heads=recorded.heads,
-            sides=recorded.sides,
-            residual_ratio=recorded.residual_ratio,
+            shape=recorded.shape,
             revision=recorded.revision,
         ).eval()
     except CheckpointError:
@@ -136,8 +133,8 @@ def refuse_other_state(out: Path, fingerprint: str) -> None:
 def run_fingerprint(teacher: VARModel, recipe: Recipe) -> str:
     """Identifies what a conversion and its distillation depend on: the teacher, its sampling, and the recipe's settings
     of the method."""
-    method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "samples", "checks", "description", "device"})
-    given = "".join(f"/{name}={text}" for name, text in Overrides.from_origin(teacher.origin).as_origin().items())
+    method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "checks", "description", "device"})
+    given = f"/{teacher.origin['shape']}" if "shape" in teacher.origin else ""
     weights = state_fingerprint(
         teacher,
         tokenizer=teacher.tokenizer.config.model_dump(mode="json"),

@@ -87,7 +87,7 @@ def validate_recipe(
     shapes: list[tuple[TransformerConfig, TokenizerConfig, str]] = []
 
     def config_of(chosen: Recipe) -> TransformerConfig:
-        shape = model_shape(chosen.model, chosen.vae, **chosen.shape)
+        shape = model_shape(chosen.model, chosen.vae, shape=chosen.shape)
         if shape.plans:
             raise InputError(f"{chosen.model} is no dense VAR: {shape.line}")
         if shape.tokenizer is None:

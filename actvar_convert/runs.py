@@ -107,7 +107,7 @@ def run(
         place = Path(out) if out is not None else Path("runs") / recipe.name
         begun = any((each / "config.json").exists() for each in (place, work_folder(place) / "converted"))
         due = None if begun else recipe  # what is converted already needs no memory for it
-        made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, **recipe.shape)
+        made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, shape=recipe.shape)
         teachers.append(made)
         return teachers[-1].transformer.config
 
@@ -290,7 +290,7 @@ def _measure(
         plan=model.plan,
         base_model=recipe.model,
         repository=REPOSITORY if recipe.model in official_names() else None,
-        provenance={key: str(value) for key, value in origin.model_dump(exclude_none=True).items()},
+        provenance={key: getattr(value, "text", str(value)) for key, value in origin if value is not None},
     )
     update_file(folder, "README.md", card.encode())
     shutil.rmtree(work, ignore_errors=True)

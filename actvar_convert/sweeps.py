@@ -44,8 +44,7 @@ REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 REPORT, TABLE, PICTURE = "sweep.json", "sweep.csv", "sweep.png"
 
 _UNUSED: dict[str, Any] = {
-    **dict.fromkeys(("name", "description", "model", "vae", "device"), True),
-    **dict.fromkeys(("heads", "sides", "residual_ratio"), True),
+    **dict.fromkeys(("name", "description", "model", "vae", "shape", "device"), True),
     **dict.fromkeys(("plans", "default_plan", "distill", "benchmark", "checks"), True),
     "budget": {"reduction", "plans", "guidance"},
     "data": {"pyramids", "null_share", "batch"},

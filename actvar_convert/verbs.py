@@ -25,7 +25,7 @@ from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_folder, bundled_names
 from actvar_convert.files.export import Exported, export_reference
 from actvar_convert.files.inspection import Inspection, inspect_file
-from actvar_convert.files.layout import Overrides, official_names
+from actvar_convert.files.layout import official_names
 from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
 from actvar_convert.files.sparse_folder import Provenance, read_provenance, refuse_foreign, save_sparse
@@ -54,6 +54,7 @@ from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.recipe.shape import ShapeLike, shape_of
 from actvar_convert.show.pictures import picture
 from actvar_convert.stores import calibration_store, distillation_store, require_images
 from actvar_convert.system.atomic import write_whole
@@ -68,9 +69,7 @@ def load(
     source: str | Path,
     *,
     vae: str | Path | None = None,
-    heads: int | None = None,
-    sides: Sequence[int] | None = None,
-    residual_ratio: float | None = None,
+    shape: ShapeLike = None,
     device: str | None = None,
     dtype: DtypeLike | None = None,
     decoder_dtype: DtypeLike | None = None,
@@ -83,8 +82,8 @@ def load(
         source: a bundled name (``fashion``), an official name (``var-d16``), or a file or folder,
             dense or sparse.
         vae: tokenizer file, where the source does not bring its own.
-        heads, sides, residual_ratio: of dense files that do not tell: attention heads, the side of every scale, and the
-            share of the phi convolutions in the tokenizer. Kept in ``origin``, and in what is made from the model.
+        shape: of dense files what they do not tell, a ``Shape`` or a mapping: ``heads``, ``sides`` (of every scale),
+            ``residual_ratio`` (share of the phi convolutions in the tokenizer). Kept in what is made from the model.
         device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
         dtype: fp32, bf16 or fp16 (or torch's own), of the transformer; fp32 by default. The tokenizer is in fp32.
         decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
@@ -97,25 +96,24 @@ def load(
     """
     target = pick_device(device)
     limit_threads()
-    shape = Overrides(heads, residual_ratio, sides)
     if recipe is not None:
         _require_memory_by_shape(source, vae, shape, recipe, target)
     decoder = pick_dtype(decoder_dtype, target)
-    model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target), **shape._asdict())
+    model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target), shape=shape)
     if decoder != torch.float32:
         model = cast(model, model.dtype, decoder=decoder)
     return model.to(device=target).eval()
 
 
 def _require_memory_by_shape(
-    source: str | Path, vae: str | Path | None, overrides: Overrides, recipe: RecipeLike, device: torch.device
+    source: str | Path, vae: str | Path | None, known: ShapeLike, recipe: RecipeLike, device: torch.device
 ) -> None:
     """Raises InputError where a model that is not loaded yet could not be converted for want of memory.
 
     What else is wrong with source or recipe is left to those that read them, and say all of it.
     """
     try:
-        shape = model_shape(source, vae, **overrides._asdict())
+        shape = model_shape(source, vae, shape=known)
         chosen = load_recipe(recipe, config=shape.transformer)
         if shape.tokenizer is None or shape.plans:
             return
@@ -448,9 +446,7 @@ def report_flops(
     model: VARModel | str | Path,
     *,
     vae: str | Path | None = None,
-    heads: int | None = None,
-    sides: Sequence[int] | None = None,
-    residual_ratio: float | None = None,
+    shape: ShapeLike = None,
     guidance: bool = True,
 ) -> FlopsReport:
     """FLOPs per image, dense and sparse. Of what is not loaded yet no weights are read.
@@ -458,12 +454,12 @@ def report_flops(
     Args:
         model: a model, or what ``load`` takes; an official name needs neither weights nor network. Without a tokenizer
             the decoder is left out.
-        vae, heads, sides, residual_ratio: see ``load``.
+        vae, shape: see ``load``.
         guidance: with classifier-free guidance.
     """
     if not isinstance(model, VARModel):
-        shape = model_shape(model, vae, heads=heads, sides=sides, residual_ratio=residual_ratio)
-        return count_flops(shape.transformer, shape.tokenizer, shape.plans, shape.default_plan, guidance=guidance)
+        found = model_shape(model, vae, shape=shape)
+        return count_flops(found.transformer, found.tokenizer, found.plans, found.default_plan, guidance=guidance)
     plans: Mapping[str, SparsityPlan] | None = None
     default = None
     if isinstance(model, SparseVARModel):
@@ -475,9 +471,7 @@ def inspect(
     path: str | Path,
     *,
     vae: str | Path | None = None,
-    heads: int | None = None,
-    sides: Sequence[int] | None = None,
-    residual_ratio: float | None = None,
+    shape: ShapeLike = None,
     values: bool = False,
 ) -> Inspection:
     """What is in a file or folder, without loading it; see ``Inspection``.
@@ -485,17 +479,17 @@ def inspect(
     Args:
         path: file or folder, a bundled name, or an official one: of that the published shape, no file is read.
         vae: tokenizer file, to check that it fits.
-        heads, sides, residual_ratio: see ``load``.
+        shape: see ``load``.
         values: also read every value and count those that are NaN or infinite.
     """
     name = path if isinstance(path, str) else ""
-    refuse_unneeded(path, vae, Overrides(heads, residual_ratio, sides))
+    refuse_unneeded(path, vae, shape_of(shape))
     if name in official_names():
         if values or vae is not None:
             raise InputError(f"{name} is a name, and no file of it is read here; give the file that is to be looked at")
         return published_inspection(name)
     source = bundled_folder(name) if name in bundled_names() else path
-    return inspect_file(source, vae, values=values, heads=heads, sides=sides, residual_ratio=residual_ratio)
+    return inspect_file(source, vae, values=values, shape=shape)
 
 
 def sample(

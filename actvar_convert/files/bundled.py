@@ -21,7 +21,6 @@ from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.dense import build_dense, read_dense
-from actvar_convert.files.layout import Overrides
 from actvar_convert.files.skeleton import compare
 from actvar_convert.files.tensors import read_json, read_tensors, weight_file, write_weights
 from actvar_convert.models.classifier import FashionClassifier
@@ -29,6 +28,7 @@ from actvar_convert.models.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.model import Sampling, VARModel
 from actvar_convert.models.var import VARTransformer
 from actvar_convert.models.vqvae import VQVAE
+from actvar_convert.recipe.shape import Shape
 from actvar_convert.system.atomic import replacing_files
 
 BUNDLE_SHARD_BYTES = 15_900_000
@@ -80,7 +80,7 @@ def load_bundled(bundle: str | Path) -> VARModel:
     """
     folder, config = bundled_folder(bundle), bundled_config(bundle)
     transformer, tokenizer = TransformerConfig(**config["transformer"]), TokenizerConfig(**config["tokenizer"])
-    known = Overrides(transformer.heads, tokenizer.residual_ratio, transformer.sides)
+    known = Shape(heads=transformer.heads, sides=transformer.sides, residual_ratio=tokenizer.residual_ratio)
     dense = read_dense(folder, None)._replace(hints={"norm_eps": transformer.norm_eps})
     model = build_dense(dense, known, sampling=Sampling(**config["sampling"]))
     if (model.transformer.config, model.tokenizer.config) != (transformer, tokenizer):
