@@ -95,7 +95,7 @@ def test_pyramid_comes_from_levels_then_from_the_caller() -> None:
     state = _state()
     assert infer_transformer(state, Shape()).sides == (1, 2, 4)
     levels = state.pop("lvl_1L")
-    with pytest.raises(CheckpointError, match="patch_nums"):
+    with pytest.raises(CheckpointError, match="sides=1-2-3"):
         infer_transformer(state, Shape())
     assert infer_transformer(state, Shape(sides=(1, 2, 4))).sides == (1, 2, 4)
     for name in ("patch_nums", "sides"):
@@ -119,7 +119,7 @@ def test_heads_come_from_the_scale_then_from_the_caller_then_from_the_width() ->
     with pytest.raises(CheckpointError, match="heads 5 does not divide"):
         infer_transformer(plain, Shape(heads=5))
     narrow = _state(l2_attention=False, width=96)
-    with pytest.raises(CheckpointError, match="num_heads"):
+    with pytest.raises(CheckpointError, match="--shape heads=N"):
         infer_transformer(narrow, Shape())
 
 

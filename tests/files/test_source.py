@@ -212,10 +212,8 @@ def test_what_was_given_for_a_file_is_kept_with_it(
         load_any(*official_pair)
     given = {"heads": 2, "sides": [1, 2, 3, 4], "residual_ratio": 0.25}
     model = load_any(*official_pair, shape=given)
-    assert (
-        model.origin["shape"] == "heads=2,sides=1-2-3-4,residual_ratio=0.25"
-        and model.tokenizer.config.residual_ratio == 0.25
-    )
+    assert model.origin["shape"] == "heads=2,sides=1-2-3-4,residual_ratio=0.25"
+    assert model.tokenizer.config.residual_ratio == 0.25
     recorded = provenance_of(model.origin)
     assert recorded.shape == Shape(heads=2, sides=(1, 2, 3, 4), residual_ratio=0.25)
     sparse.tokenizer = model.tokenizer
