@@ -74,7 +74,7 @@ def recorded_teacher(model: VARModel, *, device: str | None = None, dtype: Dtype
 
 
 def _recorded_vae(recorded: Provenance) -> str | None:
-    """The tokenizer's file to load a recorded source with; None where the source brings its own.
+    """The tokenizer's file to load a recorded source with; None if the source brings its own.
 
     With a published name that is the file that was given beside it, if it is still there, else the published one.
     """
@@ -84,7 +84,7 @@ def _recorded_vae(recorded: Provenance) -> str | None:
 
 
 def class_names(model: VARModel) -> list[str]:
-    """Names of the classes: those of the bundled model where it is the source, numbers elsewhere; null last."""
+    """Names of the classes: those of the bundled model if it is the source, numbers elsewhere; null last."""
     classes = model.transformer.config.classes
     name = model.origin.get("name")
     if name is None and model.is_sparse and "path" in model.origin:
@@ -106,7 +106,7 @@ def work_folder(out: Path) -> Path:
 
 
 def refuse_distilled(folder: Path) -> None:
-    """Raises InputError where a folder that nobody named holds a model that was trained, or one that cannot be read."""
+    """Raises InputError if a folder that nobody named holds a model that was trained, or one that cannot be read."""
     if not is_sparse_folder(folder):
         return
     try:

@@ -157,7 +157,7 @@ def _not_at_hand(recipe: Recipe, classes: int) -> list[str]:
 
 
 def _device_here(name: str | None) -> torch.device:
-    """The device of a recipe, or what it would run on here where this machine has none of that kind."""
+    """The device of a recipe, or what it would run on here if this machine has none of that kind."""
     try:
         return pick_device(name)
     except InputError:

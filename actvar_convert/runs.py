@@ -87,8 +87,8 @@ def run(
 
     Args:
         recipe: name, file or Recipe.
-        out: the folder to make; ``runs/NAME`` by default, where a distilled model of another run is not replaced. One
-            that holds the same run already is measured again only where a report is missing or was made with other
+        out: the folder to make; ``runs/NAME`` by default, in which a distilled model of another run is not replaced.
+            One that holds the same run already is measured again only if a report is missing or was made with other
             settings.
         overrides: settings as ``a.b=value``.
         progress: told about every long step.
@@ -136,7 +136,7 @@ def run(
 
 
 def _extractor(recipe: Recipe, teacher: VARModel, progress: Progress) -> FeatureExtractor | None:
-    """What judges the images; None, which is said, where the recipe names none and no bundled classifier knows them.
+    """What judges the images; None, which is said, if the recipe names none and no bundled classifier knows them.
 
     Raises:
         InputError: what the recipe names cannot judge, or one of its checks needs a judge.
@@ -204,7 +204,7 @@ def _make(
 
 
 def _stored(path: Path, kind: type[Report]) -> Report | None:
-    """A report of this run that an earlier call left; None where it is missing or was edited into something else."""
+    """A report of this run that an earlier call left; None if it is missing or was edited into something else."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (OSError, ValueError):

@@ -89,8 +89,8 @@ def sweep(
     extractor = verbs.extractor_for(model, chosen.evaluate.reference) if images else None
     dense_print = model_fingerprint(model)
     method = chosen.model_dump_json(exclude=_UNUSED)
-    drawn = (tuple(model.sampling),)
-    fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{drawn}".encode()).hexdigest()
+    sampling = tuple(model.sampling)
+    fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{sampling}".encode()).hexdigest()
     folder = None if out is None else Path(out)
     points = {} if folder is None else _stored(folder, fingerprint)
 

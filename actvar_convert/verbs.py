@@ -81,10 +81,10 @@ def load(
     Args:
         source: a bundled name (``fashion``), an official name (``var-d16``), or a file or folder,
             dense or sparse.
-        vae: tokenizer file, where the source does not bring its own.
+        vae: tokenizer file, if the source does not bring its own.
         shape: of dense files what they do not tell, a ``Shape`` or a mapping: ``heads``, ``sides`` (of every scale),
             ``residual_ratio`` (share of the phi convolutions in the tokenizer). Kept in what is made from the model.
-        device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
+        device: cpu, cuda, cuda:N or mps; by default the GPU if there is one.
         dtype: fp32, bf16 or fp16 (or torch's own), of the transformer; fp32 by default. The tokenizer is in fp32.
         decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
             so. For generating: what is converted or saved from such a model keeps the rounded decoder.
@@ -108,7 +108,7 @@ def load(
 def _require_memory_by_shape(
     source: str | Path, vae: str | Path | None, known: ShapeLike, recipe: RecipeLike, device: torch.device
 ) -> None:
-    """Raises InputError where a model that is not loaded yet could not be converted for want of memory.
+    """Raises InputError if a model that is not loaded yet could not be converted for want of memory.
 
     What else is wrong with source or recipe is left to those that read them, and say all of it.
     """
@@ -238,7 +238,7 @@ def distill(
 ) -> SparseVARModel:
     """Two-stage distillation of a converted model, in place; goes on where an interrupted call stopped.
 
-    Where ``out`` holds the result of the same call already, the model takes its weights from there.
+    If ``out`` holds the result of the same call already, the model takes its weights from there.
 
     Processes that a launcher started together share every batch, and end with the same model.
 
@@ -378,7 +378,7 @@ def evaluate(
     settings = settings or Evaluation()
     images = settings.images
     if not images and reference is not None:
-        raise InputError("reference: no image is compared with it where images is 0; leave one of the two out")
+        raise InputError("reference: no image is compared with it if images is 0; leave one of the two out")
     teacher = recorded_teacher(model) if teacher is None else teacher
     if teacher.is_sparse:
         raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")
@@ -402,7 +402,7 @@ def evaluate(
 
 
 def extractor_for(model: VARModel, reference: str | Path | None = None) -> FeatureExtractor:
-    """What judges a model's images: Inception where real images are named, else a bundled classifier that knows them.
+    """What judges a model's images: Inception if real images are named, else a bundled classifier that knows them.
 
     Raises:
         InputError: Inception is not installed, or no bundled classifier knows such images.

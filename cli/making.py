@@ -69,7 +69,7 @@ class Asked(NamedTuple):
 
 
 def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseFlags) -> Asked:
-    """What a recipe asks for; where it is wrong the flags alone, and that it is wrong is said with all else later.
+    """What a recipe asks for; if it is wrong the flags alone, and that it is wrong is said with all else later.
 
     Args:
         source, settings: see ``load_recipe``; the flags are among the settings.
@@ -105,7 +105,7 @@ def require_converted(folder: Path) -> None:
     try:
         kind = av.inspect(str(folder)).kind
     except ActvarError:
-        return  # what is wrong with it is said where it is loaded
+        return  # what is wrong with it is said when it is loaded
     if kind != "sparse":
         raise InputError(
             f"{folder} is not the folder of a sparse model; a dense model is to be converted first: "
@@ -131,7 +131,7 @@ def convert(
     """Calibrate, cluster, attach routers and gates to a dense model; the result generates at once.
 
     Without --recipe it is the shipped one with the model's name, or the defaults. A distilled model is replaced only
-    where --out names its folder.
+    if --out names its folder.
     """
     flags = opt.dense_flags(vae, shape)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags), model_setting(model, override)]
@@ -169,7 +169,7 @@ def distill(
     """Train a sparse model in two stages to follow its dense teacher; the same line again resumes.
 
     The teacher is the source that the folder records, or --teacher. A model that is distilled already is trained on and
-    replaced only where --out names its folder. Of --recipe is used what a training can follow: what the conversion has
+    replaced only if --out names its folder. Of --recipe is used what a training can follow: what the conversion has
     settled (experts, gate, plans, ...) stays as the folder's own recipe says.
     """
     flags = opt.dense_flags(vae, shape)
@@ -213,7 +213,7 @@ def run(
 ) -> None:
     """Do all that a recipe says: convert, distill, report, sample, check. The same line again resumes.
 
-    A distilled model of another run is replaced only where --out names its folder.
+    A distilled model of another run is replaced only if --out names its folder.
 
     Ends with exit code 3 when one of the recipe's checks does not hold.
     """

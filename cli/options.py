@@ -40,7 +40,7 @@ Model = Annotated[
     ),
 ]
 Vae = Annotated[
-    Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file, where the model does not bring its own.")
+    Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file, if the model does not bring its own.")
 ]
 ShapeText = Annotated[
     str | None,
@@ -59,7 +59,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Override a setting of the recipe; may be given several times."),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the GPU where there is one.")
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the GPU if there is one.")
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; of a recipe fp32 or bf16.")]
 DecoderDtype = Annotated[

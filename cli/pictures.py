@@ -17,7 +17,7 @@ app = typer.Typer()
 
 
 class Noise(StrEnum):
-    """Which generator draws."""
+    """Which generator samples."""
 
     device = "device"
     cpu = "cpu"
@@ -47,7 +47,7 @@ def sample(
     ] = False,
     noise: Annotated[
         Noise,
-        typer.Option("--noise", help="Draw on the model's device, or as a CPU does: equal images on every machine."),
+        typer.Option("--noise", help="Sample on the model's device, or as a CPU does: equal images on every machine."),
     ] = Noise.device,
     plan: opt.Plan = None,
     vae: opt.Vae = None,

@@ -188,10 +188,10 @@ class Recipe(Section):
     )
     description: str = Field("", description="what the recipe is for, in one line")
     model: str = Field(min_length=1, description="dense model: a bundled name, an official name, or a path")
-    vae: str | None = Field(None, description="tokenizer file, where the model's file does not bring its own")
+    vae: str | None = Field(None, description="tokenizer file, if the model's file does not bring its own")
     shape: Shape = Field(Shape(), description="what the model's files do not tell of its shape")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of calibration, clustering and distillation")
-    device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU where there is one")
+    device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU if there is one")
     dtype: Dtype = Field(
         "fp32",
         description="dtype in which the teacher samples, gradients are measured, forward passes of the distillation "
