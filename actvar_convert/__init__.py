@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from actvar_convert.measure.evaluation import Evaluation
     from actvar_convert.measure.latency import Timing
     from actvar_convert.preflight import ValidationResult, validate_recipe
+    from actvar_convert.recipe.shape import Shape
     from actvar_convert.runs import RunResult, run
     from actvar_convert.sweeps import sweep
     from actvar_convert.verbs import (
@@ -41,6 +42,7 @@ _VERBS = {
     "Evaluation": "actvar_convert.measure.evaluation",
     "RunResult": "actvar_convert.runs",
     "run": "actvar_convert.runs",
+    "Shape": "actvar_convert.recipe.shape",
     "SweepReport": "actvar_convert.measure.cuts",
     "sweep": "actvar_convert.sweeps",
     "Timing": "actvar_convert.measure.latency",
@@ -51,6 +53,7 @@ _VERBS = {
 __all__ = [
     "Evaluation",
     "RunResult",
+    "Shape",
     "SweepReport",
     "Timing",
     "ValidationResult",

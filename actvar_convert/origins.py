@@ -8,7 +8,6 @@ from pathlib import Path
 
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_config, bundled_names
-from actvar_convert.files.layout import Overrides
 from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.source import load_any
 from actvar_convert.files.sparse_folder import (
@@ -51,9 +50,7 @@ def recorded_teacher(model: Model, *, device: str | None = None, dtype: DtypeLik
         teacher = load_any(
             source,
             _recorded_vae(recorded),
-            heads=recorded.heads,
-            sides=recorded.sides,
-            residual_ratio=recorded.residual_ratio,
+            shape=recorded.shape,
             revision=recorded.revision,
         ).eval()
     except CheckpointError:
@@ -76,7 +73,7 @@ def recorded_teacher(model: Model, *, device: str | None = None, dtype: DtypeLik
 
 
 def _recorded_vae(recorded: Provenance) -> str | None:
-    """The tokenizer's file to load a recorded source with; None where the source brings its own.
+    """The tokenizer's file to load a recorded source with; None if the source brings its own.
 
     With a published name that is the file that was given beside it, if it is still there, else the published one.
     """
@@ -86,7 +83,7 @@ def _recorded_vae(recorded: Provenance) -> str | None:
 
 
 def class_names(model: Model) -> list[str]:
-    """Names of the classes: those of the bundled model where it is the source, numbers elsewhere; null last."""
+    """Names of the classes: those of the bundled model if it is the source, numbers elsewhere; null last."""
     classes = model.family.classes(model.config) or 0
     name = model.origin.get("name")
     if name is None and model.is_sparse and "path" in model.origin:
@@ -108,7 +105,7 @@ def work_folder(out: Path) -> Path:
 
 
 def refuse_distilled(folder: Path) -> None:
-    """Raises InputError where a folder that nobody named holds a model that was trained, or one that cannot be read."""
+    """Raises InputError if a folder that nobody named holds a model that was trained, or one that cannot be read."""
     if not is_sparse_folder(folder):
         return
     try:
@@ -135,8 +132,8 @@ def refuse_other_state(out: Path, fingerprint: str) -> None:
 def run_fingerprint(teacher: Model, recipe: Recipe) -> str:
     """Identifies what a conversion and its distillation depend on: the teacher, its sampling, and the recipe's settings
     of the method."""
-    method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "samples", "checks", "description", "device"})
-    given = "".join(f"/{name}={text}" for name, text in Overrides.from_origin(teacher.origin).as_origin().items())
+    method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "checks", "description", "device"})
+    given = f"/{teacher.origin['shape']}" if "shape" in teacher.origin else ""
     weights = state_fingerprint(
         teacher,
         tokenizer=teacher.tokenizer.config.model_dump(mode="json"),

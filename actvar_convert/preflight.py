@@ -88,7 +88,7 @@ def validate_recipe(
     shapes: list[tuple[TransformerConfig, TokenizerConfig, str]] = []
 
     def config_of(chosen: Recipe) -> TransformerConfig:
-        shape = model_shape(chosen.model, chosen.vae, **chosen.shape)
+        shape = model_shape(chosen.model, chosen.vae, shape=chosen.shape)
         if shape.plans:
             raise InputError(f"{chosen.model} is no dense VAR: {shape.line}")
         if shape.tokenizer is None:
@@ -158,7 +158,7 @@ def _not_at_hand(recipe: Recipe, classes: int | None) -> list[str]:
 
 
 def _device_here(name: str | None) -> torch.device:
-    """The device of a recipe, or what it would run on here where this machine has none of that kind."""
+    """The device of a recipe, or what it would run on here if this machine has none of that kind."""
     try:
         return pick_device(name)
     except InputError:

@@ -87,8 +87,8 @@ def run(
 
     Args:
         recipe: name, file or Recipe.
-        out: the folder to make; ``runs/NAME`` by default, where a distilled model of another run is not replaced. One
-            that holds the same run already is measured again only where a report is missing or was made with other
+        out: the folder to make; ``runs/NAME`` by default, in which a distilled model of another run is not replaced.
+            One that holds the same run already is measured again only if a report is missing or was made with other
             settings.
         overrides: settings as ``a.b=value``.
         progress: told about every long step.
@@ -107,7 +107,7 @@ def run(
         place = Path(out) if out is not None else Path("runs") / recipe.name
         begun = any((each / "config.json").exists() for each in (place, work_folder(place) / "converted"))
         due = None if begun else recipe  # what is converted already needs no memory for it
-        made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, **recipe.shape)
+        made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, shape=recipe.shape)
         teachers.append(made)
         config: TransformerConfig = made.config
         return config
@@ -137,7 +137,7 @@ def run(
 
 
 def _extractor(recipe: Recipe, teacher: Model, progress: Progress) -> FeatureExtractor | None:
-    """What judges the images; None, which is said, where the recipe names none and no bundled classifier knows them.
+    """What judges the images; None, which is said, if the recipe names none and no bundled classifier knows them.
 
     Raises:
         InputError: what the recipe names cannot judge, or one of its checks needs a judge.
@@ -205,7 +205,7 @@ def _make(
 
 
 def _stored(path: Path, kind: type[Report]) -> Report | None:
-    """A report of this run that an earlier call left; None where it is missing or was edited into something else."""
+    """A report of this run that an earlier call left; None if it is missing or was edited into something else."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
@@ -291,7 +291,7 @@ def _measure(
         plan=model.plan,
         base_model=recipe.model,
         repository=REPOSITORY if recipe.model in official_names() else None,
-        provenance={key: str(value) for key, value in origin.model_dump(exclude_none=True).items()},
+        provenance={key: getattr(value, "text", str(value)) for key, value in origin if value is not None},
     )
     update_file(folder, "README.md", card.encode())
     shutil.rmtree(work, ignore_errors=True)

@@ -44,8 +44,7 @@ REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 REPORT, TABLE, PICTURE = "sweep.json", "sweep.csv", "sweep.png"
 
 _UNUSED: dict[str, Any] = {
-    **dict.fromkeys(("name", "description", "model", "vae", "device"), True),
-    **dict.fromkeys(("heads", "sides", "residual_ratio"), True),
+    **dict.fromkeys(("name", "description", "model", "vae", "shape", "device"), True),
     **dict.fromkeys(("plans", "default_plan", "distill", "benchmark", "checks"), True),
     "budget": {"reduction", "plans", "guidance"},
     "data": {"pyramids", "null_share", "batch"},
@@ -90,8 +89,8 @@ def sweep(
     extractor = verbs.extractor_for(model, chosen.evaluate.reference) if images else None
     dense_print = model_fingerprint(model)
     method = chosen.model_dump_json(exclude=_UNUSED)
-    drawn = (tuple(model.sampling),)
-    fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{drawn}".encode()).hexdigest()
+    sampling = tuple(model.sampling)
+    fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{sampling}".encode()).hexdigest()
     folder = None if out is None else Path(out)
     points = {} if folder is None else _stored(folder, fingerprint)
 

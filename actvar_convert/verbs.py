@@ -26,7 +26,7 @@ from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_folder, bundled_names
 from actvar_convert.files.export import Exported, export_reference
 from actvar_convert.files.inspection import Inspection, inspect_file
-from actvar_convert.files.layout import Overrides, official_names
+from actvar_convert.files.layout import official_names
 from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
 from actvar_convert.files.sparse_folder import Provenance, read_provenance, refuse_foreign, save_sparse
@@ -36,7 +36,9 @@ from actvar_convert.measure.extractors import FeatureExtractor, bundled_extracto
 from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_models
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import Model, NoiseSource, differences
+from actvar_convert.models.model import Model
+from actvar_convert.models.model import NoiseSource
+from actvar_convert.models.model import differences
 from actvar_convert.origins import (
     STATE,
     class_names,
@@ -53,6 +55,7 @@ from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.recipe.shape import ShapeLike, shape_of
 from actvar_convert.show.pictures import picture
 from actvar_convert.stores import calibration_store, distillation_store, require_images
 from actvar_convert.system.atomic import write_whole
@@ -67,9 +70,7 @@ def load(
     source: str | Path,
     *,
     vae: str | Path | None = None,
-    heads: int | None = None,
-    sides: Sequence[int] | None = None,
-    residual_ratio: float | None = None,
+    shape: ShapeLike = None,
     device: str | None = None,
     dtype: DtypeLike | None = None,
     decoder_dtype: DtypeLike | None = None,
@@ -81,10 +82,10 @@ def load(
     Args:
         source: a bundled name (``fashion``), an official name (``var-d16``), or a file or folder,
             dense or sparse.
-        vae: tokenizer file, where the source does not bring its own.
-        heads, sides, residual_ratio: of dense files that do not tell: attention heads, the side of every scale, and the
-            share of the phi convolutions in the tokenizer. Kept in ``origin``, and in what is made from the model.
-        device: cpu, cuda, cuda:N or mps; by default the GPU where there is one.
+        vae: tokenizer file, if the source does not bring its own.
+        shape: of dense files what they do not tell, a ``Shape`` or a mapping: ``heads``, ``sides`` (of every scale),
+            ``residual_ratio`` (share of the phi convolutions in the tokenizer). Kept in what is made from the model.
+        device: cpu, cuda, cuda:N or mps; by default the GPU if there is one.
         dtype: fp32, bf16 or fp16 (or torch's own), of the transformer; fp32 by default. The tokenizer is in fp32.
         decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
             so. For generating: what is converted or saved from such a model keeps the rounded decoder.
@@ -96,25 +97,24 @@ def load(
     """
     target = pick_device(device)
     limit_threads()
-    shape = Overrides(heads, residual_ratio, sides)
     if recipe is not None:
         _require_memory_by_shape(source, vae, shape, recipe, target)
     decoder = pick_dtype(decoder_dtype, target)
-    model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target), **shape._asdict())
+    model = load_any(source, vae=vae, plan=plan, dtype=pick_dtype(dtype, target), shape=shape)
     if decoder != torch.float32:
         model = cast(model, model.dtype, decoder=decoder)
     return model.to(device=target).eval()
 
 
 def _require_memory_by_shape(
-    source: str | Path, vae: str | Path | None, overrides: Overrides, recipe: RecipeLike, device: torch.device
+    source: str | Path, vae: str | Path | None, known: ShapeLike, recipe: RecipeLike, device: torch.device
 ) -> None:
-    """Raises InputError where a model that is not loaded yet could not be converted for want of memory.
+    """Raises InputError if a model that is not loaded yet could not be converted for want of memory.
 
     What else is wrong with source or recipe is left to those that read them, and say all of it.
     """
     try:
-        shape = model_shape(source, vae, **overrides._asdict())
+        shape = model_shape(source, vae, shape=known)
         chosen = load_recipe(recipe, config=shape.transformer)
         if shape.tokenizer is None or shape.plans:
             return
@@ -223,7 +223,7 @@ def distill(
 ) -> Model:
     """Two-stage distillation of a converted model, in place; goes on where an interrupted call stopped.
 
-    Where ``out`` holds the result of the same call already, the model takes its weights from there.
+    If ``out`` holds the result of the same call already, the model takes its weights from there.
 
     Processes that a launcher started together share every batch, and end with the same model.
 
@@ -364,7 +364,7 @@ def evaluate(
     settings = settings or Evaluation()
     images = settings.images
     if not images and reference is not None:
-        raise InputError("reference: no image is compared with it where images is 0; leave one of the two out")
+        raise InputError("reference: no image is compared with it if images is 0; leave one of the two out")
     teacher = recorded_teacher(model) if teacher is None else teacher
     if teacher.is_sparse:
         raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")
@@ -388,7 +388,7 @@ def evaluate(
 
 
 def extractor_for(model: Model, reference: str | Path | None = None) -> FeatureExtractor:
-    """What judges a model's images: Inception where real images are named, else a bundled classifier that knows them.
+    """What judges a model's images: Inception if real images are named, else a bundled classifier that knows them.
 
     Raises:
         InputError: Inception is not installed, or no bundled classifier knows such images.
@@ -432,9 +432,7 @@ def report_flops(
     model: Model | str | Path,
     *,
     vae: str | Path | None = None,
-    heads: int | None = None,
-    sides: Sequence[int] | None = None,
-    residual_ratio: float | None = None,
+    shape: ShapeLike = None,
     guidance: bool = True,
 ) -> FlopsReport:
     """FLOPs per image, dense and sparse. Of what is not loaded yet no weights are read.
@@ -442,12 +440,12 @@ def report_flops(
     Args:
         model: a model, or what ``load`` takes; an official name needs neither weights nor network. Without a tokenizer
             the decoder is left out.
-        vae, heads, sides, residual_ratio: see ``load``.
+        vae, shape: see ``load``.
         guidance: with classifier-free guidance.
     """
     if not isinstance(model, Model):
-        shape = model_shape(model, vae, heads=heads, sides=sides, residual_ratio=residual_ratio)
-        return count_flops(shape.transformer, shape.tokenizer, shape.plans, shape.default_plan, guidance=guidance)
+        found = model_shape(model, vae, shape=shape)
+        return count_flops(found.transformer, found.tokenizer, found.plans, found.default_plan, guidance=guidance)
     plans: Mapping[str, SparsityPlan] | None = None
     default = None
     if model.plans is not None:
@@ -459,9 +457,7 @@ def inspect(
     path: str | Path,
     *,
     vae: str | Path | None = None,
-    heads: int | None = None,
-    sides: Sequence[int] | None = None,
-    residual_ratio: float | None = None,
+    shape: ShapeLike = None,
     values: bool = False,
 ) -> Inspection:
     """What is in a file or folder, without loading it; see ``Inspection``.
@@ -469,17 +465,17 @@ def inspect(
     Args:
         path: file or folder, a bundled name, or an official one: of that the published shape, no file is read.
         vae: tokenizer file, to check that it fits.
-        heads, sides, residual_ratio: see ``load``.
+        shape: see ``load``.
         values: also read every value and count those that are NaN or infinite.
     """
     name = path if isinstance(path, str) else ""
-    refuse_unneeded(path, vae, Overrides(heads, residual_ratio, sides))
+    refuse_unneeded(path, vae, shape_of(shape))
     if name in official_names():
         if values or vae is not None:
             raise InputError(f"{name} is a name, and no file of it is read here; give the file that is to be looked at")
         return published_inspection(name)
     source = bundled_folder(name) if name in bundled_names() else path
-    return inspect_file(source, vae, values=values, heads=heads, sides=sides, residual_ratio=residual_ratio)
+    return inspect_file(source, vae, values=values, shape=shape)
 
 
 def sample(

@@ -37,9 +37,7 @@ def export(
     ] = None,
     form: Annotated[Layout, typer.Option("--format", help="The official layout of VAR files.")] = Layout.reference,
     vae: opt.Vae = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     dtype: opt.Dtype = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -48,7 +46,7 @@ def export(
 
     Of a sparse model that is its dense skeleton, neurons back in their order; what makes it sparse is left out.
     """
-    dense = opt.dense_flags(vae, heads, sides, residual_ratio)
+    dense = opt.dense_flags(vae, shape)
     loaded = av.load(model, device="cpu", dtype=dtype, **dense)
     written = av.export(loaded, out=out, vae_out=vae_out, format=form.value)
     if written.left_out:

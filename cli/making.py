@@ -44,7 +44,9 @@ def recipe_for(model: str) -> str | Recipe:
 
 def flag_settings(flags: opt.DenseFlags) -> list[str]:
     """What flags say of the dense model, as overrides: they overrule a recipe, and the written one says so."""
-    return [f"{name}={json.dumps(value, default=str)}" for name, value in flags.items() if value is not None]
+    vae = [] if flags["vae"] is None else [f"vae={json.dumps(str(flags['vae']))}"]
+    shape = {} if flags["shape"] is None else flags["shape"].model_dump(mode="json", exclude_none=True)
+    return [*vae, *(f"shape.{name}={json.dumps(value)}" for name, value in shape.items())]
 
 
 def model_setting(model: str, given: list[str] | None) -> str:
@@ -67,7 +69,7 @@ class Asked(NamedTuple):
 
 
 def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseFlags) -> Asked:
-    """What a recipe asks for; where it is wrong the flags alone, and that it is wrong is said with all else later.
+    """What a recipe asks for; if it is wrong the flags alone, and that it is wrong is said with all else later.
 
     Args:
         source, settings: see ``load_recipe``; the flags are among the settings.
@@ -77,17 +79,12 @@ def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseF
         chosen = load_recipe(source, settings)
     except RecipeError:
         return Asked(flags, None, None)
-    dense = opt.DenseFlags(
-        vae=None if chosen.vae is None else Path(chosen.vae),
-        heads=chosen.heads,
-        sides=chosen.sides,
-        residual_ratio=chosen.residual_ratio,
-    )
+    dense = opt.DenseFlags(vae=None if chosen.vae is None else Path(chosen.vae), shape=chosen.shape)
     return Asked(dense, chosen.device, chosen)
 
 
 SETTLED = (
-    *("model", "vae", "heads", "sides", "residual_ratio"),
+    *("model", "vae", "shape"),
     *("experts", "gate", "budget", "plans", "default_plan"),
 )
 """Sections of a recipe that say how a model is converted: once it is, they change nothing."""
@@ -108,7 +105,7 @@ def require_converted(folder: Path) -> None:
     try:
         kind = av.inspect(str(folder)).kind
     except ActvarError:
-        return  # what is wrong with it is said where it is loaded
+        return  # what is wrong with it is said when it is loaded
     if kind != "sparse":
         raise InputError(
             f"{folder} is not the folder of a sparse model; a dense model is to be converted first: "
@@ -124,9 +121,7 @@ def convert(
     out: opt.Out = None,
     recipe: opt.RecipeSource = None,
     vae: opt.Vae = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     override: opt.Overrides = None,
     device: opt.Device = None,
     seed: opt.RecipeSeed = None,
@@ -136,9 +131,9 @@ def convert(
     """Calibrate, cluster, attach routers and gates to a dense model; the result generates at once.
 
     Without --recipe it is the shipped one with the model's name, or the defaults. A distilled model is replaced only
-    where --out names its folder.
+    if --out names its folder.
     """
-    flags = opt.dense_flags(vae, heads, sides, residual_ratio)
+    flags = opt.dense_flags(vae, shape)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags), model_setting(model, override)]
     source = recipe or recipe_for(model)
     asked = asked_by(source, settings, flags)
@@ -162,9 +157,7 @@ def distill(
         str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Default: the recipe in the model's folder.")
     ] = None,
     vae: opt.Vae = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     override: opt.Overrides = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
@@ -176,12 +169,12 @@ def distill(
     """Train a sparse model in two stages to follow its dense teacher; the same line again resumes.
 
     The teacher is the source that the folder records, or --teacher. A model that is distilled already is trained on and
-    replaced only where --out names its folder. Of --recipe is used what a training can follow: what the conversion has
+    replaced only if --out names its folder. Of --recipe is used what a training can follow: what the conversion has
     settled (experts, gate, plans, ...) stays as the folder's own recipe says.
     """
-    flags = opt.dense_flags(vae, heads, sides, residual_ratio)
+    flags = opt.dense_flags(vae, shape)
     if teacher is None and any(value is not None for value in flags.values()):
-        alone = ", ".join(f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None)
+        alone = ", ".join(f"--{name}" for name, value in flags.items() if value is not None)
         raise typer.BadParameter("it says something of --teacher; give that too", param_hint=alone)
     refuse_settled(override)
     require_converted(folder)
@@ -220,7 +213,7 @@ def run(
 ) -> None:
     """Do all that a recipe says: convert, distill, report, sample, check. The same line again resumes.
 
-    A distilled model of another run is replaced only where --out names its folder.
+    A distilled model of another run is replaced only if --out names its folder.
 
     Ends with exit code 3 when one of the recipe's checks does not hold.
     """

@@ -9,6 +9,9 @@ from typing import Annotated, TypedDict, TypeVar
 
 import typer
 
+from actvar_convert.errors import InputError
+from actvar_convert.recipe.shape import Shape, parse_shape
+
 from .console import be_quiet, be_verbose
 
 T = TypeVar("T")
@@ -37,22 +40,14 @@ Model = Annotated[
     ),
 ]
 Vae = Annotated[
-    Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file, where the model does not bring its own.")
+    Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file, if the model does not bring its own.")
 ]
-Heads = Annotated[
-    int | None,
-    typer.Option("--heads", min=1, help="Attention heads of a dense file that does not tell. Default: width / 64."),
-]
-Sides = Annotated[
+ShapeText = Annotated[
     str | None,
     typer.Option(
-        "--sides", metavar="N,N,...", help="Side of every scale, coarse to fine, of a dense file that does not tell."
-    ),
-]
-ResidualRatio = Annotated[
-    float | None,
-    typer.Option(
-        "--residual-ratio", min=0, max=1, help="Share of the phi convolutions in a dense model's tokenizer; 0.5."
+        "--shape",
+        metavar="NAME=VALUE,...",
+        help="What a dense file does not tell: heads=16,sides=1-2-3-4,residual_ratio=0.5, or some of these.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder. Default: runs/NAME.")]
@@ -64,12 +59,12 @@ Overrides = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Override a setting of the recipe; may be given several times."),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the GPU where there is one.")
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: the GPU if there is one.")
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="Number format: fp32, bf16 or fp16.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; of a recipe fp32 or bf16.")]
 DecoderDtype = Annotated[
     str | None,
-    typer.Option("--decoder-dtype", metavar="NAME", help="Number format of the tokenizer's decoder. Default: fp32."),
+    typer.Option("--decoder-dtype", metavar="NAME", help="Dtype of the tokenizer's decoder. Default: fp32."),
 ]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed; the recipe's own by default.")]
 Plan = Annotated[str | None, typer.Option("--plan", metavar="NAME", help="Which plan of a sparse model is used.")]
@@ -93,15 +88,15 @@ class DenseFlags(TypedDict):
     """What the flags say of dense files: arguments of ``load``, ``inspect`` and ``report_flops``."""
 
     vae: Path | None
-    heads: int | None
-    sides: tuple[int, ...] | None
-    residual_ratio: float | None
+    shape: Shape | None
 
 
-def dense_flags(vae: Path | None, heads: int | None, sides: str | None, residual_ratio: float | None) -> DenseFlags:
-    """The flags ``--vae``, ``--heads``, ``--sides`` and ``--residual-ratio``."""
-    listed = None if sides is None else several(sides, "--sides", int)
-    return DenseFlags(vae=vae, heads=heads, sides=listed, residual_ratio=residual_ratio)
+def dense_flags(vae: Path | None, shape: str | None) -> DenseFlags:
+    """The flags ``--vae`` and ``--shape``."""
+    try:
+        return DenseFlags(vae=vae, shape=None if shape is None else parse_shape(shape))
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint="--shape") from None
 
 
 def several(text: str, option: str, kind: Callable[[str], T]) -> tuple[T, ...]:

@@ -17,7 +17,7 @@ app = typer.Typer()
 
 
 class Noise(StrEnum):
-    """Which generator draws."""
+    """Which generator samples."""
 
     device = "device"
     cpu = "cpu"
@@ -47,13 +47,11 @@ def sample(
     ] = False,
     noise: Annotated[
         Noise,
-        typer.Option("--noise", help="Draw on the model's device, or as a CPU does: equal images on every machine."),
+        typer.Option("--noise", help="Sample on the model's device, or as a CPU does: equal images on every machine."),
     ] = Noise.device,
     plan: opt.Plan = None,
     vae: opt.Vae = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     decoder_dtype: opt.DecoderDtype = None,
@@ -62,7 +60,7 @@ def sample(
 ) -> None:
     """Generate images and write them as one picture, a column per class."""
     classes = opt.several(labels, "--labels", int) if labels is not None else None
-    dense = opt.dense_flags(vae, heads, sides, residual_ratio)
+    dense = opt.dense_flags(vae, shape)
     av.sample(
         av.load(model, device=device, dtype=dtype, decoder_dtype=decoder_dtype, plan=plan, **dense),
         out=out,

@@ -21,7 +21,7 @@ def own_flags(model: str, dense: opt.DenseFlags, other: str | None) -> opt.Dense
     given = any(value is not None for value in dense.values())
     if not given or other is None or not Path(model).is_dir() or av.inspect(model).kind != "sparse":
         return dense
-    return opt.dense_flags(None, None, None, None)
+    return opt.dense_flags(None, None)
 
 
 @app.command(
@@ -36,9 +36,7 @@ def report_flops(
         opt.FlopsFormat.table
     ),
     vae: opt.Vae = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -50,7 +48,7 @@ def report_flops(
     from actvar_convert.show.tables import flops_figures, flops_tables
     from actvar_convert.show.terminal import render
 
-    report = av.report_flops(model, guidance=guidance, **opt.dense_flags(vae, heads, sides, residual_ratio))
+    report = av.report_flops(model, guidance=guidance, **opt.dense_flags(vae, shape))
     if form is opt.FlopsFormat.table:
         show(render(*flops_tables(report)))
     elif form is opt.FlopsFormat.json:
@@ -95,9 +93,7 @@ def evaluate(
     ] = None,
     plan: opt.Plan = None,
     vae: opt.Vae = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     form: opt.OutputFormat = opt.Format.table,
@@ -109,7 +105,7 @@ def evaluate(
     from actvar_convert.show.terminal import render
 
     chosen = opt.several(seeds, "--seeds", int)
-    flags = opt.dense_flags(vae, heads, sides, residual_ratio)
+    flags = opt.dense_flags(vae, shape)
     sparse = av.load(model, device=device, dtype=dtype, plan=plan, **own_flags(model, flags, teacher))
     dense = av.load(teacher, device=device, dtype=dtype, **flags) if teacher is not None else None
     report = av.evaluate(
@@ -146,9 +142,7 @@ def benchmark(
     ] = False,
     plan: opt.Plan = None,
     vae: opt.Vae = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     device: opt.Device = None,
     form: opt.OutputFormat = opt.Format.table,
     quiet: opt.Quiet = False,
@@ -159,7 +153,7 @@ def benchmark(
     from actvar_convert.show.terminal import render
 
     sizes, formats = opt.several(batches, "--batches", int), opt.several(dtypes, "--dtype", str)
-    flags = opt.dense_flags(vae, heads, sides, residual_ratio)
+    flags = opt.dense_flags(vae, shape)
     sparse = av.load(model, device=device, plan=plan, **own_flags(model, flags, against))
     other = av.load(against, device=device, **flags) if against is not None else None
     report = av.benchmark(
@@ -178,9 +172,7 @@ def benchmark(
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A model file or folder, or the name of a model.")],
     vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file: does it fit?")] = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     values: Annotated[bool, typer.Option("--values", help="Read all values too, and count NaN and infinite ones.")] = (
         False
     ),
@@ -196,7 +188,7 @@ def inspect(
     from actvar_convert.show.tables import inspection_table
     from actvar_convert.show.terminal import render
 
-    inspection = av.inspect(path, values=values, **opt.dense_flags(vae, heads, sides, residual_ratio))
+    inspection = av.inspect(path, values=values, **opt.dense_flags(vae, shape))
     if form is opt.Format.json:
         show_text(inspection.to_json())
     else:

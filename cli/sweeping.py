@@ -49,9 +49,7 @@ def sweep(
         Path | None, typer.Option("--out", metavar="DIR", help="Output folder. Default: runs/NAME-sweep.")
     ] = None,
     vae: opt.Vae = None,
-    heads: opt.Heads = None,
-    sides: opt.Sides = None,
-    residual_ratio: opt.ResidualRatio = None,
+    shape: opt.ShapeText = None,
     override: opt.Overrides = None,
     device: opt.Device = None,
     seed: opt.RecipeSeed = None,
@@ -67,7 +65,7 @@ def sweep(
     from actvar_convert.show.tables import sweep_table
     from actvar_convert.show.terminal import render
 
-    flags = opt.dense_flags(vae, heads, sides, residual_ratio)
+    flags = opt.dense_flags(vae, shape)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags)]
     method: str | Recipe
     if recipe is None and names_recipe(source):

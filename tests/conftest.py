@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actvar_convert.models.model import Model, fresh_sparse
+from actvar_convert.models.model import Model
+from actvar_convert.models.model import fresh_sparse
 from actvar_convert.models.split import stored_name, take_dense
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.network import VARTransformer

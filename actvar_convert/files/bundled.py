@@ -21,7 +21,6 @@ from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.dense import build_dense, read_dense
-from actvar_convert.files.layout import Overrides
 from actvar_convert.files.skeleton import compare
 from actvar_convert.files.tensors import read_json, read_tensors, weight_file, write_weights
 from actvar_convert.models.base import Sampling
@@ -30,6 +29,13 @@ from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
+from actvar_convert.models.var.config import TokenizerConfig
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.base import Sampling
+from actvar_convert.models.model import Model
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
+from actvar_convert.recipe.shape import Shape
 from actvar_convert.system.atomic import replacing_files
 
 BUNDLE_SHARD_BYTES = 15_900_000
@@ -81,7 +87,7 @@ def load_bundled(bundle: str | Path) -> Model:
     """
     folder, config = bundled_folder(bundle), bundled_config(bundle)
     transformer, tokenizer = TransformerConfig(**config["transformer"]), TokenizerConfig(**config["tokenizer"])
-    known = Overrides(transformer.heads, tokenizer.residual_ratio, transformer.sides)
+    known = Shape(heads=transformer.heads, sides=transformer.sides, residual_ratio=tokenizer.residual_ratio)
     dense = read_dense(folder, None)._replace(hints={"norm_eps": transformer.norm_eps})
     model = build_dense(dense, known, sampling=Sampling(**config["sampling"]))
     if (model.config, model.tokenizer.config) != (transformer, tokenizer):

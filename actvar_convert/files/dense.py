@@ -13,7 +13,6 @@ from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError, counted, explain_os_errors
 from actvar_convert.files.layout import (
-    Overrides,
     Parts,
     agreement_problems,
     chosen_ratio,
@@ -36,6 +35,9 @@ from actvar_convert.files.sparse_folder import is_sparse_folder
 from actvar_convert.files.tensors import INDEX_SUFFIX, read_json, read_tensors, require_exists, weight_file
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model
+from actvar_convert.models.base import Sampling
+from actvar_convert.recipe.shape import Shape, ShapeLike, shape_of
 
 AS_VAE = "with --vae (vae=, or vae in a recipe: --set vae=FILE)"
 """How a tokenizer's file is given."""
@@ -90,9 +92,7 @@ def load_dense(
     source: str | Path,
     vae: str | Path | None = None,
     *,
-    heads: int | None = None,
-    residual_ratio: float | None = None,
-    sides: Sequence[int] | None = None,
+    shape: ShapeLike = None,
     dtype: DTypeChoice = None,
 ) -> Model:
     """A dense VAR from files; its shape is inferred from names and shapes of the tensors.
@@ -104,7 +104,7 @@ def load_dense(
         source: file (.pth, .safetensors, an index of shards) or folder of the transformer.
         vae: file or folder of the tokenizer; by default taken from the same checkpoint or the file called ``vae*``
             beside it.
-        heads, residual_ratio, sides: see Overrides; inferred by default.
+        shape: what the files do not tell, see Shape.
         dtype: floating-point dtype of the weights; None: float32; "keep": that of the files. The tokenizer is kept in
             float32 unless "keep" is asked for.
 
@@ -113,14 +113,15 @@ def load_dense(
         CheckpointError: the files are not a VAR, are damaged, or do not fit each other; all problems at once.
     """
     files = read_dense(Path(source), None if vae is None else Path(vae))
-    overrides = Overrides(heads, residual_ratio, sides)
-    model = build_dense(files, overrides, dtype)
-    model.origin.update(overrides.as_origin())
+    known = shape_of(shape)
+    model = build_dense(files, known, dtype)
+    if known.given:
+        model.origin["shape"] = known.text
     return model
 
 
 def build_dense(
-    files: DenseFiles, overrides: Overrides, dtype: DTypeChoice = None, sampling: Sampling | None = None
+    files: DenseFiles, known: Shape, dtype: DTypeChoice = None, sampling: Sampling | None = None
 ) -> Model:
     """A model from the tensors of files, after checking everything about them.
 
@@ -142,7 +143,7 @@ def build_dense(
             f"{AS_VAE}. The published models all use vae_ch160v4096z32.pth of huggingface.co/FoundationVision/var."
         )
     with problems_of(path):
-        config = infer_transformer(files.transformer, overrides, files.hints)
+        config = infer_transformer(files.transformer, known, files.hints)
         whole = missing_blocks(config, files.hints)
         if whole is not None:
             _, told_by = whole
@@ -154,7 +155,7 @@ def build_dense(
     tokenizer_path = files.vae or path
     with problems_of(tokenizer_path):
         shape = infer_tokenizer(files.tokenizer)
-        tokenizer_config = shape.config(config.sides, chosen_ratio(overrides, files.hints))
+        tokenizer_config = shape.config(config.sides, chosen_ratio(known, files.hints))
     disagreements = agreement_problems(config, shape)
     if disagreements:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,7 +14,6 @@ from actvar_convert.errors import counted
 from actvar_convert.files.dense import DenseFiles, problems_of, read_dense, what_instead
 from actvar_convert.files.layout import (
     OPTIONAL_SUFFIXES,
-    Overrides,
     TokenizerShape,
     agreement_problems,
     chosen_ratio,
@@ -42,6 +41,7 @@ from actvar_convert.files.sparse_folder import (
 from actvar_convert.files.tensors import require_exists, sniff
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
+from actvar_convert.recipe.shape import Shape, ShapeLike, shape_of
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -92,17 +92,15 @@ def inspect_file(
     vae: str | Path | None = None,
     *,
     values: bool = False,
-    heads: int | None = None,
-    residual_ratio: float | None = None,
-    sides: Sequence[int] | None = None,
+    shape: ShapeLike = None,
 ) -> Inspection:
     """Tells what is in a weight file, a dense folder or a sparse folder from names and shapes.
 
     Args:
-        path: file or folder. vae, heads, residual_ratio and sides are for dense ones, see ``refuse_unneeded``.
+        path: file or folder. vae and shape are for dense ones, see ``refuse_unneeded``.
         vae: tokenizer file, to check that it fits.
         values: also read every value and count those that are NaN or infinite.
-        heads, residual_ratio, sides: see Overrides.
+        shape: what a dense one's files do not tell, see Shape.
 
     Raises:
         InputError: no such path, or no permission.
@@ -110,7 +108,7 @@ def inspect_file(
     """
     path = Path(path)
     require_exists(path)
-    overrides = Overrides(heads, residual_ratio, sides)
+    known = shape_of(shape)
     if is_sparse_folder(path):
         return _inspect_sparse(path, values)
     if path.is_file() and not path.name.endswith(".json"):
@@ -122,7 +120,7 @@ def inspect_file(
     files = read_dense(path, None if vae is None else Path(vae))
     with problems_of(path):
         if files.transformer is not None:
-            return _inspect_transformer(path, files, overrides, values)
+            return _inspect_transformer(path, files, known, values)
         if files.tokenizer is not None:
             return _inspect_tokenizer(path, files, values)
     what = what_instead(files.rest)
@@ -146,9 +144,9 @@ def _parameters(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() for name, t in tensors.items() if not name.endswith(OPTIONAL_SUFFIXES))
 
 
-def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, values: bool) -> Inspection:
+def _inspect_transformer(path: Path, files: DenseFiles, known: Shape, values: bool) -> Inspection:
     assert files.transformer is not None
-    config, assumed = infer_incomplete(files.transformer, overrides, files.hints)
+    config, assumed = infer_incomplete(files.transformer, known, files.hints)
     whole = missing_blocks(config, files.hints)
     needed = config if whole is None else config.model_copy(update={"depth": whole[0]})
     parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = [("", empty_backbone(needed), files.transformer)]
@@ -161,7 +159,7 @@ def _inspect_transformer(path: Path, files: DenseFiles, overrides: Overrides, va
     tokenizer, disagreements = None, []
     if files.tokenizer is not None:
         shape = infer_tokenizer(files.tokenizer)
-        tokenizer = shape.config(config.sides, chosen_ratio(overrides, files.hints))
+        tokenizer = shape.config(config.sides, chosen_ratio(known, files.hints))
         parts.append(("tokenizer.", empty_tokenizer(tokenizer), files.tokenizer))
         disagreements = agreement_problems(config, shape)
         notes.append(describe_tokenizer(shape, _parameters(files.tokenizer), common_dtype(files.tokenizer.values())))

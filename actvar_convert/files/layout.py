@@ -21,6 +21,13 @@ from torch import Tensor
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.models.base import Sampling, Schedule
 from actvar_convert.models.var.config import MAX_BLOCKS, MAX_TOKENS, TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.config import MAX_BLOCKS
+from actvar_convert.models.var.config import MAX_TOKENS
+from actvar_convert.models.var.config import TokenizerConfig
+from actvar_convert.models.base import Schedule
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.base import Sampling
+from actvar_convert.recipe.shape import Shape
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -150,47 +157,11 @@ _HEAD_DIM = 64
 _USUAL_CLASSES = 1000
 """Of the published models; taken for a file that lacks the only tensor that tells, to look at the rest of it."""
 
-GIVE_HEADS = (
-    'give them with --heads (heads=, or heads in a recipe), or in a config.json beside the file: {"num_heads": ...}'
-)
+GIVE_HEADS = 'give them with --shape heads=N (shape in a recipe), or in a config.json beside the file: {"heads": N}'
 GIVE_SIDES = (
-    "give the side of every scale with --sides 1,2,3,... (sides=, or sides in a recipe), or in a config.json beside "
-    'the file: {"patch_nums": [1, 2, 3, ...]}'
+    "give the side of every scale with --shape sides=1-2-3-... (shape in a recipe), or in a config.json beside the "
+    'file: {"sides": [1, 2, 3, ...]}'
 )
-
-
-class Overrides(NamedTuple):
-    """What the caller knows better than the file; None: read it from the file.
-
-    Attributes:
-        heads: attention heads (needed if attention is not L2-normalised and head dimension is not 64).
-        residual_ratio: share of the phi convolution in its output (no tensor tells it; 0.5 unless given).
-        sides: token pyramid (needed if ``lvl_1L`` is absent and the pyramid is not a published one).
-    """
-
-    heads: int | None = None
-    residual_ratio: float | None = None
-    sides: Sequence[int] | None = None
-
-    @property
-    def given(self) -> list[str]:
-        """Names of what was given."""
-        return [name for name, value in self._asdict().items() if value is not None]
-
-    def as_origin(self) -> dict[str, str]:
-        """What was given, as ``Model.origin`` keeps it; the sides as 1,2,3."""
-        texts = {name: str(value) for name, value in self._asdict().items() if value is not None}
-        return texts if self.sides is None else {**texts, "sides": _list(self.sides)}
-
-    @classmethod
-    def from_origin(cls, origin: Mapping[str, str]) -> Overrides:
-        """The way back from ``as_origin``; other entries are passed over."""
-        heads, ratio, sides = (origin.get(name) for name in cls._fields)
-        return cls(
-            None if heads is None else int(heads),
-            None if ratio is None else float(ratio),
-            None if sides is None else tuple(int(side) for side in sides.split(",")),
-        )
 
 
 class TokenizerShape(NamedTuple):
@@ -244,17 +215,17 @@ def messages(error: ValidationError) -> list[str]:
 
 
 def infer_transformer(
-    tensors: Mapping[str, Tensor], overrides: Overrides, hints: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor], given: Shape, hints: Mapping[str, Any] | None = None
 ) -> TransformerConfig:
     """Configuration of a VAR transformer from its tensors (values are read of ``lvl_1L`` alone).
 
     Args:
         tensors: by their names in the reference; meta tensors will do.
-        overrides: see Overrides.
+        given: what is known of the shape.
         hints: the config.json beside the file, as the reference's hub mixin writes it, for what tensors do not tell.
 
     Raises:
-        CheckpointError: something cannot be read from the file or contradicts an override.
+        CheckpointError: something cannot be read from the file or contradicts what is given.
     """
     hints = hints or {}
     depth = _count(tensors, r"blocks\.(\d+)\.", "blocks", MAX_BLOCKS)
@@ -278,9 +249,9 @@ def infer_transformer(
         return TransformerConfig(
             depth=depth,
             width=width,
-            heads=_heads(width, read_heads, overrides, hints),
+            heads=_heads(width, read_heads, given, hints),
             hidden=hidden,
-            sides=_sides(total, scales, tensors.get("lvl_1L"), overrides, hints),
+            sides=_sides(total, scales, tensors.get("lvl_1L"), given, hints),
             vocab=vocab,
             z_channels=z_channels,
             classes=classes,
@@ -293,17 +264,17 @@ def infer_transformer(
 
 
 def infer_incomplete(
-    tensors: Mapping[str, Tensor], overrides: Overrides, hints: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], given: Shape, hints: Mapping[str, Any]
 ) -> tuple[TransformerConfig, list[str]]:
     """The configuration, even without the only tensor that tells the classes; and what was assumed, a sentence each."""
     notes = []
     if "class_emb.weight" not in tensors:
         tensors = {**tensors, "class_emb.weight": torch.empty(_USUAL_CLASSES + 1, device="meta")}
         notes.append(f"class_emb.weight is missing, and nothing else tells the classes; {_USUAL_CLASSES} is a guess")
-    config = infer_transformer(tensors, overrides, hints)
-    if "lvl_1L" not in tensors and overrides.sides is None:
+    config = infer_transformer(tensors, given, hints)
+    if "lvl_1L" not in tensors and given.sides is None:
         notes.append(f"the pyramid {_list(config.sides)} was inferred from its size (lvl_1L is absent)")
-    if not config.l2_attention and overrides.heads is None:
+    if not config.l2_attention and given.heads is None:
         notes.append(f"{config.heads} heads follow the rule width / {_HEAD_DIM}; if they are others, {GIVE_HEADS}")
     return config, notes
 
@@ -361,10 +332,12 @@ def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:
     return TokenizerShape(ch, multipliers, blocks, vocab, z_channels, phis, None if hits is None else hits.shape[0])
 
 
-def chosen_ratio(overrides: Overrides, hints: Mapping[str, Any]) -> float | None:
+def chosen_ratio(given: Shape, hints: Mapping[str, Any]) -> float | None:
     """Share of the phi convolution: as given, or as a hub folder's config says, or None."""
-    if overrides.residual_ratio is not None:
-        return overrides.residual_ratio
+    if given.residual_ratio is not None:
+        return given.residual_ratio
+    if isinstance(hints.get("residual_ratio"), int | float):
+        return float(hints["residual_ratio"])
     arguments = hints.get("vae_kwargs")
     ratio = arguments.get("quant_resi") if isinstance(arguments, Mapping) else None
     return abs(float(ratio)) if isinstance(ratio, int | float) else None
@@ -425,15 +398,22 @@ def _count(tensors: Mapping[str, Tensor], pattern: str, what: str, limit: int) -
     return count
 
 
-def _heads(width: int, read: int | None, overrides: Overrides, hints: Mapping[str, Any]) -> int:
+def _hint(hints: Mapping[str, Any], *names: str) -> tuple[str, Any]:
+    """The first of several names that a config.json has, and its value there; of none the first, and None."""
+    name = next((name for name in names if hints.get(name) is not None), names[0])
+    return name, hints.get(name)
+
+
+def _heads(width: int, read: int | None, given: Shape, hints: Mapping[str, Any]) -> int:
     if read is not None:
-        if overrides.heads not in (None, read):
-            raise CheckpointError(f"heads was given as {overrides.heads}, the file has {read}. Leave it out.")
+        if given.heads not in (None, read):
+            raise CheckpointError(f"heads was given as {given.heads}, the file has {read}. Leave it out.")
         return read
-    heads = hints.get("num_heads") if overrides.heads is None else overrides.heads
+    name, said = _hint(hints, "heads", "num_heads")
+    heads = said if given.heads is None else given.heads
     if heads is not None:
         if type(heads) is not int:
-            raise CheckpointError(f"config.json gives {heads!r} as num_heads; a whole number was expected. Correct it.")
+            raise CheckpointError(f"config.json gives {heads!r} as {name}; a whole number was expected. Correct it.")
         return heads
     if width % _HEAD_DIM:
         raise CheckpointError(
@@ -443,17 +423,16 @@ def _heads(width: int, read: int | None, overrides: Overrides, hints: Mapping[st
     return width // _HEAD_DIM
 
 
-def _sides(
-    total: int, scales: int, level: Tensor | None, overrides: Overrides, hints: Mapping[str, Any]
-) -> tuple[int, ...]:
+def _sides(total: int, scales: int, level: Tensor | None, shape: Shape, hints: Mapping[str, Any]) -> tuple[int, ...]:
     if total > MAX_TOKENS:
         raise CheckpointError(f"the file claims pyramids of {total:,} tokens; at most {MAX_TOKENS:,} are supported.")
     read = _read_levels(level, total, scales)
-    given = overrides.sides or (None if read else hints.get("patch_nums"))
+    name, said = _hint(hints, "sides", "patch_nums")
+    given = shape.sides or (None if read else said)
     if given is not None:
         if not isinstance(given, Sequence) or not all(type(side) is int for side in given):
             raise CheckpointError(
-                f"config.json gives {given!r} as patch_nums; a list of whole numbers was expected. Correct it."
+                f"config.json gives {given!r} as {name}; a list of whole numbers was expected. Correct it."
             )
         sides = tuple(given)
         if len(sides) != scales or sum(side * side for side in sides) != total or (read and sides != read):

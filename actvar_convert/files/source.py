@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +14,14 @@ from actvar_convert.errors import CheckpointError, InputError, explained, os_err
 from actvar_convert.files.bundled import bundled_config, bundled_names, load_bundled
 from actvar_convert.files.dense import AS_VAE, DTypeChoice, load_dense
 from actvar_convert.files.inspection import Inspection, describe, dtype_name, inspect_file
-from actvar_convert.files.layout import Overrides, official_config, official_names
 from actvar_convert.files.skeleton import empty_backbone
+from actvar_convert.files.layout import official_config, official_names
 from actvar_convert.files.sparse_folder import is_sparse_folder, load_sparse, read_sparse_config
 from actvar_convert.files.tensors import require_exists
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
+from actvar_convert.recipe.shape import Shape, ShapeLike, shape_of
 
 REPOSITORY = "FoundationVision/var"
 TOKENIZER_FILE = "vae_ch160v4096z32.pth"
@@ -57,9 +58,7 @@ def load_any(
     vae: str | Path | None = None,
     plan: str | None = None,
     *,
-    heads: int | None = None,
-    residual_ratio: float | None = None,
-    sides: Sequence[int] | None = None,
+    shape: ShapeLike = None,
     dtype: DTypeChoice = None,
     revision: str | None = None,
 ) -> Model:
@@ -71,7 +70,7 @@ def load_any(
         source: bundled name ("fashion"), published name ("var-d16"), sparse folder, dense file or folder.
         vae: tokenizer of a dense source.
         plan: of a sparse source, instead of its default.
-        heads, residual_ratio, sides: of a dense file or folder that does not tell, see Overrides.
+        shape: of a dense file or folder what its files do not tell, see Shape.
         dtype: of the transformer; None: float32; "keep" (dense files): as stored.
         revision: of a published name, the commit of its repository; the latest by default.
 
@@ -82,7 +81,7 @@ def load_any(
     name = source if isinstance(source, str) else ""
     path = Path(source)
     sparse = is_sparse(source)
-    refuse_unneeded(source, vae, Overrides(heads, residual_ratio, sides))
+    refuse_unneeded(source, vae, shape_of(shape))
     if plan is not None and not sparse:
         raise InputError(f"{source} is not a sparse folder and has no plan {plan!r}. Leave plan out.")
     if name in bundled_names():
@@ -99,21 +98,19 @@ def load_any(
     require_known(source)
     if sparse:
         return load_sparse(path, plan, dtype=None if dtype == "keep" else dtype)
-    return load_dense(path, vae, heads=heads, residual_ratio=residual_ratio, sides=sides, dtype=dtype)
+    return load_dense(path, vae, shape=shape, dtype=dtype)
 
 
 def model_shape(
     source: str | Path,
     vae: str | Path | None = None,
     *,
-    heads: int | None = None,
-    residual_ratio: float | None = None,
-    sides: Sequence[int] | None = None,
+    shape: ShapeLike = None,
 ) -> ModelShape:
     """Shape of what ``load_any`` would load, from a configuration or from names and shapes of tensors.
 
     Args:
-        source, vae, heads, residual_ratio, sides: as for ``load_any``; a published name needs neither file nor network.
+        source, vae, shape: as for ``load_any``; a published name needs neither file nor network.
 
     Raises:
         InputError: nothing has this name.
@@ -121,7 +118,7 @@ def model_shape(
     """
     name = source if isinstance(source, str) else ""
     sparse = is_sparse(source)
-    refuse_unneeded(source, vae, Overrides(heads, residual_ratio, sides))
+    refuse_unneeded(source, vae, shape_of(shape))
     if vae is not None:
         require_exists(Path(vae))
     if name in official_names():
@@ -132,7 +129,7 @@ def model_shape(
         transformer, tokenizer = TransformerConfig(**stored["transformer"]), TokenizerConfig(**stored["tokenizer"])
         return ModelShape(transformer, tokenizer, {}, None, *_described(transformer, torch.float16))
     require_known(source)
-    found = inspect_file(source, vae, heads=heads, residual_ratio=residual_ratio, sides=sides)
+    found = inspect_file(source, vae, shape=shape)
     if found.config is None:
         raise CheckpointError(f"{source} is no VAR: {found.line}")
     if not found.complete:
@@ -172,14 +169,14 @@ def is_sparse(source: str | Path) -> bool:
     return not named and is_sparse_folder(Path(source))
 
 
-def refuse_unneeded(source: str | Path, vae: str | Path | None, overrides: Overrides) -> None:
+def refuse_unneeded(source: str | Path, vae: str | Path | None, shape: Shape) -> None:
     """Raises InputError if a tokenizer or a shape is given for a source that brings its own."""
     bundled, sparse = isinstance(source, str) and source in bundled_names(), is_sparse(source)
     if vae is not None and (sparse or bundled):
         raise InputError(f"{source} brings its own tokenizer. Leave vae out.")
     known = sparse or bundled or (isinstance(source, str) and source in official_names())
-    if overrides.given and known:
-        raise InputError(f"the shape of {source} is known. Leave {' and '.join(overrides.given)} out.")
+    if shape.given and known:
+        raise InputError(f"the shape of {source} is known. Leave {' and '.join(shape.given)} out.")
 
 
 def require_known(source: str | Path) -> None:

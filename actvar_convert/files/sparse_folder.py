@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError, InputError, RecipeError, explain_os_errors
-from actvar_convert.files.layout import DERIVED_SUFFIXES, Overrides, messages
+from actvar_convert.files.skeleton import assign, compare, empty_backbone, empty_tokenizer, nonfinite_problems
+from actvar_convert.files.layout import DERIVED_SUFFIXES, messages
 from actvar_convert.files.skeleton import assign, compare, empty_backbone, empty_tokenizer, nonfinite_problems
 from actvar_convert.files.tensors import (
     digest_of,
@@ -32,6 +33,14 @@ from actvar_convert.models.model import Model
 from actvar_convert.models.schedule import Config
 from actvar_convert.models.split import plans_of, stored_state
 from actvar_convert.plan import Plans, SparsityPlan
+from actvar_convert.models.var.config import TokenizerConfig
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.base import Sampling
+from actvar_convert.models.model import Model
+from actvar_convert.models.split import split
+from actvar_convert.models.var.tokenizer import VQVAE
+from actvar_convert.plan import SparsityPlan
+from actvar_convert.recipe.shape import Shape, parse_shape
 from actvar_convert.recipe.yaml_text import read_yaml
 from actvar_convert.system.atomic import (
     COMMIT,
@@ -72,9 +81,7 @@ class Provenance(BaseModel):
     source_sha256: str | None = Field(None, description="SHA-256 of the dense source")
     vae: str | None = Field(None, description="path of the tokenizer's file")
     vae_sha256: str | None = Field(None, description="SHA-256 of the tokenizer's file")
-    heads: int | None = Field(None, description="attention heads that were given for the source")
-    residual_ratio: float | None = Field(None, description="residual ratio that was given for its tokenizer")
-    sides: tuple[int, ...] | None = Field(None, description="token pyramid that was given for the source")
+    shape: Shape | None = Field(None, description="shape that was given for the dense source")
     revision: str | None = Field(None, description="commit of the hub repository that the source is of")
     student: str | None = Field(None, description="of a distilled model: fingerprint of the one that it began as")
     recipe_sha256: str | None = Field(None, description="SHA-256 of recipe.yaml, with line ends as \\n")
@@ -335,7 +342,7 @@ def provenance_of(origin: Mapping[str, str], **more: Any) -> Provenance:
         vae=vae,
         vae_sha256=digest_of(Path(vae)) if vae else None,
         revision=origin.get("revision"),
-        **Overrides.from_origin(origin)._asdict(),
+        shape=parse_shape(origin["shape"]) if "shape" in origin else None,
         **more,
     )
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError
 from actvar_convert.recipe.removed import drop_removed
+from actvar_convert.recipe.shape import Shape
 
 FORMAT_VERSION = 2
 
 
 def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 did not name the family, VAR was the only one; and its plans had settings that are gone.
+    """Version 1 did not name the family, VAR was the only one; and its plans had settings that are gone;
+    what was given of a source's shape stood in the provenance itself.
 
     Raises:
         CheckpointError: a plan has another value than the kept one.
@@ -26,6 +28,10 @@ def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} uses settings that are no longer there. actvar-convert 0.1 reads it; or convert again:", problems
         )
+    recorded = content.get("provenance")
+    if isinstance(recorded, dict):
+        shape = {name: recorded.pop(name) for name in Shape.model_fields if recorded.get(name) is not None}
+        content["provenance"] = recorded | ({"shape": shape} if shape else {})
     return {**content, "format_version": 2, "family": "var"}
 
 

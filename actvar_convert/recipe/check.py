@@ -31,7 +31,7 @@ def check_recipe(recipe: Recipe, config: Config | None = None) -> None:
 
 def split_problems(recipe: Recipe) -> list[str]:
     """Why a recipe's student cannot be split over processes: Muon needs whole matrices."""
-    found, reason = [], "where the model is split over processes (--shard)"
+    found, reason = [], "if the model is split over processes (--shard)"
     for name, stage in _stages(recipe):
         if stage.steps and stage.optimizer == "muon":
             found.append(f"{name}.optimizer: given muon, allowed: adamw {reason}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from actvar_convert.recipe.fields import ANY_INDEX, ANY_NAME, find
+from actvar_convert.recipe.shape import Shape
 
 ANYTHING: Final = object()
 """Stands for the kept value of a setting that changes nothing any more, whatever it says."""
@@ -49,6 +50,9 @@ REMOVED: dict[str, tuple[object, str]] = {
     "experts.router_width": (0, "a router is one linear layer"),
     "experts.selection": ("fixed", "a router picks the plan's number of experts for every token"),
     "experts.shared": ("neurons", "the most important neurons, one by one, are what every token runs"),
+    "heads": (ANYTHING, "give shape.heads"),
+    "residual_ratio": (ANYTHING, "give shape.residual_ratio"),
+    "sides": (ANYTHING, "give shape.sides"),
     "benchmark.repeats": (ANYTHING, "every row is timed five times"),
     "calibration.dtype": (ANYTHING, _ONE_DTYPE),
     "calibration.images": (ANYTHING, _ONE_SOURCE),
@@ -135,6 +139,9 @@ def drop_removed(content: dict[str, Any], within: str = "") -> list[str]:
     data = content.get("data")
     if isinstance(data, dict) and data.get("source") == "teacher":
         data["images"] = None
+    shape = {} if within else {name: content[name] for name in Shape.model_fields if content.get(name) is not None}
+    if shape:
+        content["shape"] = shape
     problems = []
     for known, (kept, _) in REMOVED.items():
         expected = kept(content) if callable(kept) else kept

@@ -5,11 +5,12 @@ Nothing here reads files or knows a model; ``load`` reads, ``check`` compares wi
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from actvar_convert.plan import GuidanceKind, SparsityPlan
+from actvar_convert.recipe.shape import Shape
 from actvar_convert.system.dtype_names import short_dtype
 
 Dtype = Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)]
@@ -187,19 +188,10 @@ class Recipe(Section):
     )
     description: str = Field("", description="what the recipe is for, in one line")
     model: str = Field(min_length=1, description="dense model: a bundled name, an official name, or a path")
-    vae: str | None = Field(None, description="tokenizer file, where the model's file does not bring its own")
-    heads: int | None = Field(None, ge=1, description="attention heads, where the model's file does not tell them")
-    sides: tuple[Positive, ...] | None = Field(
-        None, min_length=1, description="side of every scale, coarse to fine, where the model's file does not tell them"
-    )
-    residual_ratio: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="share of the tokenizer's phi convolution in its output, which no file tells; null: 0.5",
-    )
+    vae: str | None = Field(None, description="tokenizer file, if the model's file does not bring its own")
+    shape: Shape = Field(Shape(), description="what the model's files do not tell of its shape")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of calibration, clustering and distillation")
-    device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU where there is one")
+    device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU if there is one")
     dtype: Dtype = Field(
         "fp32",
         description="dtype in which the teacher samples, gradients are measured, forward passes of the distillation "
@@ -224,8 +216,3 @@ class Recipe(Section):
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="how quality is measured")
     benchmark: BenchmarkRecipe = Field(BenchmarkRecipe(), description="what is timed")
     checks: ChecksRecipe | None = Field(None, description="limits that a run has to keep, else exit code 3; null: none")
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What the recipe knows of its model's shape: ``heads``, ``sides`` and ``residual_ratio``."""
-        return {"heads": self.heads, "sides": self.sides, "residual_ratio": self.residual_ratio}

@@ -75,7 +75,9 @@ def test_what_a_conversion_settled_is_not_a_setting_of_a_distillation(actvar: Ac
 
 
 def test_a_distillation_keeps_what_its_model_was_converted_by(actvar: Actvar, converted: Path) -> None:
-    text = "name: other\nmodel: fashion\nvae: no.pth\nheads: 3\nexperts: {count: 7}\nbudget: {reduction: 0.3}\n"
+    text = (
+        "name: other\nmodel: fashion\nvae: no.pth\nshape: {heads: 3}\nexperts: {count: 7}\nbudget: {reduction: 0.3}\n"
+    )
     Path("other.yaml").write_text(text + "data: {pyramids: 8}\n")
     more = ("--set", "distill.stage1={steps: 1, batch: 4}", "--set", "distill.stage2={steps: 3, batch: 4}")
     result = actvar("distill", converted, "--recipe", "other.yaml", "--out", "trained", *more)
@@ -207,9 +209,9 @@ def test_the_same_distillation_again_says_that_it_is_done(actvar: Actvar, conver
 def test_flags_for_what_a_file_does_not_tell(actvar: Actvar, dense_file: Path) -> None:
     tensors = {name: tensor for name, tensor in load_file(dense_file).items() if "scale_mul" not in name}
     save_file({name: tensor for name, tensor in tensors.items() if name != "lvl_1L"}, dense_file)
-    flags = ["--heads", 4, "--sides", "1,2,3,4", "--residual-ratio", "0.25"]
+    flags = ["--shape", "heads=4,sides=1-2-3-4,residual_ratio=0.25"]
     silent = actvar("inspect", dense_file)
-    assert silent.exit_code == 2 and "--sides 1,2,3" in silent.stderr
+    assert silent.exit_code == 2 and "--shape sides=1-2-3" in silent.stderr
     found = json.loads(actvar("inspect", dense_file, "--format", "json", *flags).stdout)
     assert found["config"]["heads"] == 4 and found["tokenizer"]["residual_ratio"] == 0.25
     for command in (["report-flops", dense_file], ["sample", dense_file, "--labels", "0", "--noise", "cpu"]):
@@ -217,13 +219,13 @@ def test_flags_for_what_a_file_does_not_tell(actvar: Actvar, dense_file: Path) -
     made = actvar("convert", dense_file, "--out", "sparse", *flags, *small())
     assert made.exit_code == 0, made.output
     recorded = json.loads(Path("sparse/config.json").read_text())["provenance"]
-    assert (recorded["heads"], recorded["sides"], recorded["residual_ratio"]) == (4, [1, 2, 3, 4], 0.25)
+    assert recorded["shape"] == {"heads": 4, "sides": [1, 2, 3, 4], "residual_ratio": 0.25}
     for more in ([], ["--against", dense_file, *flags]):
         timed = actvar("benchmark", "sparse", "--batches", "1", "--quiet", *more)
         assert timed.exit_code == 0, timed.output
     wrong = actvar("sample", "sparse", *flags)
     assert wrong.exit_code == 2 and "the shape of sparse is known" in wrong.stderr
-    lone = actvar("distill", "sparse", "--heads", 4)
+    lone = actvar("distill", "sparse", "--shape", "heads=4")
     assert lone.exit_code == 2 and "--teacher; give that too" in lone.stderr
     there = actvar("distill", "sparse", "--teacher", dense_file, *flags, "--out", "trained")
     assert there.exit_code == 0, there.output
@@ -233,14 +235,14 @@ def test_a_recipe_tells_what_the_file_does_not_unless_a_flag_does(actvar: Actvar
     tensors = {name: tensor for name, tensor in load_file(dense_file).items() if "scale_mul" not in name}
     save_file({name: tensor for name, tensor in tensors.items() if name != "lvl_1L"}, dense_file)
     Path("mine.yaml").write_text(
-        f"name: mine\nmodel: {dense_file}\nheads: 2\nsides: [1, 2, 3, 4]\nresidual_ratio: 0.25\n"
+        f"name: mine\nmodel: {dense_file}\nshape: {{heads: 2, sides: [1, 2, 3, 4], residual_ratio: 0.25}}\n"
     )
-    for flags, heads, ratio in (([], 2, 0.25), (["--heads", 4, "--residual-ratio", "0.75"], 4, 0.75)):
+    for flags, heads, ratio in (([], 2, 0.25), (["--shape", "heads=4,residual_ratio=0.75"], 4, 0.75)):
         made = actvar("convert", dense_file, "--recipe", "mine.yaml", "--out", "sparse", *flags, *small())
         assert made.exit_code == 0, made.output
         config = json.loads(Path("sparse/config.json").read_text())
         assert (config["transformer"]["heads"], config["tokenizer"]["residual_ratio"]) == (heads, ratio)
-        said = load_recipe(Path("sparse"))
+        said = load_recipe(Path("sparse")).shape
         assert (said.heads, said.sides, said.residual_ratio) == (heads, (1, 2, 3, 4), ratio)
 
 
@@ -248,7 +250,7 @@ def test_a_recipe_does_not_contradict_the_model_that_is_converted(actvar: Actvar
     other = actvar("convert", "fashion", "--set", "model=mosaics", *small())
     assert other.exit_code == 2 and "--set model: the model is fashion" in other.stderr, other.output
     for model, said in ((dense_file, "heads was given as 3, the file has 2"), ("fashion", "Leave heads out")):
-        heads = actvar("convert", model, "--set", "heads=3", *small())
+        heads = actvar("convert", model, "--set", "shape.heads=3", *small())
         assert heads.exit_code == 2 and said in heads.stderr, heads.output
     assert not Path("runs").exists()
 

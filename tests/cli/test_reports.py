@@ -52,7 +52,7 @@ def test_inspect_knows_names(actvar: Actvar) -> None:
     found = json.loads(actvar("inspect", "var-d36", "--format", "json").stdout)
     assert found["line"].startswith("VAR-d36: 36 blocks, width 2304, ") and found["config"]["shared_adaln"]
     assert found["notes"] == ["this is the published shape of that name; no file was read"]
-    for flag, said in ((["--values"], "no file of it is read here"), (["--heads", 2], "Leave heads out")):
+    for flag, said in ((["--values"], "no file of it is read here"), (["--shape", "heads=2"], "Leave heads out")):
         refused = actvar("inspect", "var-d36", *flag)
         assert refused.exit_code == 2 and said in refused.stderr
     bundled = json.loads(actvar("inspect", "fashion", "--values", "--format", "json").stdout)

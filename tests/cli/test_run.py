@@ -67,14 +67,14 @@ def test_a_recipe_tells_what_its_file_does_not(actvar: Actvar, dense_file: Path)
     Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\n{settings}")
     for command in (["recipes", "validate", "mine.yaml"], ["run", "mine.yaml", "--out", "made", *shrunk()]):
         silent = actvar(*command)
-        assert silent.exit_code == 2 and "sides in a recipe" in silent.stderr, silent.output
+        assert silent.exit_code == 2 and "shape in a recipe" in silent.stderr, silent.output
     with Path("mine.yaml").open("a") as recipe:
-        recipe.write("heads: 4\nsides: [1, 2, 3, 4]\nresidual_ratio: 0.25\n")
+        recipe.write("shape: {heads: 4, sides: [1, 2, 3, 4], residual_ratio: 0.25}\n")
     assert actvar("recipes", "validate", "mine.yaml").exit_code == 0
     result = actvar("run", "mine.yaml", "--out", "made", *shrunk())
     assert result.exit_code == 0, result.output
     recorded = json.loads(Path("made/config.json").read_text())["provenance"]
-    assert (recorded["heads"], recorded["sides"], recorded["residual_ratio"]) == (4, [1, 2, 3, 4], 0.25)
+    assert recorded["shape"] == {"heads": 4, "sides": [1, 2, 3, 4], "residual_ratio": 0.25}
     again = actvar("run", "mine.yaml", "--out", "made", *shrunk())
     assert again.exit_code == 0 and again.stdout == result.stdout and "distilling" not in again.stderr
 

@@ -84,12 +84,12 @@ def test_a_recipe_beside_the_model_says_which_tokenizer_and_device(actvar: Actva
 def test_a_recipe_tells_the_shape_of_a_file_that_does_not(actvar: Actvar, dense_file: Path) -> None:
     tensors = {name: tensor for name, tensor in load_file(dense_file).items() if "scale_mul" not in name}
     save_file({name: tensor for name, tensor in tensors.items() if name != "lvl_1L"}, dense_file)
-    Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\nheads: 4\nsides: [1, 2, 3, 4]\n")
+    Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\nshape: {{heads: 4, sides: [1, 2, 3, 4]}}\n")
     beside = ("sweep", dense_file, "--recipe", "mine.yaml", "--out", "a")
     for line in (("sweep", "mine.yaml", "--out", "b"), beside):
         made = actvar(*line, "--reductions", "0.1", "--format", "json", "--quiet", *small())
         assert made.exit_code == 0, made.output
-    other = actvar(*beside, "--heads", 2, "--reductions", "0.1", "--quiet", *small())
+    other = actvar(*beside, "--shape", "heads=2", "--reductions", "0.1", "--quiet", *small())
     assert other.exit_code == 2 and "is a sweep of another model" in other.stderr, other.output
     named = actvar("sweep", dense_file, "--set", "model=mosaics", *small())
     assert named.exit_code == 2 and "--set model: the model is" in named.stderr, named.output

@@ -14,7 +14,9 @@ from actvar_convert.conversion.converter import convert_model
 from actvar_convert.conversion.search import plan_model
 from actvar_convert.errors import InputError
 from actvar_convert.files.layout import official_config
-from actvar_convert.models.model import GENERATION_BYTES, Model, images_at_once
+from actvar_convert.models.model import GENERATION_BYTES
+from actvar_convert.models.model import Model
+from actvar_convert.models.model import images_at_once
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE

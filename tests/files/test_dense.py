@@ -126,13 +126,13 @@ def test_the_configuration_beside_a_file_counts_as_in_its_folder(tmp_path: Path,
         assert (model.config.heads, model.config.sides) == (2, (1, 2, 3, 4))
         assert model.origin["path"] == str(hub / "model.safetensors")
     save_file(plain, hub / "other.safetensors")
-    with pytest.raises(CheckpointError, match="patch_nums"):
+    with pytest.raises(CheckpointError, match="sides=1-2-3"):
         load_dense(hub / "other.safetensors", vae)
 
 
 def test_buffers_may_be_absent(tmp_path: Path, parts: Parts, dense: Model, same_model: Same) -> None:
     source, vae = _plain_pair(tmp_path, *map(_without_buffers, parts))
-    same_model(load_dense(source, vae, sides=(1, 2, 3, 4)), dense)
+    same_model(load_dense(source, vae, shape={"sides": (1, 2, 3, 4)}), dense)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
@@ -176,7 +176,7 @@ def test_shared_adaln_and_plain_attention(tmp_path: Path, same_model: Same) -> N
     model = Model(VARTransformer(config), VQVAE(tokenizer)).eval()
     source, vae = _plain_pair(tmp_path, model.transformer.state_dict(), model.tokenizer.state_dict())
     assert load_dense(source, vae).transformer.config.heads == 2  # the rule: width / 64
-    same_model(load_dense(source, vae, heads=4, residual_ratio=0.25), model)
+    same_model(load_dense(source, vae, shape={"heads": 4, "residual_ratio": 0.25}), model)
 
 
 @pytest.mark.parametrize("stored_as", ["quantize.quant_resi.qresi", "quantize.quant_resi.0"])

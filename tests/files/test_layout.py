@@ -9,7 +9,6 @@ from torch import Tensor
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.inspection import count_text, describe, describe_tokenizer
 from actvar_convert.files.layout import (
-    Overrides,
     infer_tokenizer,
     infer_transformer,
     missing_blocks,
@@ -19,6 +18,10 @@ from actvar_convert.files.layout import (
 from actvar_convert.files.skeleton import compare, empty_backbone, empty_tokenizer
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.files.skeleton import compare, empty_tokenizer, empty_backbone
+from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.recipe.shape import Shape
 
 LINES = {
     "var-d16": "VAR-d16: 16 blocks, width 1024, 16 heads, 10 scales to 16x16, 1000 classes; 310 M parameters, fp32",
@@ -35,7 +38,7 @@ def test_published_shapes_are_inferred(name: str) -> None:
     transformer_config, tokenizer_config = official_config(name)
     transformer, tokenizer = empty_backbone(transformer_config), empty_tokenizer(tokenizer_config)
     assert all(parameter.is_meta for parameter in transformer.blocks[0].ffn.parameters())
-    assert infer_transformer(transformer.state_dict(), Overrides()) == transformer_config
+    assert infer_transformer(transformer.state_dict(), Shape()) == transformer_config
     shape = infer_tokenizer(tokenizer.state_dict())
     assert shape.config(transformer_config.sides, None) == tokenizer_config
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -82,10 +85,10 @@ def _state(**changes: object) -> dict[str, Tensor]:
 
 def test_one_wrong_shape_does_not_change_the_reading_of_the_rest() -> None:
     state = _state()
-    right = infer_transformer(state, Overrides())
+    right = infer_transformer(state, Shape())
     for name in ("word_embed.weight", "head.weight", "blocks.1.ffn.fc1.weight", "blocks.0.attn.proj.weight"):
         swapped = {**state, name: state[name].new_zeros(state[name].shape[::-1])}
-        read = infer_transformer(swapped, Overrides())
+        read = infer_transformer(swapped, Shape())
         assert read == right
         expected = [] if name == "blocks.0.attn.proj.weight" else [name]
         assert [line.split(":")[0] for line in compare(VARTransformer(read), swapped).mis_shaped] == expected
@@ -93,32 +96,34 @@ def test_one_wrong_shape_does_not_change_the_reading_of_the_rest() -> None:
 
 def test_pyramid_comes_from_levels_then_from_the_caller() -> None:
     state = _state()
-    assert infer_transformer(state, Overrides()).sides == (1, 2, 4)
+    assert infer_transformer(state, Shape()).sides == (1, 2, 4)
     levels = state.pop("lvl_1L")
-    with pytest.raises(CheckpointError, match="patch_nums"):
-        infer_transformer(state, Overrides())
-    assert infer_transformer(state, Overrides(sides=[1, 2, 4])).sides == (1, 2, 4)
-    assert infer_transformer(state, Overrides(), {"patch_nums": [1, 2, 4]}).sides == (1, 2, 4)
+    with pytest.raises(CheckpointError, match="sides=1-2-3"):
+        infer_transformer(state, Shape())
+    assert infer_transformer(state, Shape(sides=(1, 2, 4))).sides == (1, 2, 4)
+    for name in ("patch_nums", "sides"):
+        assert infer_transformer(state, Shape(), {name: [1, 2, 4]}).sides == (1, 2, 4)
     with pytest.raises(CheckpointError, match=r"given as 1,2,5 \(3 scales, 30 tokens\).*3 scales and 21 tokens"):
-        infer_transformer(state, Overrides(sides=(1, 2, 5)))
+        infer_transformer(state, Shape(sides=(1, 2, 5)))
     with pytest.raises(CheckpointError, match="square token maps"):
-        infer_transformer({**state, "lvl_1L": levels.flip(1)}, Overrides())
+        infer_transformer({**state, "lvl_1L": levels.flip(1)}, Shape())
 
 
 def test_heads_come_from_the_scale_then_from_the_caller_then_from_the_width() -> None:
     state = _state()
-    assert infer_transformer(state, Overrides()).heads == 2
+    assert infer_transformer(state, Shape()).heads == 2
     with pytest.raises(CheckpointError, match="heads was given as 4, the file has 2"):
-        infer_transformer(state, Overrides(heads=4))
+        infer_transformer(state, Shape(heads=4))
     plain = _state(l2_attention=False)
-    assert infer_transformer(plain, Overrides()).heads == 1
-    assert infer_transformer(plain, Overrides(heads=8)).heads == 8
-    assert infer_transformer(plain, Overrides(), {"num_heads": 4}).heads == 4
+    assert infer_transformer(plain, Shape()).heads == 1
+    assert infer_transformer(plain, Shape(heads=8)).heads == 8
+    for hints in ({"num_heads": 4}, {"heads": 4}, {"heads": 4, "num_heads": 2}):
+        assert infer_transformer(plain, Shape(), hints).heads == 4
     with pytest.raises(CheckpointError, match="heads 5 does not divide"):
-        infer_transformer(plain, Overrides(heads=5))
+        infer_transformer(plain, Shape(heads=5))
     narrow = _state(l2_attention=False, width=96)
-    with pytest.raises(CheckpointError, match="num_heads"):
-        infer_transformer(narrow, Overrides())
+    with pytest.raises(CheckpointError, match="--shape heads=N"):
+        infer_transformer(narrow, Shape())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_hints_of_the_wrong_kind_are_named(hints: dict[str, object]) -> None:
     plain = _state(l2_attention=False)
     del plain["lvl_1L"]
     with pytest.raises(CheckpointError, match=rf"config\.json gives .* as {next(iter(hints))}"):
-        infer_transformer(plain, Overrides(sides=None if "patch_nums" in hints else (1, 2, 4)), hints)
+        infer_transformer(plain, Shape(sides=None if "patch_nums" in hints else (1, 2, 4)), hints)
 
 
 def test_claims_beyond_reason_are_refused() -> None:
@@ -155,9 +160,9 @@ def test_claims_beyond_reason_are_refused() -> None:
     huge = {**state, "pos_1LC": torch.empty(1, 10**9, 64, device="meta")}
     del huge["lvl_1L"]
     with pytest.raises(CheckpointError, match="1,000,000,000 tokens"):
-        infer_transformer(huge, Overrides())
+        infer_transformer(huge, Shape())
     with pytest.raises(CheckpointError, match="most are missing"):
-        infer_transformer({**state, "blocks.999999999999999.ffn.fc1.bias": torch.zeros(1)}, Overrides())
+        infer_transformer({**state, "blocks.999999999999999.ffn.fc1.bias": torch.zeros(1)}, Shape())
 
 
 @pytest.mark.parametrize(

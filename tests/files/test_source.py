@@ -20,6 +20,7 @@ from actvar_convert.files.sparse_folder import provenance_of, save_sparse
 from actvar_convert.models.model import Model
 from actvar_convert.origins import provenance, recorded_teacher
 from actvar_convert.recipe import Recipe
+from actvar_convert.recipe.shape import Shape
 from actvar_convert_cli.main import app
 
 
@@ -206,20 +207,21 @@ def test_what_was_given_for_a_file_is_kept_with_it(
 ) -> None:
     transformer = {name: t for name, t in torch.load(official_pair[0]).items() if not name.endswith("lvl_1L")}
     torch.save(transformer, official_pair[0])
-    with pytest.raises(InputError, match="--sides 1,2,3"):
+    with pytest.raises(InputError, match="--shape sides=1-2-3"):
         load_any(*official_pair)
     given = {"heads": 2, "sides": [1, 2, 3, 4], "residual_ratio": 0.25}
-    model = load_any(*official_pair, **given)  # type: ignore[arg-type]
-    assert model.origin["sides"] == "1,2,3,4" and model.tokenizer.config.residual_ratio == 0.25
+    model = load_any(*official_pair, shape=given)
+    assert model.origin["shape"] == "heads=2,sides=1-2-3-4,residual_ratio=0.25"
+    assert model.tokenizer.config.residual_ratio == 0.25
     recorded = provenance_of(model.origin)
-    assert (recorded.heads, recorded.sides, recorded.residual_ratio) == (2, (1, 2, 3, 4), 0.25)
+    assert recorded.shape == Shape(heads=2, sides=(1, 2, 3, 4), residual_ratio=0.25)
     sparse.tokenizer = model.tokenizer
     folder = save_sparse(sparse, tmp_path / "out", provenance=recorded, recipe_text="a: 1\n")
     teacher = recorded_teacher(load_any(folder))
     assert teacher.tokenizer.config == model.tokenizer.config and teacher.origin == model.origin
-    forgotten = recorded.model_copy(update={"residual_ratio": None})
+    forgotten = recorded.model_copy(update={"shape": Shape(heads=2, sides=(1, 2, 3, 4))})
     with pytest.raises(InputError, match="its shape differs"):
         recorded_teacher(load_any(save_sparse(sparse, folder, provenance=forgotten, recipe_text="a: 1\n")))
     for source in (folder, "fashion", "var-d16"):
         with pytest.raises(InputError, match=r"the shape of .* is known. Leave heads and sides out"):
-            load_any(source, heads=2, sides=(1, 2, 3, 4))
+            load_any(source, shape={"heads": 2, "sides": (1, 2, 3, 4)})

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actvar_convert.errors import CheckpointError
-from actvar_convert.files.sparse_folder import load_sparse, save_sparse
 from actvar_convert.models.model import Model
+from actvar_convert.files.sparse_folder import load_sparse, read_provenance, save_sparse
+from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model
+from actvar_convert.recipe.shape import Shape
 
 PLAN: dict[str, object] = {
     "neighbourhood": 1,
@@ -30,6 +33,7 @@ def written_before(folder: Path, plan: dict[str, object], block: dict[str, objec
     path = folder / "config.json"
     content = json.loads(path.read_text())
     del content["family"]
+    content["provenance"] |= {"heads": 2, "sides": [1, 2, 3, 4]}
     for each in content["plans"].values():
         each.update(plan)
         each["blocks"][1].update(block)
@@ -49,6 +53,7 @@ def test_kept_values_are_dropped(folder: Path, sparse: Model, same_model: Callab
     model = load_sparse(written_before(folder, PLAN, BLOCK))
     same_model(model, sparse)
     assert model.plans == sparse.plans
+    assert read_provenance(folder).shape == Shape(heads=2, sides=(1, 2, 3, 4))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ TEXT = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 TABLE = TEXT.split("## What chose the settings")[1].split("\n## ")[0]
 MEASURING = ("evaluate", "benchmark", "checks")
 """Sections that say what is measured, and change no model."""
-NAMING = ("name", "description", "model", "vae", "heads", "sides", "residual_ratio", "seed", "device")
+NAMING = ("name", "description", "model", "vae", "shape", "seed", "device")
 
 
 def leaves(section: type[BaseModel], path: str = "") -> Iterator[str]:

@@ -56,6 +56,9 @@ def test_recipes_of_version_1_lose_kept_values(tmp_path: Path) -> None:
     plan = {**PLAN, "skipped_kv": "computed", "reconstruction": "mixture", "neighbourhood": 1}
     more: dict[str, object] = {
         "sparsify": {"steps": 0, "batch": 7},
+        "heads": 4,
+        "sides": None,
+        "data": {"source": "teacher", "images": "unused", "dtype": "fp32"},
         "gate": {"rank": 8, "skipped_kv": "dropped"},
         "budget": {"guidance": "folded"},
         "distill": {"stage2": {"steps": 3, "hidden": 0.0, "checkpoint_every": 7}},
@@ -63,6 +66,7 @@ def test_recipes_of_version_1_lose_kept_values(tmp_path: Path) -> None:
     }
     recipe = load_recipe(stored(tmp_path, more))
     assert (recipe.gate.rank, recipe.distill.stage2.steps) == (8, 3)
+    assert (recipe.shape.heads, recipe.shape.sides, recipe.data.images) == (4, None, None)
     assert recipe.plans is not None and recipe.plans["fast"].reconstruction_rank == 8
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     with pytest.raises(RecipeError):

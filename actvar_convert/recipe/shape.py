@@ -1,0 +1,70 @@
+"""What somebody knows of a dense model's shape that its files do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from actvar_convert.errors import InputError
+
+
+class Shape(BaseModel):
+    """What a dense model's files may not tell of its shape; null: read from them, or the usual value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    heads: int | None = Field(None, ge=1, description="attention heads; null: as in the file, else width / 64")
+    sides: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, min_length=1, description="side of every scale, coarse to fine; null: as in the file or as published"
+    )
+    residual_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the tokenizer's phi convolution in its output, which no tensor tells; null: 0.5",
+    )
+
+    @property
+    def given(self) -> list[str]:
+        """Names of what is not null."""
+        return list(self.model_dump(exclude_none=True))
+
+    @property
+    def text(self) -> str:
+        """What is not null as ``parse_shape`` reads it, such as ``heads=16,sides=1-2-3``."""
+        values = self.model_dump(exclude_none=True)
+        sides = "-".join(map(str, self.sides or ()))
+        return ",".join(f"{name}={sides if name == 'sides' else value}" for name, value in values.items())
+
+
+ShapeLike = Shape | Mapping[str, Any] | None
+"""A shape as callers give it: as it is, or its values by name."""
+
+
+def shape_of(given: ShapeLike) -> Shape:
+    """The shape that a caller gives; None: nothing is known.
+
+    Raises:
+        InputError: a key or value that a shape does not have, all problems at once.
+    """
+    if isinstance(given, Shape):
+        return given
+    try:
+        return Shape.model_validate(dict(given or {}))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise InputError(f"this is no shape; it has {', '.join(Shape.model_fields)}:", problems) from error
+
+
+def parse_shape(text: str) -> Shape:
+    """The shape that a text such as ``heads=16,sides=1-2-3-4,residual_ratio=0.5`` says.
+
+    Raises:
+        InputError: see ``shape_of``.
+    """
+    parts = [part.partition("=") for part in text.split(",")] if text else []
+    values = {name.strip(): value.strip() for name, _, value in parts}
+    sides = {"sides": values["sides"].split("-")} if "sides" in values else {}
+    return shape_of(values | sides)
