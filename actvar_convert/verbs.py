@@ -36,9 +36,7 @@ from actvar_convert.measure.extractors import FeatureExtractor, bundled_extracto
 from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_models
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import NoiseSource
-from actvar_convert.models.model import differences
+from actvar_convert.models.model import Model, NoiseSource, differences
 from actvar_convert.origins import (
     STATE,
     class_names,

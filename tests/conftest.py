@@ -11,13 +11,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import fresh_sparse
+from actvar_convert.conversion.activations import Calibration
+from actvar_convert.conversion.converter import convert_model
+from actvar_convert.conversion.experts import Partition
+from actvar_convert.conversion.search import Planned
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.split import stored_name, take_dense
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.plan import BlockPlan, SparsityPlan
+from actvar_convert.recipe.schema import Recipe
 
 SIDES = (1, 2, 3, 4)
 
@@ -33,6 +37,25 @@ def gated_plan(
             row[scale] = keep
         changed[block] = plan.blocks[block].model_copy(update={"keep": tuple(row)})
     return plan.model_copy(update={"blocks": tuple(changed)})
+
+
+def calibration_of(model: Model, tokens: torch.Tensor, labels: torch.Tensor, batch: int = 8) -> Calibration:
+    """Pyramids that a model is measured on, with their labels."""
+    return Calibration(tokens.long(), model.family.condition(model.config, labels), batch)
+
+
+def convert_with(
+    dense: Model,
+    plans: Mapping[str, SparsityPlan],
+    default: str,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    partitions: list[Partition] | None = None,
+) -> Model:
+    """A conversion to stated plans, on given pyramids."""
+    planned = Planned(dict(plans), default, partitions, {})
+    return convert_model(dense, planned, recipe, calibration_of(dense, tokens, labels, recipe.calibration.batch))
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from actvar_convert import stores
-from actvar_convert.errors import InputError
+from actvar_convert.models.alphabet import Bits, Codes
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
-from actvar_convert.models.var.network import VARTransformer
-from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.schema import CalibrationRecipe, DataRecipe, Recipe
 from actvar_convert.system.progress import SilentProgress
 
@@ -32,8 +30,8 @@ def test_the_teacher_samples_in_the_dtype_of_the_recipe(tiny_model: Model, tmp_p
     )
     for store, seed, count in zip(found, (1, 2), (6, 7), strict=True):
         assert len(store) == count
-        first = sampling.generate_tokens(store.labels[:3], seed=seed + 7_919, chunk=3, cfg=2.0)
-        assert torch.equal(store.tokens[:3].long(), first)
+        first = sampling.generate_tokens(store.condition.rows(slice(3)), seed=seed + 7_919, chunk=3, cfg=2.0)
+        assert torch.equal(store.tokens[:3], first)
     assert tiny_model.dtype == torch.float32
 
 
@@ -43,16 +41,21 @@ def test_a_narrow_model_is_not_widened(tiny_model: Model) -> None:
     assert torch.equal(wide.tokens, stores.calibration_store(narrow, recipe("bf16"), progress=SilentProgress()).tokens)
 
 
-def test_a_codebook_beyond_two_bytes_is_refused_first(tiny_model: Model, tmp_path: Path) -> None:
-    vocab = 2**16 + 1
-    config = tiny_model.config.model_copy(update={"vocab": vocab})
-    tokenizer = tiny_model.tokenizer.config.model_copy(update={"vocab": vocab})
-    large = Model(VARTransformer(config), VQVAE(tokenizer)).eval()
-    with pytest.raises(InputError, match="65537 codes; token pyramids are stored with at most 65536"):
-        stores.calibration_store(large, recipe("fp32"), progress=SilentProgress())
-    with pytest.raises(InputError, match="at most 65536"):
-        stores.distillation_store(large, recipe("fp32"), path=tmp_path / "tokens", progress=SilentProgress())
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("vocab", "size"), [(2, 1), (256, 1), (257, 2), (2**16, 2), (2**16 + 1, 3)])
+def test_a_token_takes_the_bytes_that_it_needs(vocab: int, size: int) -> None:
+    alphabet = Codes(vocab)
+    tokens = torch.tensor([[0, vocab - 1, vocab // 2]])
+    packed = alphabet.pack(tokens)
+    assert packed.shape == (1, 3, size) and packed.dtype == torch.uint8
+    assert torch.equal(alphabet.unpack(packed), tokens)
+
+
+@pytest.mark.parametrize("bits", [1, 8, 9, 56])
+def test_bits_take_an_eighth_of_a_byte(bits: int) -> None:
+    alphabet = Bits(bits)
+    tokens = torch.randint(0, 2, (3, 5, bits), generator=torch.Generator().manual_seed(bits))
+    packed = alphabet.pack(tokens)
+    assert packed.shape == (3, 5, -(-bits // 8)) and torch.equal(alphabet.unpack(packed), tokens)
 
 
 def test_images_serve_calibration_and_training(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,11 @@ def var_loss(
     scales = pyramid.scales_in(tokens_BL.shape[1])
     pieces = list(torch.split(tokens_BL, list(pyramid.lengths[:scales]), 1))
     with torch.no_grad():
-        inputs = vae.quantize.inputs(pieces[: scales - 1])
+        f_hat, found = None, []
+        for scale, own in enumerate(pieces[: scales - 1]):
+            f_hat = vae.accumulate(f_hat, own, scale, pyramid)
+            found.append(vae.next_input(f_hat, scale + 1, pyramid))
+        inputs = torch.cat(found, dim=1)
     logits = model(labels, inputs)
     loss = F.cross_entropy(logits.flatten(0, 1), tokens_BL.flatten(), reduction="none", label_smoothing=smoothing)
     return loss.view(tokens_BL.shape).mean(0)
@@ -191,7 +195,8 @@ def attend_by_scale(
             scores = scores + mask_LL[..., :end, :end]
         out.append(scores.softmax(-1).to(v_BHLd.dtype) @ v_BHLd[:, :, :end])
         begin = end
-    return attention.project(torch.cat(out, 2).transpose(1, 2).flatten(2))
+    found: Tensor = attention.proj(torch.cat(out, 2).transpose(1, 2).flatten(2))
+    return found
 
 
 class VarRun:

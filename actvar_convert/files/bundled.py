@@ -29,12 +29,6 @@ from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
-from actvar_convert.models.var.config import TokenizerConfig
-from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.base import Sampling
-from actvar_convert.models.model import Model
-from actvar_convert.models.var.network import VARTransformer
-from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.shape import Shape
 from actvar_convert.system.atomic import replacing_files
 

@@ -35,8 +35,6 @@ from actvar_convert.files.sparse_folder import is_sparse_folder
 from actvar_convert.files.tensors import INDEX_SUFFIX, read_json, read_tensors, require_exists, weight_file
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.model import Model
-from actvar_convert.models.model import Model
-from actvar_convert.models.base import Sampling
 from actvar_convert.recipe.shape import Shape, ShapeLike, shape_of
 
 AS_VAE = "with --vae (vae=, or vae in a recipe: --set vae=FILE)"
@@ -120,9 +118,7 @@ def load_dense(
     return model
 
 
-def build_dense(
-    files: DenseFiles, known: Shape, dtype: DTypeChoice = None, sampling: Sampling | None = None
-) -> Model:
+def build_dense(files: DenseFiles, known: Shape, dtype: DTypeChoice = None, sampling: Sampling | None = None) -> Model:
     """A model from the tensors of files, after checking everything about them.
 
     Its sampling is the given one, else the published one for a model of a published shape, else the default.

@@ -21,12 +21,6 @@ from torch import Tensor
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.models.base import Sampling, Schedule
 from actvar_convert.models.var.config import MAX_BLOCKS, MAX_TOKENS, TokenizerConfig, TransformerConfig
-from actvar_convert.models.var.config import MAX_BLOCKS
-from actvar_convert.models.var.config import MAX_TOKENS
-from actvar_convert.models.var.config import TokenizerConfig
-from actvar_convert.models.base import Schedule
-from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.base import Sampling
 from actvar_convert.recipe.shape import Shape
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

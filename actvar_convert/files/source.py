@@ -14,8 +14,8 @@ from actvar_convert.errors import CheckpointError, InputError, explained, os_err
 from actvar_convert.files.bundled import bundled_config, bundled_names, load_bundled
 from actvar_convert.files.dense import AS_VAE, DTypeChoice, load_dense
 from actvar_convert.files.inspection import Inspection, describe, dtype_name, inspect_file
-from actvar_convert.files.skeleton import empty_backbone
 from actvar_convert.files.layout import official_config, official_names
+from actvar_convert.files.skeleton import empty_backbone
 from actvar_convert.files.sparse_folder import is_sparse_folder, load_sparse, read_sparse_config
 from actvar_convert.files.tensors import require_exists
 from actvar_convert.models.model import Model

@@ -3,18 +3,18 @@ everything checked."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, field_validator
 from torch import Tensor, nn
 
 from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError, InputError, RecipeError, explain_os_errors
-from actvar_convert.files.skeleton import assign, compare, empty_backbone, empty_tokenizer, nonfinite_problems
 from actvar_convert.files.layout import DERIVED_SUFFIXES, messages
 from actvar_convert.files.skeleton import assign, compare, empty_backbone, empty_tokenizer, nonfinite_problems
 from actvar_convert.files.tensors import (
@@ -33,13 +33,6 @@ from actvar_convert.models.model import Model
 from actvar_convert.models.schedule import Config
 from actvar_convert.models.split import plans_of, stored_state
 from actvar_convert.plan import Plans, SparsityPlan
-from actvar_convert.models.var.config import TokenizerConfig
-from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.base import Sampling
-from actvar_convert.models.model import Model
-from actvar_convert.models.split import split
-from actvar_convert.models.var.tokenizer import VQVAE
-from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.shape import Shape, parse_shape
 from actvar_convert.recipe.yaml_text import read_yaml
 from actvar_convert.system.atomic import (
@@ -112,17 +105,6 @@ class SparseConfig(BaseModel):
     default_plan: str
     provenance: Provenance = Provenance()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_family(cls, data: Any) -> Any:
-        """Shapes of the kind that the family has."""
-        known = FAMILIES.get(data.get("family", "var")) if isinstance(data, dict) else None
-        if known is None:
-            return data
-        types = {"transformer": known.config_type, "tokenizer": known.tokenizer_config_type}
-        shapes = {key: kind.model_validate(data[key]) for key, kind in types.items() if isinstance(data.get(key), dict)}
-        return {**data, **shapes}
-
     @field_validator("family")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -144,6 +126,16 @@ class SparseConfig(BaseModel):
             if ours != theirs:
                 found.append(f"{field}: transformer {ours}, tokenizer {theirs}")
         return found
+
+
+@functools.cache
+def _config_type(family: str) -> type[SparseConfig]:
+    """The configuration of sparse models of a family; of one that is unknown, what refuses it."""
+    if family not in FAMILIES:
+        return SparseConfig
+    own = FAMILIES[family]
+    shapes: dict[str, Any] = {"transformer": (own.config_type, ...), "tokenizer": (own.tokenizer_config_type, ...)}
+    return create_model("SparseConfig", __base__=SparseConfig, **shapes)
 
 
 def save_sparse(
@@ -284,7 +276,7 @@ def read_sparse_config(folder: Path) -> SparseConfig:
         )
     content = upgraded(path, content)
     try:
-        config = SparseConfig.model_validate(content)
+        config = _config_type(str(content.get("family", "var"))).model_validate(content)
     except ValidationError as error:
         raise CheckpointError(
             f"{path} is damaged or was edited. Restore it, or convert again:", messages(error)

@@ -35,8 +35,7 @@ from actvar_convert.measure.quality_report import (
 from actvar_convert.measure.routing import watched_routing
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import differences
+from actvar_convert.models.model import Model, differences
 from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.recipe.schema import FEWEST_IMAGES
 from actvar_convert.system.device import DtypeLike, pick_dtype

@@ -21,8 +21,7 @@ from actvar_convert._version import __version__
 from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import chunk_seed
+from actvar_convert.models.model import Model, chunk_seed
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.progress import Task
 

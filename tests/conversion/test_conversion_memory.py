@@ -10,18 +10,17 @@ import torch
 from actvar_convert.conversion import conversion_memory as memory
 from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, require_memory
-from actvar_convert.conversion.converter import convert_model
 from actvar_convert.conversion.search import plan_model
 from actvar_convert.errors import InputError
 from actvar_convert.files.layout import official_config
-from actvar_convert.models.model import GENERATION_BYTES
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import images_at_once
+from actvar_convert.models.model import GENERATION_BYTES, Model, images_at_once
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, Recipe
+
+from ..conftest import convert_with
 
 SIDES = (1, 2, 3, 4, 6, 8)
 
@@ -65,7 +64,7 @@ def test_converting_takes_what_was_estimated(
     assert estimate.phase == phase
     tokens = torch.randint(0, config.vocab, (pyramids, config.schedule.total))
     with memory_watch:
-        convert_model(dense, *recipe_plans(config, chosen), chosen, tokens, torch.arange(pyramids) % 10)
+        convert_with(dense, *recipe_plans(config, chosen), chosen, tokens, torch.arange(pyramids) % 10)
     expected = estimate.total - memory.PROGRAM
     assert 0.5 * expected < memory_watch.peak < expected
 

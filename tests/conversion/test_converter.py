@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from actvar_convert.conversion.budget import reduction, uniform_plan
-from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.model import Model
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
 
-from ..conftest import gated_plan
+from ..conftest import convert_with, gated_plan
 
 
 def recipe(**changes: object) -> Recipe:
@@ -39,7 +38,7 @@ def test_conversion_with_everything_on_is_the_dense_model(
     chosen = recipe()
     plans = {"plan": gated_plan(uniform_plan(config, chosen)), "all": SparsityPlan.dense(config, 8)}
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
+    sparse = convert_with(tiny_model, plans, "plan", chosen, *calibration)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
     tokens, labels = calibration
     pieces = tokens.split(list(config.schedule.lengths), 1)
@@ -58,15 +57,15 @@ def test_conversion_with_everything_on_is_the_dense_model(
 def test_conversion_is_repeatable(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
     chosen = recipe()
     plans = {"plan": gated_plan(uniform_plan(tiny_model.config, chosen))}
-    first = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
-    second = convert_model(tiny_model, plans, "plan", chosen, *calibration).state_dict()
+    first = convert_with(tiny_model, plans, "plan", chosen, *calibration).state_dict()
+    second = convert_with(tiny_model, plans, "plan", chosen, *calibration).state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_the_result_has_memory_of_its_own(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
     chosen = recipe()
     plans = {"plan": gated_plan(uniform_plan(tiny_model.config, chosen))}
-    sparse = convert_model(tiny_model, plans, "plan", chosen, *calibration)
+    sparse = convert_with(tiny_model, plans, "plan", chosen, *calibration)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in tiny_model.transformer.state_dict().values()}
     for name, tensor in sparse.transformer.state_dict().items():
         assert not tensor.is_meta and tensor.untyped_storage().data_ptr() not in theirs, name
@@ -86,7 +85,7 @@ def test_the_size_of_calibration_batches_changes_nothing(
             gate=GateRecipe(rank=rank),
         )
         plans = {"plan": gated_plan(uniform_plan(tiny_model.config, chosen), blocks=(0, 1), scales=(2, 3))}
-        states.append(convert_model(tiny_model, plans, "plan", chosen, *calibration).transformer)
+        states.append(convert_with(tiny_model, plans, "plan", chosen, *calibration).transformer)
     whole, parts = (model.state_dict() for model in states)
     for name, tensor in whole.items():
         if ".reconstruction.up." in name or ".reconstruction.down." in name:

@@ -21,7 +21,7 @@ from actvar_convert.models.base import Span
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.network import FFN
-from actvar_convert.plan import BlockPlan, SparsityPlan
+from actvar_convert.plan import BlockPlan, Plans, SparsityPlan
 from actvar_convert.recipe.schema import ExpertsRecipe
 
 EXPERTS = 8
@@ -32,7 +32,7 @@ def make(tiny_model: Model, recipe: ExpertsRecipe, shared: int = 2) -> tuple[FFN
     block = BlockPlan(prefix=(8, 8, 2, 2), routed=(0, 0, 3, 3), keep=(1, 1, 1, 1))
     plan = SparsityPlan(experts=EXPERTS, blocks=(block,) * config.depth)
     dense = tiny_model.transformer.blocks[0].ffn
-    sparse = ExpertFFN(config, {"plan": plan}, "plan", 0)
+    sparse = ExpertFFN(config.width, config.hidden, True, 0, Plans({"plan": plan}, "plan"))
     x = torch.randn(600, config.width, generator=torch.Generator().manual_seed(0)) @ torch.randn(
         config.width, config.width, generator=torch.Generator().manual_seed(1)
     ).div(config.width**0.5)

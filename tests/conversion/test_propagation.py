@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.conversion.converter import conversion_steps, convert_model
+from actvar_convert.conversion.converter import conversion_steps
 from actvar_convert.conversion.experts import active_neurons
 from actvar_convert.conversion.refitting import _GatedMoments, refit_in_order
 from actvar_convert.models.base import Span
@@ -14,6 +14,8 @@ from actvar_convert.models.model import Model
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
+
+from ..conftest import convert_with
 
 EXPERTS = 8
 WHOLE = ((EXPERTS,) * 4, (0,) * 4, (1.0,) * 4)
@@ -53,7 +55,7 @@ def pyramids(dense: Model, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def convert(dense: Model, chosen: Recipe, **plans: SparsityPlan) -> Model:
-    return convert_model(dense, plans, next(iter(plans)), chosen, *pyramids(dense, 120, 1))
+    return convert_with(dense, plans, next(iter(plans)), chosen, *pyramids(dense, 120, 1))
 
 
 @torch.no_grad()
@@ -124,7 +126,7 @@ def test_blocks_before_the_first_sparse_one_stay(dense: Model) -> None:
 def test_a_dense_plan_is_left_alone(dense: Model) -> None:
     plans, calls = {"a": plan("whole", "whole", "whole")}, []
     tokens, labels = pyramids(dense, 20, 1)
-    sparse = convert_model(dense, plans, "a", recipe(), tokens, labels)
+    sparse = convert_with(dense, plans, "a", recipe(), tokens, labels)
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
     refit_in_order(dense, sparse, tokens, labels, batch=8, on_block=lambda: calls.append(1))
     assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items()) and len(calls) == 3
@@ -135,7 +137,7 @@ def test_steps_are_counted(dense: Model) -> None:
         calls: list[int] = []
         tokens, labels = pyramids(dense, 20, 1)
         chosen, plans = recipe(how), {"a": plan("static", "static", "static")}
-        convert_model(dense, plans, "a", chosen, tokens, labels, on_block=lambda calls=calls: calls.append(1))  # type: ignore[misc]
+        convert_with(dense, plans, "a", chosen, tokens, labels, on_block=lambda calls=calls: calls.append(1))  # type: ignore[misc]
         assert len(calls) == conversion_steps(dense.config, chosen) == steps
 
 

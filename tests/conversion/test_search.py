@@ -16,7 +16,6 @@ from actvar_convert.conversion.budget import (
     reduction,
     uniform_plan,
 )
-from actvar_convert.conversion.converter import convert_model
 from actvar_convert.conversion.experts import Partition
 from actvar_convert.conversion.fisher import output_metrics
 from actvar_convert.conversion.search import (
@@ -35,6 +34,8 @@ from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
+
+from ..conftest import convert_with
 
 
 def recipe(**changes: object) -> Recipe:
@@ -191,7 +192,7 @@ def test_damage_is_that_of_the_converted_block(
     sensitivities = measure_sensitivity(tiny_model, chosen, *calibration)
     metrics = output_metrics(tiny_model, *calibration, batch=8, seed=0)
     planned = plan_model(tiny_model, chosen, *calibration)
-    sparse = convert_model(
+    sparse = convert_with(
         tiny_model, planned.plans, planned.default, chosen, *calibration, partitions=planned.partitions
     )
     tokens, labels = calibration
@@ -278,7 +279,7 @@ def test_searched_plans_meet_their_targets_closely(
         assert not planned.plans[name].problems(config)
         assert share <= reduction(config, planned.plans[name]) < share + 0.03
     assert planned.damage["half"] < planned.damage["default"]
-    sparse = convert_model(tiny_model, planned.plans, "half", chosen, *calibration, partitions=planned.partitions)
+    sparse = convert_with(tiny_model, planned.plans, "half", chosen, *calibration, partitions=planned.partitions)
     assert torch.isfinite(sparse.generate([0, 1], seed=0)).all()
 
 
@@ -293,7 +294,7 @@ def test_a_search_does_less_damage_than_the_uniform_plan(
     expected = tiny_model.transformer(labels, inputs)
 
     def kl(plan: SparsityPlan, partitions: list[Partition] | None) -> float:
-        sparse = convert_model(tiny_model, {"plan": plan}, "plan", chosen, tokens, labels, partitions=partitions)
+        sparse = convert_with(tiny_model, {"plan": plan}, "plan", chosen, tokens, labels, partitions=partitions)
         return float(kl_per_token(expected, sparse.transformer(labels, inputs)).mean())
 
     assert kl(planned.plans["default"], planned.partitions) < kl(uniform, None)
@@ -376,7 +377,7 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
         blocks=(SparsityPlan.dense(config, 8).blocks[0], block),
         reconstruction_rank=4,
     )
-    sparse = convert_model(tiny_model, {"plan": plan}, "plan", chosen, *calibration)
+    sparse = convert_with(tiny_model, {"plan": plan}, "plan", chosen, *calibration)
     tokens, labels = calibration
     outputs = []
     for model in (tiny_model, sparse):
@@ -400,7 +401,7 @@ def test_a_search_may_skip_tokens(tiny_model: Model, calibration: tuple[torch.Te
     plan = planned.plans["default"]
     assert plan.gated and not plan.problems(config) and 0.55 <= reduction(config, plan) < 0.58
     assert all(keep == 1 for block in plan.blocks for keep in block.keep[:2])
-    sparse = convert_model(tiny_model, planned.plans, "default", chosen, *calibration, partitions=planned.partitions)
+    sparse = convert_with(tiny_model, planned.plans, "default", chosen, *calibration, partitions=planned.partitions)
     assert torch.isfinite(sparse.generate([0, 1], seed=0)).all()
 
 

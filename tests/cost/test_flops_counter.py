@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from actvar_convert.cost.flops import count_flops
-from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.family import decoder_macs
 from actvar_convert.models.var.network import VARTransformer
@@ -78,7 +78,7 @@ def test_generation_of_the_sparse_model(tokenizer, rank):
         blocks=(first, second),
         reconstruction_rank=rank,
     )
-    model = Model(SparseVARTransformer(CONFIG, {"plan": plan}, "plan"), tokenizer)
+    model = fresh_sparse(CONFIG, tokenizer, {"plan": plan}, "plan")
     report = count_flops(CONFIG, TOKENIZER, {"plan": plan})
     assert seen_by_generation(model) == expected(report.sparse.components)
     assert expected(report.sparse.components) < expected(report.dense.components)

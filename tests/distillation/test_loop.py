@@ -7,7 +7,6 @@ import torch
 
 from actvar_convert.conversion import converter
 from actvar_convert.conversion.budget import uniform_plan
-from actvar_convert.conversion.converter import convert_model
 from actvar_convert.distillation import loop
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.loop import distill_model
@@ -27,7 +26,7 @@ from actvar_convert.recipe.schema import (
 )
 from actvar_convert.system.progress import MetricsLog, SilentProgress
 
-from ..conftest import gated_plan
+from ..conftest import convert_with, gated_plan
 
 
 def recipe(
@@ -61,7 +60,7 @@ def converted(teacher: Model, chosen: Recipe, store: TokenStore) -> Model:
     if chosen.distill.plans == "random":
         block = BlockPlan(prefix=(8, 8, 8, 2), routed=(0, 0, 0, 2), keep=(1.0,) * 4)
         plans["gentle"] = SparsityPlan(experts=8, blocks=(block,) * 2)
-    return convert_model(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
+    return convert_with(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
 
 
 def train(

@@ -15,8 +15,7 @@ from actvar_convert.distillation.loop import StageRun
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.files.layout import official_config
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import images_at_once
+from actvar_convert.models.model import Model, images_at_once
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import expert_ffns
 
 LABELS = [0, 1]
 
@@ -26,9 +27,9 @@ def dense(tiny_model: Model) -> Model:
 def sparse(tiny_sparse: Model) -> Model:
     """The tiny sparse model with a sampling and orders of neurons of its own."""
     tiny_sparse.sampling = Sampling(1.25, 12, 0.8)
-    for index, block in enumerate(tiny_sparse.transformer.blocks):
-        order = torch.randperm(len(block.ffn.permutation), generator=torch.Generator().manual_seed(index))
-        block.ffn.permutation.copy_(order)
+    for ffn in expert_ffns(tiny_sparse.transformer):
+        order = torch.randperm(len(ffn.permutation), generator=torch.Generator().manual_seed(ffn.index))
+        ffn.permutation.copy_(order)
     return tiny_sparse
 
 

@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from actvar_convert.conversion.budget import recipe_plans
-from actvar_convert.conversion.converter import convert_model
 from actvar_convert.errors import InputError
 from actvar_convert.files.dense import load_dense
 from actvar_convert.files.export import dense_skeleton, export_reference
 from actvar_convert.files.layout import reference_tokenizer, split_parts
 from actvar_convert.files.sparse_folder import load_sparse, save_sparse
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import expert_ffns
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
 
-from ..conftest import gated_plan
+from ..conftest import convert_with, gated_plan
 
 SHAPES: dict[str, dict[str, object]] = {
     "own AdaLN": {},
@@ -57,7 +57,7 @@ def converted(dense: Model) -> Model:
     tokens = torch.randint(0, config.vocab, (6, config.schedule.total), generator=torch.Generator().manual_seed(0))
     plans, default = recipe_plans(config, recipe)
     plans = {name: gated_plan(plan, 0.9, blocks=range(config.depth)) for name, plan in plans.items()}
-    return convert_model(dense, plans, default, recipe, tokens, torch.arange(6) % config.classes)
+    return convert_with(dense, plans, default, recipe, tokens, torch.arange(6) % config.classes)
 
 
 def assert_equal(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -70,7 +70,7 @@ def assert_equal(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 def test_an_undistilled_conversion_gives_its_source_bit_by_bit(tmp_path: Path, shape: str, ending: str) -> None:
     dense = dense_model(**SHAPES[shape])
     sparse = converted(dense)
-    moved = [not torch.equal(b.ffn.permutation.sort().values, b.ffn.permutation) for b in sparse.transformer.blocks]
+    moved = [not torch.equal(f.permutation.sort().values, f.permutation) for f in expert_ffns(sparse.transformer)]
     assert any(moved), "no neuron changed its place: the test proves nothing"
     folder = save_sparse(sparse, tmp_path / "sparse", provenance={}, recipe_text="name: x\n")
     out, vae = tmp_path / f"var{ending}", tmp_path / f"vae{ending}"
@@ -93,10 +93,10 @@ def test_an_undistilled_conversion_gives_its_source_bit_by_bit(tmp_path: Path, s
 def test_the_files_are_read_as_any_official_ones(
     tmp_path: Path, dense: Model, sparse: Model, same_model: Callable[[Model, Model], None]
 ) -> None:
-    for block, own in zip(sparse.transformer.blocks, dense.transformer.blocks, strict=True):
-        order = block.ffn.permutation
-        block.ffn.fc1.weight.data, block.ffn.fc1.bias.data = own.ffn.fc1.weight[order], own.ffn.fc1.bias[order]
-        block.ffn.fc2.weight.data = own.ffn.fc2.weight[:, order]
+    for ffn, own in zip(expert_ffns(sparse.transformer), dense.transformer.blocks, strict=True):
+        order = ffn.permutation
+        ffn.fc1.weight.data, ffn.fc1.bias.data = own.ffn.fc1.weight[order], own.ffn.fc1.bias[order]
+        ffn.fc2.weight.data = own.ffn.fc2.weight[:, order]
     export_reference(sparse, tmp_path / "var.pth", tmp_path / "vae.pth")
     same_model(load_dense(tmp_path / "var.pth"), dense)
     assert (tmp_path / "var.pth").stat().st_size < 1.2 * sum(

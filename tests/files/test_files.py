@@ -99,7 +99,7 @@ def test_failure_after_the_commit_is_completed_later(
         with pytest.raises(InputError, match="finish the interrupted save"):
             save_sparse(sparse, folder, provenance={"name": "new"}, recipe_text="a: 2\n")
     assert read_provenance(folder).name == "new"
-    assert load_sparse(folder).plan_name == "default"
+    assert load_sparse(folder).plans.name == "default"
     assert sorted(_everything(folder)) == ["config.json", "model.safetensors", "recipe.yaml", "vae.safetensors"]
 
 

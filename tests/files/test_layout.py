@@ -18,9 +18,6 @@ from actvar_convert.files.layout import (
 from actvar_convert.files.skeleton import compare, empty_backbone, empty_tokenizer
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
-from actvar_convert.files.skeleton import compare, empty_tokenizer, empty_backbone
-from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.recipe.shape import Shape
 
 LINES = {

@@ -25,7 +25,7 @@ def test_names_files_and_folders(tmp_path: Path, official_pair: tuple[Path, Path
     assert model_shape(official_pair[0], tmp_path / "elsewhere.pth").tokenizer == dense.tokenizer.config
     folder = save_sparse(sparse, tmp_path / "out", provenance={}, recipe_text="a: 1\n")
     found = model_shape(folder)
-    assert (dict(found.plans), found.default_plan) == (sparse.plans, "default")
+    assert (dict(found.plans), found.default_plan) == (sparse.plans.named, "default")
 
 
 def test_what_could_not_be_loaded_has_no_shape(tmp_path: Path, official_pair: tuple[Path, Path], sparse: Model) -> None:

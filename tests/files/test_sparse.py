@@ -45,8 +45,8 @@ def test_round_trip(folder: Path, sparse: Model, same_model: Callable[[Model, Mo
     assert _names(folder) == FILES and _names(folder.parent) == ["tiny"]
     model = load_sparse(folder)
     same_model(model, sparse)
-    assert (model.plans, model.plans.name, model.sampling) == (sparse.plans, "default", sparse.sampling)
-    assert load_sparse(folder, plan="all").plan == sparse.plans["all"]
+    assert (model.plans, model.sampling) == (sparse.plans, sparse.sampling)
+    assert load_sparse(folder, plan="all").plan == sparse.plans.named["all"]
     assert {p.dtype for p in load_sparse(folder, dtype=torch.bfloat16).transformer.parameters()} == {torch.bfloat16}
     config = json.loads((folder / "config.json").read_text())
     assert (config["format"], config["format_version"], config["default_plan"]) == ("actvar-sparse", 2, "default")
@@ -113,7 +113,7 @@ def test_reports_may_be_edited_and_deleted(folder: Path, sparse: Model) -> None:
 
 def test_recipe_line_ends_do_not_matter(folder: Path) -> None:
     (folder / "recipe.yaml").write_bytes(RECIPE.replace("\n", "\r\n").encode())
-    assert load_sparse(folder).plan_name == "default"
+    assert load_sparse(folder).plans.name == "default"
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
@@ -130,7 +130,7 @@ def test_an_interrupted_replacement_is_finished_by_the_next_reader(
     new.rename(folder / COMMIT)
     assert read_provenance(folder).name == "new"
     assert _names(folder) == FILES
-    assert load_sparse(folder).plan_name == "default"
+    assert load_sparse(folder).plans.name == "default"
 
 
 def _edit_config(folder: Path, **changes: object) -> None:
@@ -237,7 +237,7 @@ def test_a_folder_of_version_1_names_no_family(
 
 def test_a_family_of_nobody_is_refused(folder: Path) -> None:
     _edit_config(folder, family="rav")
-    with pytest.raises(CheckpointError, match="family: Input should be 'var'"):
+    with pytest.raises(CheckpointError, match="family: .* is unknown to this version"):
         load_sparse(folder)
 
 

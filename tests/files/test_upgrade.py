@@ -11,9 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actvar_convert.errors import CheckpointError
-from actvar_convert.models.model import Model
 from actvar_convert.files.sparse_folder import load_sparse, read_provenance, save_sparse
-from actvar_convert.models.model import Model
 from actvar_convert.models.model import Model
 from actvar_convert.recipe.shape import Shape
 

@@ -21,8 +21,9 @@ from actvar_convert.models.base import Sampling
 from actvar_convert.models.casting import cast
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.fingerprint import state_fingerprint
-from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.sampling import balanced_labels
+from actvar_convert.models.split import take_dense
 from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.show.tables import quality_notes
@@ -125,7 +126,7 @@ def test_agreement_is_the_definition(tiny_model: Model, other: Model, extractor:
     tokens = tiny_model.generate_tokens(labels, seed=HELD_OUT_SEED, chunk=BATCH)
     pyramid = tiny_model.config.schedule
     with torch.inference_mode():
-        inputs = tiny_model.tokenizer.quantize.inputs(torch.split(tokens, list(pyramid.lengths), 1))
+        inputs = tiny_model.inputs(tokens)
         p, q = (m.transformer(labels, inputs).double() for m in (tiny_model, other))
     kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).double()
@@ -164,7 +165,7 @@ def test_guided_predictions_are_compared_as_they_are_sampled(
 
 
 def test_chunks_are_those_of_one_call(tiny_model: Model) -> None:
-    labels = balanced_labels(19, 5)
+    labels = tiny_model.family.balanced(tiny_model.config, 19)
     whole = tiny_model.generate(labels, seed=4, chunk=8)
     parts = [tiny_model.generate(part, seed=seed, chunk=8) for part, seed in chunks(labels, 4, 8)]
     assert [len(part) for part in parts] == [8, 8, 3]
@@ -262,17 +263,16 @@ def test_tokenizer_figure_belongs_to_one_tokenizer(tiny_model: Model, extractor:
 @pytest.fixture
 def sparse(tiny_model: Model) -> Model:
     """The tiny model's weights under two plans, with gates that have learnt nothing."""
-    config = tiny_model.config
     lean = BlockPlan(prefix=(4, 4, 1, 1), routed=(0, 0, 1, 1), keep=(1.0, 1.0, 1.0, 0.5))
     leaner = BlockPlan(prefix=(4, 4, 1, 0), routed=(0, 0, 0, 1), keep=(1.0, 1.0, 0.5, 0.5))
     plans = {name: SparsityPlan(experts=4, blocks=(block,) * 2) for name, block in {"a": lean, "b": leaner}.items()}
-    transformer = SparseVARTransformer(config, plans, "a")
-    missing = transformer.load_state_dict(tiny_model.transformer.state_dict(), strict=False).missing_keys
+    model = fresh_sparse(tiny_model.config, tiny_model.tokenizer, plans, "a").eval()
+    missing = take_dense(model.transformer, tiny_model.transformer.state_dict())
     generator = torch.Generator().manual_seed(5)
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in model.transformer.named_parameters():
         if name in missing:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return Model(transformer, tiny_model.tokenizer).eval()
+    return model
 
 
 def test_plans_are_measured_and_the_model_is_left_as_it_was(

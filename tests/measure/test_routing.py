@@ -9,6 +9,7 @@ import actvar_convert as av
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.measure.routing import RoutingWatch, watched_routing
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import expert_ffns
 from actvar_convert.show.html import report_html
 from actvar_convert.show.tables import Reports, quality_tables
 
@@ -29,7 +30,7 @@ def test_every_choice_is_counted_once(report: QualityReport, tiny_sparse: Model)
         assert each.active == 2
         assert 0 < each.balance <= 1
     assert not report.plans["all"].routing
-    assert all("scores" not in layer.ffn.__dict__ for layer in tiny_sparse.transformer.blocks)
+    assert all(not ffn._forward_pre_hooks for ffn in expert_ffns(tiny_sparse.transformer))
     assert QualityReport.model_validate_json(report.to_json()) == report
 
 

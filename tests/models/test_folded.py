@@ -12,8 +12,7 @@ from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.measure.agreement import compare_logits
 from actvar_convert.models.base import Sampling, guided
 from actvar_convert.models.generation import Generation
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import fresh_sparse
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.split import ffn_of
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import JointStage

@@ -6,14 +6,9 @@ import torch
 from actvar_convert.errors import InputError
 from actvar_convert.files.layout import official_config
 from actvar_convert.models import model as model_module
-from actvar_convert.models.model import GENERATION_BYTES
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import images_at_once
-from actvar_convert.models.sampling import Noise
-from actvar_convert.models.sampling import chunk_seed
-from actvar_convert.models.sampling import draw
-from actvar_convert.models.sampling import filter_logits
-from actvar_convert.models.var.network import tokenizer as vqvae
+from actvar_convert.models.model import GENERATION_BYTES, Model, images_at_once
+from actvar_convert.models.sampling import Noise, chunk_seed, draw, filter_logits
+from actvar_convert.models.var import tokenizer as vqvae
 
 LABELS = [0, 1, 2, 3, 4, 5, -1]
 

@@ -16,8 +16,7 @@ from actvar_convert.kernels import expert_ffn
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import RECORDINGS_KEPT, RecordedGeneration
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import fresh_sparse
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.sampling import Noise
 from actvar_convert.models.var.labels import Labels
 

@@ -7,8 +7,7 @@ import torch
 
 from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.models.base import Call, Span, inner
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import fresh_sparse
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.split import ffn_of, take_dense
 from actvar_convert.plan import BlockPlan, SparsityPlan
 

@@ -17,10 +17,7 @@ from actvar_convert.conversion.budget import uniform_plan
 from actvar_convert.files.layout import official_config
 from actvar_convert.files.source import model_shape
 from actvar_convert.kernels import expert_ffn
-from actvar_convert.models.model import GENERATION_BYTES
-from actvar_convert.models.model import Model
-from actvar_convert.models.model import fresh_sparse
-from actvar_convert.models.model import images_at_once
+from actvar_convert.models.model import GENERATION_BYTES, Model, fresh_sparse, images_at_once
 from actvar_convert.models.sampling import Noise
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.labels import Labels

@@ -22,7 +22,6 @@ import torch
 
 from actvar_convert import verbs
 from actvar_convert.conversion.budget import uniform_plan
-from actvar_convert.conversion.converter import convert_model
 from actvar_convert.distillation import loop
 from actvar_convert.distillation.data import TokenStore, store_from_teacher
 from actvar_convert.distillation.loop import distill_model
@@ -51,7 +50,7 @@ from actvar_convert.system.device import end_process
 from actvar_convert.system.processes import ALONE, Processes, join
 from actvar_convert.system.progress import MetricsLog, SilentProgress
 
-from ..conftest import gated_plan
+from ..conftest import convert_with, gated_plan
 
 STEPS = 5
 STOPS = (3, 8)
@@ -115,7 +114,7 @@ def converted(name: str, shared_adaln: bool) -> Setting:
     if chosen.distill.plans == "random":
         gentle = chosen.model_copy(update={"budget": BudgetRecipe(reduction=0.1)})
         plans["gentle"] = uniform_plan(config, gentle)
-    student = convert_model(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
+    student = convert_with(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
     return Setting(teacher, student, chosen, store)
 
 
