@@ -20,7 +20,7 @@ from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, Recipe
 
-from ..conftest import convert_with
+from ..conftest import calibration_of, convert_with
 
 SIDES = (1, 2, 3, 4, 6, 8)
 
@@ -79,7 +79,7 @@ def test_searching_takes_what_was_estimated(
     assert estimate.phase == "searching"
     tokens = torch.randint(0, config.vocab, (pyramids, config.schedule.total))
     with memory_watch:
-        plan_model(dense, chosen, tokens, torch.arange(pyramids) % 10)
+        plan_model(dense, chosen, calibration_of(dense, tokens, torch.arange(pyramids) % 10, batch))
     expected = estimate.total - memory.PROGRAM - estimate.parts["dense weights that are read"]
     assert 0.4 * expected < memory_watch.peak < expected
 

@@ -6,6 +6,7 @@ import torch
 from actvar_convert.conversion.budget import reduction, uniform_plan
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import gated_blocks
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
@@ -41,8 +42,7 @@ def test_conversion_with_everything_on_is_the_dense_model(
     sparse = convert_with(tiny_model, plans, "plan", chosen, *calibration)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
     tokens, labels = calibration
-    pieces = tokens.split(list(config.schedule.lengths), 1)
-    inputs = tiny_model.tokenizer.quantize.inputs(pieces)
+    inputs = tiny_model.inputs(tokens)
     with torch.no_grad():
         expected = tiny_model.transformer(labels, inputs)
         lossy = sparse.transformer(labels, inputs)
@@ -92,7 +92,7 @@ def test_the_size_of_calibration_batches_changes_nothing(
             continue  # determined up to the signs of their pairs; their product is compared below
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     if rank:
-        for one, other in zip(*(model.sparse_layers for model in states), strict=True):
+        for one, other in zip(*(gated_blocks(model) for model in states), strict=True):
             products = [block.reconstruction.up.weight @ block.reconstruction.down.weight for block in (one, other)]
             torch.testing.assert_close(products[1], products[0], rtol=1e-2, atol=1e-4)
 
@@ -112,7 +112,7 @@ def test_a_target_out_of_reach_says_what_is_in_reach(tiny_model: Model) -> None:
 
 
 def test_shipped_fashion_recipe_meets_the_published_cut() -> None:
-    from actvar_convert.models.config import TransformerConfig
+    from actvar_convert.models.var.config import TransformerConfig
 
     config = TransformerConfig(
         depth=8, width=256, heads=4, hidden=1024, sides=(1, 2, 3, 4, 6, 8), vocab=512, z_channels=16, classes=10

@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actvar_convert.conversion.converter import conversion_steps
+from actvar_convert.conversion.converter import conversion_steps, convert_model
 from actvar_convert.conversion.experts import active_neurons
 from actvar_convert.conversion.refitting import _GatedMoments, refit_in_order
-from actvar_convert.models.base import Span
+from actvar_convert.conversion.search import Planned
+from actvar_convert.models.base import Span, inner
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import ffn_of
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
 
-from ..conftest import convert_with
+from ..conftest import calibration_of, convert_with
 
 EXPERTS = 8
 WHOLE = ((EXPERTS,) * 4, (0,) * 4, (1.0,) * 4)
@@ -89,7 +91,7 @@ def test_a_step_solves_the_least_squares_problem_of_every_channel() -> None:
 
 def test_active_neurons_make_the_output(dense: Model) -> None:
     sparse = convert(dense, recipe(), a=plan(*["routed"] * 3))
-    ffn, config = sparse.transformer.blocks[1].ffn, dense.config
+    ffn, config = ffn_of(sparse.transformer.blocks[1]), dense.config
     for scale, length in enumerate(config.schedule.lengths):
         x = torch.randn(3, length, config.width, generator=torch.Generator().manual_seed(scale))
         with torch.no_grad():
@@ -107,7 +109,7 @@ def test_it_comes_closer_than_weights_as_they_were(dense: Model, kind: str) -> N
 def test_every_plan_gains_and_none_is_left_in_force(dense: Model) -> None:
     plans = {"a": plan("gated", "whole", "routed"), "b": plan("static", "static", "static")}
     plain, fitted = convert(dense, recipe(), **plans), convert(dense, recipe("sequential"), **plans)
-    assert fitted.plans.name == "a" and all(block.plan == plans["a"] for block in fitted.transformer.blocks)
+    assert fitted.plans.name == "a" and fitted.plan == plans["a"]
     for name in plans:
         for model in (plain, fitted):
             model.use_plan(name)
@@ -120,7 +122,8 @@ def test_blocks_before_the_first_sparse_one_stay(dense: Model) -> None:
     moved = {name for name, value in fitted.state_dict().items() if not torch.equal(value, plain[name])}
     layers = ("blocks.1.ffn.fc2", "blocks.2.attn.proj", "blocks.2.ffn.fc2", "head")
     assert moved == {f"transformer.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
-    assert all("project" not in vars(block.attn) for block in (*dense.transformer.blocks, *fitted.transformer.blocks))
+    hooked = [*dense.transformer.modules(), *fitted.transformer.modules()]
+    assert not any(module._forward_hooks for module in hooked)
 
 
 def test_a_dense_plan_is_left_alone(dense: Model) -> None:
@@ -137,7 +140,10 @@ def test_steps_are_counted(dense: Model) -> None:
         calls: list[int] = []
         tokens, labels = pyramids(dense, 20, 1)
         chosen, plans = recipe(how), {"a": plan("static", "static", "static")}
-        convert_with(dense, plans, "a", chosen, tokens, labels, on_block=lambda calls=calls: calls.append(1))  # type: ignore[misc]
+        planned = Planned(plans, "a", None, {})
+        convert_model(
+            dense, planned, chosen, calibration_of(dense, tokens, labels), on_block=lambda calls=calls: calls.append(1)
+        )
         assert len(calls) == conversion_steps(dense.config, chosen) == steps
 
 
@@ -146,6 +152,8 @@ def test_a_block_that_computes_no_token_is_left_as_it_is(dense: Model) -> None:
     chosen = plan("static", "static", "static")
     chosen = chosen.model_copy(update={"blocks": (chosen.blocks[0], none, chosen.blocks[2])})
     sparse = convert(dense, recipe("sequential"), default=chosen)
-    before, after = (model.transformer.blocks[1].attn.proj.weight for model in (dense, sparse))
-    assert torch.equal(before, after) and torch.isfinite(sparse.transformer.blocks[2].ffn.fc2.weight).all()
-    assert not torch.equal(dense.transformer.blocks[2].attn.proj.weight, sparse.transformer.blocks[2].attn.proj.weight)
+    before, after = (inner(model.transformer.blocks[1]).attn.proj.weight for model in (dense, sparse))
+    assert torch.equal(before, after) and torch.isfinite(ffn_of(sparse.transformer.blocks[2]).fc2.weight).all()
+    assert not torch.equal(
+        dense.transformer.blocks[2].attn.proj.weight, inner(sparse.transformer.blocks[2]).attn.proj.weight
+    )

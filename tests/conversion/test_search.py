@@ -1,13 +1,16 @@
 """The search for a plan: the metric against finite differences, the damage table, the budget."""
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from actvar_convert.conversion.activations import NULL_SHARE, Wanted, calibration_labels, record_blocks
+from actvar_convert.conversion.activations import NULL_EVERY, Wanted, record_blocks
 from actvar_convert.conversion.budget import (
     Choice,
     assemble_plan,
@@ -17,8 +20,9 @@ from actvar_convert.conversion.budget import (
     uniform_plan,
 )
 from actvar_convert.conversion.experts import Partition
-from actvar_convert.conversion.fisher import output_metrics
+from actvar_convert.conversion.fisher import BlockMetrics, Measuring, output_metrics
 from actvar_convert.conversion.search import (
+    Planned,
     Setting,
     keep_levels,
     measure_sensitivity,
@@ -28,14 +32,16 @@ from actvar_convert.conversion.search import (
     setting_price,
 )
 from actvar_convert.conversion.sensitivity import BlockSensitivity, choices, gate_damage
-from actvar_convert.distillation.losses import kl_per_token
 from actvar_convert.errors import RecipeError
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import ffn_of
 from actvar_convert.models.var.config import TransformerConfig
+from actvar_convert.models.var.labels import Labels
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import BudgetRecipe, CalibrationRecipe, ExpertsRecipe, GateRecipe, Recipe
+from actvar_convert.system.processes import Processes
 
-from ..conftest import convert_with
+from ..conftest import calibration_of, convert_with
 
 
 def recipe(**changes: object) -> Recipe:
@@ -49,6 +55,26 @@ def recipe(**changes: object) -> Recipe:
     return Recipe(**(settings | changes))
 
 
+def metrics_of(
+    model: Model, tokens: torch.Tensor, labels: torch.Tensor, *, batch: int, **how: Any
+) -> list[BlockMetrics]:
+    return output_metrics(model, calibration_of(model, tokens, labels, batch), Measuring(**{"seed": 0, **how}))
+
+
+def planned_for(model: Model, chosen: Recipe, tokens: torch.Tensor, labels: torch.Tensor, **more: Any) -> Planned:
+    return plan_model(model, chosen, calibration_of(model, tokens, labels, chosen.calibration.batch), **more)
+
+
+@dataclass(frozen=True)
+class Sharing(Processes):
+    """One of two processes, whose sums a test adds up."""
+
+    adding: Callable[[torch.Tensor], torch.Tensor] = lambda own: own
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        return self.adding(value)
+
+
 @pytest.fixture
 def calibration(tiny_model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.arange(24) % 5
@@ -57,17 +83,17 @@ def calibration(tiny_model: Model) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_every_fourth_label_becomes_the_null_class() -> None:
     labels = torch.arange(8) % 5
-    changed = calibration_labels(labels, 5)
-    assert (changed == 5).float().mean() == NULL_SHARE
+    changed = Labels.of(labels, 5).partly_null(NULL_EVERY).values
+    assert (changed == 5).float().mean() == 1 / NULL_EVERY
     assert labels.max() < 5
 
 
 @pytest.mark.parametrize("classes", [4, 5, 10, 12, 1000])
 def test_every_class_is_seen_with_its_label(classes: int) -> None:
     labels = torch.arange(4 * classes) % classes
-    changed = calibration_labels(labels, classes)
+    changed = Labels.of(labels, classes).partly_null(NULL_EVERY).values
     assert set(changed.tolist()) == set(range(classes + 1))
-    assert (changed == classes).float().mean() == NULL_SHARE
+    assert (changed == classes).float().mean() == 1 / NULL_EVERY
     if classes % 4 == 0:
         null = labels[changed == classes]
         assert null.sort().values.equal(torch.arange(classes)), "each class once"
@@ -81,9 +107,9 @@ def test_the_metric_predicts_the_kl_of_small_errors(
     tokens, labels = calibration
     tokens, labels = tokens.repeat(8, 1), labels.repeat(8)
     transformer, pyramid = tiny_model.transformer, tiny_model.config.schedule
-    metric = output_metrics(tiny_model, tokens, labels, batch=96, seed=0)[block].ffn
+    metric = metrics_of(tiny_model, tokens, labels, batch=96, seed=0)[block].ffn
     inputs = tiny_model.inputs(tokens)
-    null = calibration_labels(labels, transformer.null_class)
+    null = Labels.of(labels, 5).partly_null(NULL_EVERY)
     expected = transformer(null, inputs)
     generator = torch.Generator().manual_seed(3)
     scale = 2
@@ -95,10 +121,10 @@ def test_the_metric_predicts_the_kl_of_small_errors(
         out[:, part] += error
         return out
 
-    handle = transformer.layers[block].ffn.register_forward_hook(disturb)
+    handle = transformer.blocks[block].ffn.register_forward_hook(disturb)
     found = transformer(null, inputs)
     handle.remove()
-    measured = float(kl_per_token(expected.double(), found.double()).sum(1).mean())
+    measured = float(tiny_model.alphabet.divergence(expected.double(), found.double()).sum(1).mean())
     predicted = float(metric.damage(error.flatten(0, 1), scale, pyramid.lengths[scale]))
     assert measured > 0
     assert predicted == pytest.approx(measured, rel=0.35)
@@ -107,8 +133,8 @@ def test_the_metric_predicts_the_kl_of_small_errors(
 def test_the_metric_does_not_depend_on_the_batch(
     tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    whole = output_metrics(tiny_model, *calibration, batch=24, seed=0)
-    parts = output_metrics(tiny_model, *calibration, batch=7, seed=0)
+    whole = metrics_of(tiny_model, *calibration, batch=24, seed=0)
+    parts = metrics_of(tiny_model, *calibration, batch=7, seed=0)
     for one, other in zip(itertools.chain(*whole), itertools.chain(*parts), strict=True):
         torch.testing.assert_close(other.root @ other.root.T, one.root @ one.root.T, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(other.scales, one.scales, rtol=1e-4, atol=1e-5)
@@ -125,15 +151,15 @@ def test_an_interrupted_measurement_goes_on_to_the_same_metric(
         reported.append(pyramids)
 
     with pytest.raises(KeyboardInterrupt):
-        output_metrics(tiny_model, *calibration, batch=7, seed=0, state=state, on_batch=stop)
+        metrics_of(tiny_model, *calibration, batch=7, seed=0, state=state, on_batch=stop)
     rest: list[int] = []
-    resumed = output_metrics(tiny_model, *calibration, batch=7, seed=0, state=state, on_batch=rest.append)
+    resumed = metrics_of(tiny_model, *calibration, batch=7, seed=0, state=state, on_batch=rest.append)
     assert rest == [21, 3]
-    whole = output_metrics(tiny_model, *calibration, batch=7, seed=0)
+    whole = metrics_of(tiny_model, *calibration, batch=7, seed=0)
     for one, other in zip(itertools.chain(*whole), itertools.chain(*resumed), strict=True):
         assert torch.equal(one.root, other.root) and torch.equal(one.scales, other.scales)
     state.write_bytes(state.read_bytes()[:100])
-    again = output_metrics(tiny_model, *calibration, batch=7, seed=0, state=state)
+    again = metrics_of(tiny_model, *calibration, batch=7, seed=0, state=state)
     assert torch.equal(again[0].ffn.root, whole[0].ffn.root)
 
 
@@ -147,14 +173,16 @@ def test_shared_batches_add_up_to_the_metric_of_one(
         others.append(own.clone())
         return own
 
-    whole = output_metrics(tiny_model, *calibration, batch=7, seed=0)
-    output_metrics(tiny_model, *calibration, batch=7, seed=0, rank=1, processes=2, total=hand_over)
+    whole = metrics_of(tiny_model, *calibration, batch=7, seed=0)
+    metrics_of(tiny_model, *calibration, batch=7, seed=0, processes=Sharing(1, 2, adding=hand_over))
     waiting, done = iter(others), []
 
     def meet(own: torch.Tensor) -> torch.Tensor:
         return own + next(waiting)
 
-    shared = output_metrics(tiny_model, *calibration, batch=7, seed=0, on_batch=done.append, processes=2, total=meet)
+    shared = metrics_of(
+        tiny_model, *calibration, batch=7, seed=0, on_batch=done.append, processes=Sharing(0, 2, adding=meet)
+    )
     assert done == [7, 7, 7, 3]
     for one, other in zip(itertools.chain(*whole), itertools.chain(*shared), strict=True):
         torch.testing.assert_close(other.root @ other.root.T, one.root @ one.root.T, rtol=1e-4, atol=1e-6)
@@ -165,8 +193,8 @@ def test_half_precision_finds_nearly_the_same_metric(
     tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     """Gradients are rounded, and a few codes are drawn otherwise; moments over all tokens hardly move."""
-    whole = output_metrics(tiny_model, *calibration, batch=24, seed=0)
-    half = output_metrics(tiny_model, *calibration, batch=24, seed=0, autocast=torch.bfloat16)
+    whole = metrics_of(tiny_model, *calibration, batch=24, seed=0)
+    half = metrics_of(tiny_model, *calibration, batch=24, seed=0, autocast=torch.bfloat16)
     for one, other in zip(itertools.chain(*whole), itertools.chain(*half), strict=True):
         assert other.root.dtype == torch.float32
         expected, found = one.root @ one.root.T, other.root @ other.root.T
@@ -189,9 +217,9 @@ def test_damage_is_that_of_the_converted_block(
     """The table's entry for a plan equals the error that the converted FFN really makes on the same tokens."""
     config = tiny_model.config
     chosen = recipe(experts=ExpertsRecipe(count=8))
-    sensitivities = measure_sensitivity(tiny_model, chosen, *calibration)
-    metrics = output_metrics(tiny_model, *calibration, batch=8, seed=0)
-    planned = plan_model(tiny_model, chosen, *calibration)
+    sensitivities = measure_sensitivity(tiny_model, chosen, calibration_of(tiny_model, *calibration))
+    metrics = metrics_of(tiny_model, *calibration, batch=8, seed=0)
+    planned = planned_for(tiny_model, chosen, *calibration)
     sparse = convert_with(
         tiny_model, planned.plans, planned.default, chosen, *calibration, partitions=planned.partitions
     )
@@ -200,10 +228,10 @@ def test_damage_is_that_of_the_converted_block(
     seen: list[torch.Tensor] = []
     dense_ffn = tiny_model.transformer.blocks[0].ffn
     handle = dense_ffn.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
-    tiny_model.transformer(calibration_labels(labels, 5), inputs)
+    tiny_model.transformer(Labels.of(labels, 5).partly_null(NULL_EVERY), inputs)
     handle.remove()
     x, dense = seen
-    ffn, plan, scale = sparse.transformer.blocks[0].ffn, planned.plans[planned.default], 3
+    ffn, plan, scale = ffn_of(sparse.transformer.blocks[0]), planned.plans[planned.default], 3
     part, span = config.schedule.slice(scale), config.schedule.lengths[scale]
     choice = Choice(plan.blocks[0].prefix[scale], plan.blocks[0].routed[scale])
     out = ffn._one_scale(x[:, part], scale)
@@ -272,7 +300,7 @@ def test_searched_plans_meet_their_targets_closely(
     config = tiny_model.config
     chosen = recipe(budget=BudgetRecipe(reduction=target, prefix_share=0.25, plans={"half": target / 2}))
     steps: list[int] = []
-    planned = plan_model(tiny_model, chosen, *calibration, on_step=steps.append)
+    planned = planned_for(tiny_model, chosen, *calibration, on_step=steps.append)
     assert sum(steps) == search_steps(config, chosen) == 24 + 2
     assert set(planned.plans) == {"default", "half"} and planned.default == "default"
     for name, share in (("default", target), ("half", target / 2)):
@@ -288,14 +316,14 @@ def test_a_search_does_less_damage_than_the_uniform_plan(
 ) -> None:
     tokens, labels = calibration
     chosen = recipe(budget=BudgetRecipe(reduction=0.3, prefix_share=0.25))
-    planned = plan_model(tiny_model, chosen, tokens, labels)
+    planned = planned_for(tiny_model, chosen, tokens, labels)
     uniform = uniform_plan(tiny_model.config, chosen)
     inputs = tiny_model.inputs(tokens)
     expected = tiny_model.transformer(labels, inputs)
 
     def kl(plan: SparsityPlan, partitions: list[Partition] | None) -> float:
         sparse = convert_with(tiny_model, {"plan": plan}, "plan", chosen, tokens, labels, partitions=partitions)
-        return float(kl_per_token(expected, sparse.transformer(labels, inputs)).mean())
+        return float(tiny_model.alphabet.divergence(expected, sparse.transformer(labels, inputs)).mean())
 
     assert kl(planned.plans["default"], planned.partitions) < kl(uniform, None)
 
@@ -305,7 +333,7 @@ def test_a_search_that_cannot_reach_its_target_says_so(
 ) -> None:
     chosen = recipe(budget=BudgetRecipe(reduction=0.9))
     with pytest.raises(RecipeError, match="out of reach"):
-        plan_model(tiny_model, chosen, *calibration)
+        planned_for(tiny_model, chosen, *calibration)
 
 
 def test_what_only_gates_everywhere_reach_is_not_refused_beforehand(
@@ -317,7 +345,7 @@ def test_what_only_gates_everywhere_reach_is_not_refused_beforehand(
     target = inner + 0.03
     chosen = recipe(budget=BudgetRecipe(reduction=target, gate_keep=0.1, gate_scales=4))
     stands_for, _ = recipe_plans(config, chosen)
-    planned = plan_model(tiny_model, chosen, *calibration)
+    planned = planned_for(tiny_model, chosen, *calibration)
     for plan in (stands_for["default"], planned.plans["default"]):
         assert reduction(config, plan) >= target
     most = reduction(config, make_plan(config, chosen, [0] * config.depth))
@@ -329,7 +357,7 @@ def test_what_only_gates_everywhere_reach_is_not_refused_beforehand(
 def test_stated_plans_are_not_searched(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
     config = tiny_model.config
     chosen = recipe(plans={"own": SparsityPlan.dense(config, 8)})
-    planned = plan_model(tiny_model, chosen, *calibration)
+    planned = planned_for(tiny_model, chosen, *calibration)
     assert planned.partitions is None and planned.plans == recipe_plans(config, chosen)[0]
     assert search_steps(config, chosen) == 0
 
@@ -360,15 +388,17 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
             gate=GateRecipe(rank=4),
         ),
     )
-    sensitivity = measure_sensitivity(tiny_model, chosen, *calibration)[1]
-    metric = output_metrics(tiny_model, *calibration, batch=8, seed=0)[1].block
+    sensitivity = measure_sensitivity(tiny_model, chosen, calibration_of(tiny_model, *calibration))[1]
+    metric = metrics_of(tiny_model, *calibration, batch=8, seed=0)[1].block
     assert set(sensitivity.skipping) == {*range(scale, 4)} and sensitivity.skipping[scale][1.0] == 0
     rising = [sensitivity.skipping[scale][keep] for keep in keep_levels(chosen)]
     assert rising == sorted(rising) and rising[-1] > 0
     everything = Wanted(frozenset(), 0)
-    recorded = record_blocks(tiny_model, *calibration, wanted=lambda _: everything, batch=8, tokens_per_scale=8, seed=0)
+    recorded = record_blocks(
+        tiny_model, calibration_of(tiny_model, *calibration), wanted=lambda _: everything, tokens_per_scale=8, seed=0
+    )
     expected = [
-        gate_damage(own, record, metric, chosen.gate.rank, keeps={scale: [0.5]}, pyramid=config.schedule)
+        gate_damage(own, record, metric, chosen.gate.rank, keeps={scale: [0.5]}, schedule=config.schedule)
         for own, record in recorded
     ][1][scale][0.5]
     block = BlockPlan(prefix=(8,) * 4, routed=(0,) * 4, keep=tuple(0.5 if s == scale else 1.0 for s in range(4)))
@@ -382,7 +412,7 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
     outputs = []
     for model in (tiny_model, sparse):
         handle = model.transformer.blocks[1].register_forward_hook(lambda _, args, out: outputs.append(out))
-        model.transformer(calibration_labels(labels, 5), tiny_model.inputs(tokens))
+        model.transformer(Labels.of(labels, 5).partly_null(NULL_EVERY), tiny_model.inputs(tokens))
         handle.remove()
     missed = outputs[1] - outputs[0]
     pyramid = config.schedule
@@ -397,7 +427,7 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
 def test_a_search_may_skip_tokens(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
     config = tiny_model.config
     chosen = recipe(budget=BudgetRecipe(reduction=0.55, gate_keep=0.2, gate_scales=2), gate=GateRecipe(rank=4))
-    planned = plan_model(tiny_model, chosen, *calibration)
+    planned = planned_for(tiny_model, chosen, *calibration)
     plan = planned.plans["default"]
     assert plan.gated and not plan.problems(config) and 0.55 <= reduction(config, plan) < 0.58
     assert all(keep == 1 for block in plan.blocks for keep in block.keep[:2])

@@ -6,6 +6,7 @@ from torch import nn
 from actvar_convert.distillation.optimizers import Optimizers, hidden_matrices
 from actvar_convert.distillation.stages import trainable_parameters
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import added, stored_name
 from actvar_convert.recipe.schema import JointStage, StageRecipe
 
 MATRICES = {"attn.mat_qkv.weight", "attn.proj.weight", "ffn.fc1.weight", "ffn.fc2.weight", "ada_lin.1.weight"}
@@ -14,7 +15,8 @@ MATRICES = {"attn.mat_qkv.weight", "attn.proj.weight", "ffn.fc1.weight", "ffn.fc
 def test_muon_gets_the_matrices_that_the_dense_model_has(tiny_sparse: Model) -> None:
     stages = (StageRecipe(), JointStage())
     parameters = {k: p for stage in stages for k, p in trainable_parameters(tiny_sparse.transformer, stage).items()}
-    assert {name.partition(".")[2].partition(".")[2] for name in hidden_matrices(parameters)} == MATRICES
+    found = hidden_matrices(parameters, added(tiny_sparse.transformer))
+    assert {stored_name(name).partition(".")[2].partition(".")[2] for name in found} == MATRICES
     assert any(".gate." in name and p.ndim == 2 for name, p in parameters.items())
     assert any(".router." in name and p.ndim == 2 for name, p in parameters.items())
 
@@ -26,7 +28,7 @@ def test_every_parameter_is_moved_by_its_own_optimizer_alone() -> None:
 
     def moved(kind: str, rate: float, steps: int = 3) -> dict[str, torch.Tensor]:
         parameters = {name: nn.Parameter(value.clone()) for name, value in start.items()}
-        optimizers = Optimizers(parameters, JointStage(optimizer=kind))  # type: ignore[arg-type]
+        optimizers = Optimizers(parameters, JointStage(optimizer=kind), ())  # type: ignore[arg-type]
         for _ in range(steps):
             optimizers.zero_grad()
             for name, parameter in parameters.items():

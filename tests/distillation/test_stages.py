@@ -12,10 +12,11 @@ from actvar_convert.distillation import losses
 from actvar_convert.distillation.loop import StageRun
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.models.model import Model
+from actvar_convert.models.var.labels import Labels
 from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import JointStage, Recipe, StageRecipe
 
-LABELS = torch.tensor([0, 3, 5, 1])
+LABELS = Labels.of(torch.tensor([0, 3, 5, 1]), 5)
 
 
 @pytest.fixture
@@ -61,7 +62,9 @@ def test_the_losses_of_both_stages_and_what_they_weigh(
         for name in losses.WEIGHTS:
             monkeypatch.setitem(losses.WEIGHTS, name, 1.0)
         whole = STAGES["stage2"].objective(*given, JointStage(), tokens, LABELS)
-        expected = losses.kl(tiny_model.transformer(LABELS, inputs), tiny_sparse.transformer(LABELS, inputs))
+        expected = losses.kl(
+            tiny_model.alphabet, tiny_model.transformer(LABELS, inputs), tiny_sparse.transformer(LABELS, inputs)
+        )
     assert local.keys() == {"output", "router"} and joint.keys() == {"kl", "hidden", "gate"}
     assert frozen.keys() == {"kl", "hidden"}
     torch.testing.assert_close(joint["kl"], expected)
@@ -85,7 +88,7 @@ def test_a_gate_learns_only_where_tokens_are_skipped(tiny_model: Model, rows: in
     labels = torch.tensor([0, 0, 3, 5])
     tokens = tiny_model.generate_tokens(labels[:rows].clamp_max(4), seed=3).clone()
     student = av.convert(tiny_model, recipe=chosen)
-    found = STAGES["stage2"].objective(student, tiny_model, JointStage(), tokens, labels[:rows])
+    found = STAGES["stage2"].objective(student, tiny_model, JointStage(), tokens, Labels.of(labels[:rows], 5))
     assert 0 < float(found["gate"]) < 10
 
 
@@ -97,4 +100,4 @@ def test_a_gate_that_never_skips_is_left_at_its_start(tiny_model: Model) -> None
     chosen = {"name": "tiny", "model": "tiny", "experts": {"count": 8}, "calibration": calibration, "plans": plans}
     student = av.convert(tiny_model, recipe=Recipe.model_validate(chosen))
     tokens = tiny_model.generate_tokens([0, 1], seed=3).clone()
-    assert "gate" not in STAGES["stage2"].objective(student, tiny_model, JointStage(), tokens, LABELS[:2])
+    assert "gate" not in STAGES["stage2"].objective(student, tiny_model, JointStage(), tokens, LABELS.rows(slice(2)))

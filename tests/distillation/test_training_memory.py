@@ -15,8 +15,10 @@ from actvar_convert.distillation.loop import StageRun
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.files.layout import official_config
-from actvar_convert.models.model import Model, images_at_once
+from actvar_convert.models.model import Model, fresh_sparse, images_at_once
+from actvar_convert.models.split import take_dense
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.var.labels import Labels
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe import shipped_recipes
@@ -66,10 +68,10 @@ def test_a_step_takes_what_was_estimated(
     dense = VARTransformer(CONFIG)
     dense.initialise(torch.Generator().manual_seed(0))
     teacher = Model(dense, VQVAE(TOKENIZER)).eval().requires_grad_(False)
-    transformer = SparseVARTransformer(CONFIG, *recipe_plans(CONFIG, chosen))
-    transformer.load_state_dict(dense.state_dict(), strict=False)
-    run = StageRun(Model(transformer, teacher.tokenizer).eval(), STAGES[stage], getattr(chosen.distill, stage), 0)
-    tokens, labels = torch.randint(0, 256, (8, CONFIG.schedule.total)), torch.arange(8)
+    student = fresh_sparse(CONFIG, teacher.tokenizer, *recipe_plans(CONFIG, chosen)).eval()
+    take_dense(student.transformer, dense.state_dict())
+    run = StageRun(student, STAGES[stage], getattr(chosen.distill, stage), 0)
+    tokens, labels = torch.randint(0, 256, (8, CONFIG.schedule.total)), Labels.of(torch.arange(8), CONFIG.classes)
 
     def step() -> None:
         wanted = autocast_dtype(dtype)

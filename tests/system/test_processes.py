@@ -50,7 +50,8 @@ from actvar_convert.system.device import end_process
 from actvar_convert.system.processes import ALONE, Processes, join
 from actvar_convert.system.progress import MetricsLog, SilentProgress
 
-from ..conftest import convert_with, gated_plan
+sys.path.insert(0, str(Path(__file__).parents[1]))  # it starts itself as a script too
+from conftest import convert_with, gated_plan
 
 STEPS = 5
 STOPS = (3, 8)
@@ -114,7 +115,7 @@ def converted(name: str, shared_adaln: bool) -> Setting:
     if chosen.distill.plans == "random":
         gentle = chosen.model_copy(update={"budget": BudgetRecipe(reduction=0.1)})
         plans["gentle"] = uniform_plan(config, gentle)
-    student = convert_with(teacher, plans, "plan", chosen, store.tokens.long(), store.labels)
+    student = convert_with(teacher, plans, "plan", chosen, store.tokens.long(), store.condition.values)
     return Setting(teacher, student, chosen, store)
 
 
@@ -220,7 +221,7 @@ def main(folder: Path) -> None:
     copied = torch.full((2, 3), float(both.rank)).t()
     both.copy_from_main([copied])
     assert copied.eq(0).all() and both.from_main(both.rank) == 0 and both.gather(both.rank) == [0, 1]
-    one = TokenStore(given.store.tokens[:1], given.store.labels[:1])
+    one = TokenStore(given.store.tokens[:1], given.store.condition.values[:1])
     with pytest.raises(InputError, match="2 processes share every batch"):
         train(given._replace(store=one), folder / "few", both)
     whole = given.recipe.distill.stage2.model_copy(update={"optimizer": "muon"})
