@@ -9,6 +9,8 @@ from actvar_convert import stores
 from actvar_convert.models.alphabet import Bits, Codes
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
+from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.recipe.schema import CalibrationRecipe, DataRecipe, Recipe
 from actvar_convert.system.progress import SilentProgress
 
@@ -56,6 +58,20 @@ def test_bits_take_an_eighth_of_a_byte(bits: int) -> None:
     tokens = torch.randint(0, 2, (3, 5, bits), generator=torch.Generator().manual_seed(bits))
     packed = alphabet.pack(tokens)
     assert packed.shape == (3, 5, -(-bits // 8)) and torch.equal(alphabet.unpack(packed), tokens)
+
+
+def test_codes_beyond_two_bytes_are_stored_whole(tiny_model: Model, tmp_path: Path) -> None:
+    vocab = 2**16 + 1
+    config = tiny_model.config.model_copy(update={"vocab": vocab})
+    tokenizer = tiny_model.tokenizer.config.model_copy(update={"vocab": vocab})
+    torch.manual_seed(0)
+    large = Model(VARTransformer(config), VQVAE(tokenizer)).eval().requires_grad_(False)
+    large.transformer.head.bias[-1] = 20  # the code that two bytes do not hold
+    sampled = stores.distillation_store(large, recipe("fp32"), path=tmp_path / "tokens", progress=SilentProgress())
+    first = large.generate_tokens(sampled.condition.rows(slice(3)), seed=2 + 7_919, chunk=3, cfg=2.0)
+    assert int(first.max()) == vocab - 1 and torch.equal(sampled.tokens[:3], first)
+    again = stores.distillation_store(large, recipe("fp32"), path=tmp_path / "tokens", progress=SilentProgress())
+    assert torch.equal(again.tokens, sampled.tokens)
 
 
 def test_images_serve_calibration_and_training(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_dense_files(official_pair: tuple[Path, Path], dense: Model) -> None:
 def test_sparse_folder(tmp_path: Path, sparse: Model) -> None:
     folder = save_sparse(sparse, tmp_path / "out", provenance={}, recipe_text="a: 1\n")
     model = load_any(str(folder), plan="all")
-    assert isinstance(model, Model) and model.plans.name == "all"
+    assert model.is_sparse and model.plans.name == "all"
     with pytest.raises(InputError, match="Leave vae out"):
         load_any(folder, vae=folder / "vae.safetensors")
     (folder / "config.json").unlink()
