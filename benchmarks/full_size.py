@@ -44,9 +44,9 @@ def make_files(model: str, folder: Path) -> None:
     import torch
 
     from actvar_convert.files.layout import official_config
-    from actvar_convert.models.config import TokenizerConfig, TransformerConfig
-    from actvar_convert.models.var import VARTransformer
-    from actvar_convert.models.vqvae import VQVAE
+    from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+    from actvar_convert.models.var.network import VARTransformer
+    from actvar_convert.models.var.tokenizer import VQVAE
 
     if model == TINY:
         sides = (1, 2, 3, 4)

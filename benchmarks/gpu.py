@@ -43,8 +43,8 @@ from sides import (
 
 from actvar_convert.kernels.linear import linear_gelu, linear_gelu_reference
 from actvar_convert.measure.latency import hardware_name
-from actvar_convert.models import vqvae
 from actvar_convert.models.model import Model
+from actvar_convert.models.var import tokenizer as vqvae
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 
@@ -188,7 +188,7 @@ def choices(dense: Model) -> Iterator[str]:
         scales = dense.split(tokens.to(device))
         kept, times = vqvae.CHANNELS_LAST, []
         for vqvae.CHANNELS_LAST in (kept, ()):
-            times.append(milliseconds(lambda scales=scales: dense.tokenizer.images(scales)))
+            times.append(milliseconds(lambda scales=scales: dense.tokenizer.decode(scales)))
         vqvae.CHANNELS_LAST = kept
         yield f"decoder in bf16, batch {batch}: channels last {times[0]:.1f} ms, default {times[1]:.1f} ms"
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.model import Model
 from actvar_convert.models.sampling import filter_logits
-from actvar_convert.models.var.network import FFN, MAX_LOG_SCALE
+from actvar_convert.models.var.labels import Labels
+from actvar_convert.models.var.network import FFN, MAX_LOG_SCALE, VARBlock
 from actvar_convert.models.var.tokenizer import VQVAE
 
 
@@ -25,7 +26,7 @@ class PlainGeneration:
     """Generates with the weights of a dense model, one chunk at a time.
 
     Args:
-        model: dense, any device and number format.
+        model: dense, any device and dtype.
         tokenizer: the model's own in fp32; without it what the model has.
     """
 
@@ -50,16 +51,18 @@ class PlainGeneration:
         pyramid, B, device = self.config.schedule, len(labels), self.model.device
         generator = torch.Generator(device).manual_seed(seed)
         label = torch.as_tensor(labels, dtype=torch.int64, device=device)
-        condition = transformer.class_emb(torch.cat((label, torch.full_like(label, transformer.null_class))))
+        labels_2B = torch.cat((label, torch.full_like(label, transformer.null_class)))
+        prepared = transformer.prepare(Labels.of(labels_2B, transformer.null_class))
+        condition = prepared.condition
         past: list[tuple[Tensor, Tensor] | None] = [None] * self.config.depth
-        x, C = transformer.first_tokens(condition), self.config.width
+        x, C = transformer.next_states(prepared, None, 0, pyramid), self.config.width
         f_hat: Tensor | float = 0.0
         tokens = []
         for scale in range(pyramid.num_scales):
             shared = None
             if self.config.shared_adaln:
                 shared = transformer.shared_ada_lin(condition).view(-1, 6, C)
-            for index, block in enumerate(transformer.layers):
+            for index, block in enumerate(transformer.blocks):
                 own = block.ada_lin(condition).view(-1, 6, C) if shared is None else shared + block.ada_gss[0]
                 x, past[index] = self._block(block, x, own, past[index])
             head = transformer.head_nm.ada_lin(condition).view(-1, 2, self.config.width)
@@ -72,11 +75,11 @@ class PlainGeneration:
             if scale + 1 < pyramid.num_scales:
                 f_hat = f_hat + quantizer.contribution(scale, tokens[-1])
                 following = quantizer.next_input(f_hat, scale + 1).to(self.model.dtype)
-                x = transformer.next_tokens(following, scale + 1).repeat(2, 1, 1)
+                x = transformer.next_states(prepared, following, scale + 1, pyramid)
         return tokens
 
     def _block(
-        self, block: Block, x_BLC: Tensor, modulation_B6C: Tensor, past: tuple[Tensor, Tensor] | None
+        self, block: VARBlock, x_BLC: Tensor, modulation_B6C: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation_B6C.unsqueeze(2).unbind(1)
         attention, ffn = block.attn, cast(FFN, block.ffn)

@@ -19,7 +19,8 @@ from actvar_convert.cost.flops import count_flops
 from actvar_convert.files.layout import official_config
 from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.casting import cast
-from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model, fresh_sparse
+from actvar_convert.models.split import expert_ffns, stored_name
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
@@ -131,9 +132,12 @@ def recipe_plan(config: TransformerConfig, recipe: str, overrides: Sequence[str]
 def random_sparse(dense: Model, plan: SparsityPlan, *, skewed: bool = False) -> Model:
     """The dense weights themselves, not a copy, with random routers and gates; see ``lean`` for the routers."""
     with torch.device(dense.device):
-        transformer = SparseVARTransformer(dense.config, {"plan": plan}, "plan").to(dense.dtype)
-    transformer.load_state_dict(dense.transformer.state_dict(), strict=False, assign=True)
-    model = Model(transformer, dense.tokenizer, dense.sampling).eval().requires_grad_(False)
+        model = fresh_sparse(dense.config, dense.tokenizer, {"plan": plan}, "plan", dense.sampling)
+    model.transformer.to(dense.dtype)
+    state = dense.transformer.state_dict()
+    own = {name: state[stored_name(name)] for name in model.transformer.state_dict() if stored_name(name) in state}
+    model.transformer.load_state_dict(own, strict=False, assign=True)
+    model.eval().requires_grad_(False)
     lean(model, skewed=skewed)
     return model
 
@@ -144,9 +148,9 @@ def lean(sparse: Model, *, skewed: bool) -> None:
     Balanced ones have no bias. Skewed ones favour experts linearly, by three standard deviations of a score from the
     first to the last, so that the busiest experts take several times the rows of the idle ones.
     """
-    for layer in sparse.transformer.blocks:
-        if layer.ffn.router is not None:
-            bias = layer.ffn.router.linear.bias.data
+    for ffn in expert_ffns(sparse.transformer):
+        if ffn.router is not None:
+            bias = ffn.router.linear.bias.data
             deviation = 3**-0.5  # weights uniform within 1 / sqrt(C), inputs of unit variance
             towards = torch.linspace(1.5, -1.5, len(bias), device=bias.device, dtype=bias.dtype)
             bias.copy_(deviation * towards if skewed else torch.zeros_like(towards))
@@ -243,7 +247,7 @@ def same_tokens(plain: PlainGeneration, dense: Model, batch: int) -> float:
 
 
 def promised(sparse: Model, with_decoder: bool) -> float:
-    """Dense FLOPs over sparse FLOPs of the plan in force."""
+    """Dense FLOPs over sparse FLOPs of the active plan."""
     counted = count_flops(sparse.config, sparse.tokenizer.config, {"plan": sparse.plan}, "plan")
     value = counted.promised_speedup(with_decoder)
     assert value is not None

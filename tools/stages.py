@@ -184,7 +184,7 @@ def attend_by_scale(
         attention: whose output projection follows.
         lengths: tokens of every scale.
         q_BHLd, k_BHLd, v_BHLd: of tokens that may end after any scale.
-        mask_LL: additive mask of these tokens.
+        mask_LL: boolean, True: attends.
     """
     queries, out, begin = q_BHLd * attention.scale, [], 0
     ends = [end for end in accumulate(lengths) if end <= q_BHLd.shape[2]]
@@ -192,7 +192,7 @@ def attend_by_scale(
     for end in ends[few - 1 :]:
         scores = queries[:, :, begin:end] @ k_BHLd[:, :, :end].transpose(-1, -2)
         if begin == 0:
-            scores = scores + mask_LL[..., :end, :end]
+            scores = scores.masked_fill(~mask_LL[:end, :end], -torch.inf)
         out.append(scores.softmax(-1).to(v_BHLd.dtype) @ v_BHLd[:, :, :end])
         begin = end
     found: Tensor = attention.proj(torch.cat(out, 2).transpose(1, 2).flatten(2))

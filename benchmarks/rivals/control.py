@@ -14,7 +14,6 @@ from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
 from rivals.method import Built, Level, Method, joint_only, mark, sparse_from
@@ -35,7 +34,6 @@ class Control(Method):
         self, teacher: Model, recipe: Recipe, cut: float, progress: Progress, found: Mapping[str, Scalar] | None
     ) -> Built:
         config = teacher.config
-        transformer = SparseVARTransformer(config, {"dense": SparsityPlan.dense(config)}, "dense")
-        mark(transformer, self.name)
-        model = sparse_from(transformer, teacher)
+        model = sparse_from(teacher)
+        mark(model.transformer, self.name)
         return Built(model, model, costs.transformer_macs(config, None))

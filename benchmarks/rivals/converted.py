@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import actvar_convert as av
+from actvar_convert.conversion.activations import Calibration
 from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.clustering import Clustering
 from actvar_convert.conversion.converter import convert_model
-from actvar_convert.conversion.search import measure_sensitivity, search_plan
+from actvar_convert.conversion.search import Planned, measure_sensitivity, search_plan
 from actvar_convert.cost import macs as costs
 from actvar_convert.errors import RecipeError
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
@@ -68,9 +69,8 @@ class Conversion(Method):
                 model = av.convert(teacher, recipe=recipe.model_copy(update=stated), progress=progress)
         else:
             plan = SparsityPlan.model_validate_json(str(found["plan"]))
-            transformer = SparseVARTransformer(config, {"default": plan}, "default")
-            transformer.to(device=teacher.device, dtype=teacher.dtype).requires_grad_(False)
-            model = Model(transformer, teacher.tokenizer, teacher.sampling).eval()
+            model = fresh_sparse(config, teacher.tokenizer, {"default": plan}, "default", teacher.sampling).eval()
+            model.transformer.to(device=teacher.device, dtype=teacher.dtype).requires_grad_(False)
         plan = model.plan
         return Built(model, model, costs.transformer_macs(config, plan), {"plan": plan.model_dump_json()})
 
@@ -78,11 +78,11 @@ class Conversion(Method):
 def clustered(teacher: Model, recipe: Recipe, clustering: Clustering, progress: Progress) -> Model:
     """What ``actvar_convert.convert`` makes, with neurons grouped by ``clustering``."""
     store = calibration_store(teacher, recipe, progress=progress)
-    tokens, labels = store.tokens.long(), store.labels
-    found = measure_sensitivity(teacher, recipe, tokens, labels, clustering=clustering)
+    calibration = Calibration(store.tokens, store.condition, recipe.calibration.batch)
+    found = measure_sensitivity(teacher, recipe, calibration, clustering=clustering)
     plan, _ = search_plan(teacher.config, recipe, found, recipe.budget.reduction)
     partitions = [block.partition for block in found]
-    return convert_model(teacher, {"default": plan}, "default", recipe, tokens, labels, partitions=partitions)
+    return convert_model(teacher, Planned({"default": plan}, "default", partitions, {}), recipe, calibration)
 
 
 CONVERSIONS = (

@@ -11,64 +11,51 @@ teacher's, and the error of hidden states would pull it towards several of them 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations_with_replacement
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.base import Span
+from actvar_convert.models.base import Call, Span
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.var.network import GenerationCache
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
-from rivals.method import Built, Method, first_late_scale, joint_only, logits_alone, mark, mildest, sparse_from
+from rivals.method import Built, Method, first_late_scale, joint_only, logits_alone, mildest, sparse_from, wrap
 
 Depths = tuple[int, ...]
 """Blocks that run at each scale, coarse to fine."""
 
 
-class ExitBlock(SparseBlock):
-    """What changes against the dense block: tokens from scale ``stop`` on pass through."""
+class ExitBlock(nn.Module):
+    """A block that tokens from scale ``stop`` on pass by."""
 
-    def __init__(
-        self, config: TransformerConfig, plans: Mapping[str, SparsityPlan], plan: str, index: int, stop: int
-    ) -> None:
-        super().__init__(config, plans, plan, index)
-        self.stop = stop
+    def __init__(self, block: nn.Module, stop: int) -> None:
+        super().__init__()
+        self.block, self.stop = block, stop
 
-    def forward(
-        self,
-        x_BLC: Tensor,
-        modulation_B6C: Tensor,
-        span: Span,
-        mask_LL: Tensor | None = None,
-        cache: GenerationCache | None = None,
-    ) -> Tensor:
-        counts = span.counts[: max(0, self.stop - span.first)]
+    def forward(self, x_BLC: Tensor, context: Tensor, call: Call) -> Tensor:
+        counts = call.span.counts[: max(0, self.stop - call.span.first)]
         run = sum(counts)
         if not run:
             return x_BLC
-        mask = None if mask_LL is None else mask_LL[..., :run, :run]
-        y = super().forward(x_BLC[:, :run], modulation_B6C, Span(span.first, counts), mask, cache)
+        y: Tensor = self.block(x_BLC[:, :run], context, replace(call, span=Span(call.span.first, counts)))
         return y if run == x_BLC.shape[1] else torch.cat((y, x_BLC[:, run:]), dim=1)
 
 
-class ExitTransformer(SparseVARTransformer):
+def exiting(teacher: Model, depths: Depths) -> Model:
     """A VAR that runs ``depths[s]`` blocks at scale s."""
-
-    def __init__(self, config: TransformerConfig, depths: Depths) -> None:
-        assert list(depths) == sorted(depths, reverse=True), depths
-        self.depths = depths
-        super().__init__(config, {"dense": SparsityPlan.dense(config)}, "dense")
-        mark(self, EarlyExit.name, depths=depths)
-
-    def make_block(self, index: int) -> Block:
-        stop = sum(depth > index for depth in self.depths)
-        return ExitBlock(self.config, self.plans, self.plans.name, index, stop)
+    assert list(depths) == sorted(depths, reverse=True), depths
+    return wrap(
+        sparse_from(teacher),
+        EarlyExit.name,
+        lambda index, block: ExitBlock(block, sum(depth > index for depth in depths)),
+        depths=depths,
+    )
 
 
 def depth_choices(config: TransformerConfig, first: int) -> list[Depths]:
@@ -112,5 +99,5 @@ class EarlyExit(Method):
     ) -> Built:
         config = teacher.config
         depths = self.depths(config, cut)
-        model = sparse_from(ExitTransformer(config, depths), teacher)
+        model = exiting(teacher, depths)
         return Built(model, model, self.macs(config, depths), joint=logits_alone())

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.distillation.losses import Total, alone, kl
 from actvar_convert.distillation.stages import STAGES, Losses, Stage
 from actvar_convert.errors import InputError
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.model import Model
+from actvar_convert.models.model import Model, fresh_sparse
+from actvar_convert.models.split import take_dense
 from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.labels import Labels
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe, StageRecipe
@@ -104,14 +105,14 @@ def logits_alone(weights_L: Tensor | None = None) -> Stage:
         teacher: Model,
         recipe: StageRecipe,
         tokens_BL: Tensor,
-        labels_B: Tensor,
+        condition: Labels,
         total: Total = alone,
     ) -> Losses:
         inputs = teacher.inputs(tokens_BL)
         with torch.no_grad():
-            wanted = teacher.transformer(labels_B, inputs)
+            wanted = teacher.transformer(condition, inputs)
         weights = None if weights_L is None else weights_L.to(tokens_BL.device).expand(len(tokens_BL), -1)
-        return {"kl": kl(wanted, model.transformer(labels_B, inputs), weights, total)}
+        return {"kl": kl(model.alphabet, wanted, model.transformer(condition, inputs), weights, total)}
 
     return replace(STAGES["stage2"], objective=objective)
 
@@ -127,16 +128,27 @@ def joint_only(recipe: Recipe, more: Sequence[str] = ()) -> Recipe:
     return load_recipe(recipe, [*settings, *more])
 
 
-def sparse_from(transformer: SparseVARTransformer, teacher: Model) -> Model:
-    """A model of the transformer with the teacher's weights, copied; what the teacher lacks stays as it is."""
-    transformer.to(device=teacher.device, dtype=teacher.dtype)
-    wrong = transformer.load_state_dict(teacher.transformer.state_dict(), strict=False).unexpected_keys
-    assert not wrong, wrong
-    transformer.requires_grad_(False)
-    return Model(transformer, teacher.tokenizer, teacher.sampling).eval()
+def sparse_from(teacher: Model, plan: SparsityPlan | None = None) -> Model:
+    """A model with one plan, or one that computes everything, and the teacher's weights, copied; what the teacher lacks
+    keeps its starting values."""
+    config = teacher.config
+    plan = plan or SparsityPlan.dense(config)
+    model = fresh_sparse(config, teacher.tokenizer, {"plan": plan}, "plan", teacher.sampling)
+    model.transformer.to(device=teacher.device, dtype=teacher.dtype).requires_grad_(False)
+    take_dense(model.transformer, teacher.transformer.state_dict())
+    return model.eval()
 
 
-def mark(transformer: VARTransformer, name: str, **settings: object) -> None:
+def wrap(model: Model, name: str, around: Callable[[int, nn.Module], nn.Module], **settings: object) -> Model:
+    """The model with a module of a rival around every block, in place, marked with the rival's name and settings."""
+    blocks = model.transformer.blocks
+    for index, block in enumerate(blocks):
+        blocks[index] = around(index, block)
+    mark(model.transformer, name, **settings)
+    return model
+
+
+def mark(transformer: nn.Module, name: str, **settings: object) -> None:
     """Stores the settings among the weights, so that they are a part of every fingerprint of the model."""
     text = json.dumps({"name": name, "code": CODE, **settings}, sort_keys=True)
     transformer.register_buffer("rival", torch.tensor(list(text.encode()), dtype=torch.uint8))

@@ -15,140 +15,109 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import cast
-from weakref import WeakKeyDictionary
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.base import Span
-from actvar_convert.models.model import Model
+from actvar_convert.models.base import Call, Schedule, Slot
+from actvar_convert.models.families import family_of
+from actvar_convert.models.model import Model, fresh_sparse
 from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.var.network import GenerationCache, Modulation, VARTransformer
+from actvar_convert.models.var.labels import Labels
+from actvar_convert.models.var.network import Prepared, VARBlock, VARTransformer
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
 from rivals.method import Built, Level, Method, first_late_scale, joint_only, logits_alone, mark, mildest
 
 
-class SideBySide(nn.Module):
-    """Class embeddings of both transformers, [B, C + c]."""
+class Both(NamedTuple):
+    """What depends on the class alone, of both transformers."""
 
-    def __init__(self, large: nn.Embedding, small: nn.Embedding) -> None:
-        super().__init__()
-        self.large, self.small = large, small
-
-    def forward(self, labels_B: Tensor) -> Tensor:
-        return torch.cat((self.large(labels_B), self.small(labels_B)), dim=-1)
-
-
-class SmallCaches:
-    """The small model's keys and values of every generation under way, found by the cache of the teacher's."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        self._config = config
-        self._own: WeakKeyDictionary[GenerationCache, GenerationCache] = WeakKeyDictionary()
-
-    def beside(self, cache: GenerationCache) -> GenerationCache:
-        if cache not in self._own:
-            keys = cache.keys
-            self._own[cache] = GenerationCache(self._config, keys.shape[1], keys.device, keys.dtype)
-        return self._own[cache]
+    large: Prepared
+    small: Prepared
 
 
 class DraftBlock(nn.Module):
     """A block of the teacher, which runs at the drafted scales alone."""
 
-    def __init__(self, block: Block, first: int) -> None:
+    def __init__(self, own: VARBlock, first: int) -> None:
         super().__init__()
-        self.block, self.first = block, first
+        self.own, self.first = own, first
 
-    def forward(
-        self, x_BLC: Tensor, modulation_B6C: Tensor, span: Span, *, cache: GenerationCache | None = None
-    ) -> Tensor:
-        if span.first >= self.first:
+    def context(self, prepared: Both) -> Tensor:
+        return self.own.context(prepared.large)
+
+    def forward(self, x_BLC: Tensor, context: Tensor, call: Call) -> Tensor:
+        if call.span.first >= self.first:
             return x_BLC
-        width = self.block.width
-        return torch.cat((self.block(x_BLC[..., :width], modulation_B6C, span, cache=cache), x_BLC[..., width:]), -1)
+        width = self.own.width
+        return torch.cat((self.own(x_BLC[..., :width], context, call), x_BLC[..., width:]), -1)
 
 
 class SmallBlock(nn.Module):
     """A block of the small model, which runs at all scales."""
 
-    def __init__(self, block: Block, caches: SmallCaches) -> None:
+    def __init__(self, own: VARBlock) -> None:
         super().__init__()
-        self.block, self.caches = block, caches
+        self.own = own
 
-    def forward(
-        self, x_BLC: Tensor, modulation_B6C: Tensor, span: Span, *, cache: GenerationCache | None = None
-    ) -> Tensor:
-        width = self.block.width
-        own = None if cache is None else self.caches.beside(cache)
-        small = self.block(x_BLC[..., -width:], modulation_B6C, span, cache=own)
-        return torch.cat((x_BLC[..., :-width], small), -1)
+    def context(self, prepared: Both) -> Tensor:
+        return self.own.context(prepared.small)
+
+    def forward(self, x_BLC: Tensor, context: Tensor, call: Call) -> Tensor:
+        width = self.own.width
+        return torch.cat((x_BLC[..., :-width], self.own(x_BLC[..., -width:], context, call)), -1)
 
 
-class DraftedTransformer(VARTransformer):
-    """Two transformers as one: hidden states, class embeddings and modulation of both, side by side.
+class DraftedTransformer(nn.Module):
+    """Two transformers as one ``models.base.Backbone``: hidden states of both, side by side.
 
     The teacher's blocks run at the scales before ``first``, the small one's at all, and the head is that of whoever
     speaks at a scale.
     """
 
     def __init__(self, large: VARTransformer, small: VARTransformer, first: int) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.config, self.first = large.config, first
         self.large, self.small = large, small
-        self.pos_start = large.pos_start
-        self.class_emb = cast(nn.Embedding, SideBySide(large.class_emb, small.class_emb))
-        caches = SmallCaches(small.config)
-        drafting = [DraftBlock(block, first) for block in large.layers]
-        self.blocks = nn.ModuleList([*drafting, *(SmallBlock(block, caches) for block in small.layers)])
+        drafting = [DraftBlock(cast(VARBlock, block), first) for block in large.blocks]
+        self.blocks = nn.ModuleList([*drafting, *(SmallBlock(cast(VARBlock, block)) for block in small.blocks)])
         mark(self, SmallModel.name, first=first)
 
-    def modulation(self, condition_BD: Tensor) -> Modulation:
-        large, small = (side.modulation(part) for side, part in self._sides(condition_BD))
-        return Modulation([*large.blocks, *small.blocks], torch.cat((large.head, small.head), dim=-1))
+    def prepare(self, condition: Labels) -> Both:
+        return Both(self.large.prepare(condition), self.small.prepare(condition))
 
-    def positions(self, begin: int, end: int) -> Tensor:
-        return torch.cat((self.large.positions(begin, end), self.small.positions(begin, end)), dim=-1)
+    def table(self, schedule: Schedule, begin: int, end: int) -> None:
+        """Positions are learnt and part of the states."""
 
-    def first_tokens(self, condition_BD: Tensor) -> Tensor:
-        return torch.cat([side.first_tokens(part) for side, part in self._sides(condition_BD)], dim=-1)
+    def slots(self, rows: int, schedule: Schedule) -> list[Slot]:
+        return [*self.large.slots(rows, schedule), *self.small.slots(rows, schedule)]
 
-    def next_tokens(self, input_BLz: Tensor, scale: int, positions_1LC: Tensor | None = None) -> Tensor:
-        small = self.small.next_tokens(input_BLz, scale)
+    def next_states(self, prepared: Both, input_BLz: Tensor | None, scale: int, schedule: Schedule) -> Tensor:
+        small = self.small.next_states(prepared.small, input_BLz, scale, schedule)
         if scale < self.first:
-            large = self.large.next_tokens(input_BLz, scale)
+            large = self.large.next_states(prepared.large, input_BLz, scale, schedule)
         else:
             large = small.new_zeros(*small.shape[:2], self.config.width)
         return torch.cat((large, small), dim=-1)
 
-    def logits(self, x_BLC: Tensor, head_B2C: Tensor) -> Tensor:
+    def logits(self, x_BLC: Tensor, prepared: Both) -> Tensor:
         """Logits of one whole scale, which its number of tokens tells."""
-        scale = self.config.schedule.lengths.index(x_BLC.shape[1])
-        (large, x), (small, y) = self._sides(x_BLC)
-        (_, head), (_, own) = self._sides(head_B2C)
-        return large.logits(x, head) if scale < self.first else small.logits(y, own)
+        width = self.config.width
+        if self.config.schedule.lengths.index(x_BLC.shape[1]) < self.first:
+            return self.large.logits(x_BLC[..., :width], prepared.large)
+        return self.small.logits(x_BLC[..., width:], prepared.small)
 
-    def forward(self, labels_B: Tensor, inputs_BLz: Tensor) -> Tensor:
+    def forward(self, labels: Labels | Tensor, inputs_BLz: Tensor) -> Tensor:
         """Teacher forcing; see ``VARTransformer.forward``."""
-        draft = self.config.schedule.lengths[: self.first]
-        drafted = sum(draft)
-        x, modulation = self.large.embed(labels_B, inputs_BLz)
-        mask = self.large.attn_bias_for_masking[..., :drafted, :drafted].to(x.dtype)
-        x = x[:, :drafted]
-        for block, own in zip(self.large.layers, modulation.blocks, strict=True):
-            x = block(x, own, Span(0, draft), mask)
-        late = self.small(labels_B, inputs_BLz)[:, drafted:]
-        return torch.cat((self.large.logits(x, modulation.head), late), dim=1)
-
-    def _sides(self, both: Tensor) -> list[tuple[VARTransformer, Tensor]]:
-        """Each transformer with its part of the last dimension."""
-        widths = [self.large.config.width, self.small.config.width]
-        return list(zip((self.large, self.small), torch.split(both, widths, dim=-1), strict=True))
+        drafted = sum(self.config.schedule.lengths[: self.first])
+        begin = self.config.schedule.lengths[0]
+        draft = self.large(labels, inputs_BLz[:, : drafted - begin])
+        return torch.cat((draft, self.small(labels, inputs_BLz)[:, drafted:]), dim=1)
 
 
 def narrowed(config: TransformerConfig, width: int) -> TransformerConfig:
@@ -194,12 +163,13 @@ class SmallModel(Method):
         config = teacher.config
         first = max(1, first_late_scale(config))
         shape = narrowed(config, self.width(config, first, cut))
-        small = SparseVARTransformer(shape, {"dense": SparsityPlan.dense(shape)}, "dense")
+        plans = {"dense": SparsityPlan.dense(shape)}
+        student = fresh_sparse(shape, teacher.tokenizer, plans, "dense", teacher.sampling).eval()
+        small = student.transformer
         small.initialise(torch.Generator().manual_seed(recipe.seed))
         small.to(device=teacher.device, dtype=teacher.dtype).requires_grad_(False)
         large = copy.deepcopy(teacher.transformer)
         model = Model(DraftedTransformer(large, small, first), teacher.tokenizer, teacher.sampling).eval()
-        student = Model(small, teacher.tokenizer, teacher.sampling).eval()
         late = torch.ones(config.schedule.total)
         late[: config.schedule.begins[first]] = 0.0
         return Built(model, student, self.macs(config, shape, first), joint=logits_alone(late))
@@ -208,7 +178,7 @@ class SmallModel(Method):
 def _macs(config: TransformerConfig, run: range, speaks: range) -> int:
     """MACs per image of a transformer whose blocks run at some scales and whose head at some of these."""
     dense = SparsityPlan.dense(config)
-    parts = costs.family_costs(config)
+    parts = family_of(config).costs(config)
     row = [parts.image(), *[parts.block_once()] * config.depth, *(parts.scale(scale) for scale in speaks)]
     row += [costs.block_macs(config, dense, b, s) for b in range(config.depth) for s in run]
     once = costs.added(parts.once(scale) for scale in run)

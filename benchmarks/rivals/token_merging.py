@@ -15,23 +15,24 @@ are sums, gather and scatter, which nobody pays for. Attention meets merged toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
-from actvar_convert.models.base import Span
+from actvar_convert.models.base import Call, Span
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.var.network import GenerationCache
-from actvar_convert.plan import SparsityPlan
+from actvar_convert.models.var.network import VARBlock
+from actvar_convert.plan import BlockPlan, SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import Progress
-from rivals.method import Built, Method, first_late_scale, joint_only, mark, mildest, sparse_from, token_plan
+from rivals.method import Built, Method, first_late_scale, joint_only, mildest, sparse_from, token_plan, wrap
 
 
 class Merging(NamedTuple):
@@ -82,59 +83,52 @@ def match_tokens(x_BLC: Tensor, side: int, count: int) -> Merging:
     return Merging(group, size)
 
 
-class MergingBlock(SparseBlock):
-    """What changes against the dense block: it runs on merged tokens; ``keep`` of the plan is the share that remains.
+class MergingBlock(nn.Module):
+    """A block that runs on merged tokens; ``keep`` of the plan is the share that remains.
 
-    While generating, the cache's place for updates holds the logarithms of sizes of all keys so far, [B, T].
+    While generating, the slot's place for the update holds the logarithms of sizes of all keys so far, [B, T].
     """
 
-    def __init__(self, config: TransformerConfig, plans: Mapping[str, SparsityPlan], plan: str, index: int) -> None:
-        super().__init__(config, plans, plan, index)
-        self.gate = self.reconstruction = None
+    def __init__(self, block: VARBlock, plan: BlockPlan, sides: Sequence[int]) -> None:
+        super().__init__()
+        self.block, self.plan, self.sides = block, plan, tuple(sides)
 
-    def forward(
-        self,
-        x_BLC: Tensor,
-        modulation_B6C: Tensor,
-        span: Span,
-        mask_LL: Tensor | None = None,
-        cache: GenerationCache | None = None,
-    ) -> Tensor:
-        kept = self.kept_counts(span)
-        if kept == span.counts and (cache is None or cache.updates[self.index] is None):
-            return Block.forward(self, x_BLC, modulation_B6C, span, mask_LL, cache)
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation_B6C.unbind(1)
+    def forward(self, x_BLC: Tensor, context: Tensor, call: Call) -> Tensor:
+        span, slot, block = call.span, call.slot, self.block
+        kept = tuple(self.plan.kept(scale, length) for scale, length in zip(span.levels, span.counts, strict=True))
+        if kept == span.counts and (slot is None or slot.update is None):
+            plain: Tensor = block(x_BLC, context, call)
+            return plain
+        gate1, gate2, scale1, scale2, shift1, shift2 = context.unbind(1)
         pieces = torch.split(x_BLC, list(span.counts), dim=1)
-        sides = self.config.sides[span.first : span.first + len(pieces)]
+        sides = [self.sides[scale] for scale in span.levels]
         merging = [match_tokens(x, side, count) for x, side, count in zip(pieces, sides, kept, strict=True)]
         merged = torch.cat([each.merge(x) for each, x in zip(merging, pieces, strict=True)], dim=1)
-        q, k, v = self.attn.query_key_value(self.norm(merged, scale1, shift1))
+        q, k, v = block.attn.query_key_value(block.norm(merged, scale1, shift1))
         size_BK = torch.cat([each.size for each in merging], dim=1).log()
-        if cache is not None:
-            before = cache.updates[self.index]
-            if before is None:
-                before = size_BK.new_zeros(len(size_BK), cache.filled[self.index])
-            size_BT = cache.updates[self.index] = torch.cat((before, size_BK), dim=1)
-            k, v = cache.append(self.index, k, v)
-            bias = size_BT[:, None, None]
+        if slot is not None:
+            before = size_BK.new_zeros(len(size_BK), slot.filled) if slot.update is None else slot.update
+            slot.update = torch.cat((before, size_BK), dim=1)
+            k, v = slot.append(k, v)
+            bias = slot.update[:, None, None]
         else:
-            hidden = ~self._mask(kept, x_BLC.device)
-            bias = size_BK[:, None, None].masked_fill(hidden, -torch.inf)
-        y = torch.addcmul(merged, self.attn.attend(q, k, v, bias.to(q.dtype)), gate1.unsqueeze(1))
-        y = torch.addcmul(y, self.ffn(self.norm(y, scale2, shift2), Span(span.first, kept)), gate2.unsqueeze(1))
+            bias = size_BK[:, None, None]
+            seen = replace(call, span=Span(span.first, kept)).mask(x_BLC.device)
+            bias = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+        y = torch.addcmul(merged, block.attn.attend(q, k, v, bias.to(q.dtype)), gate1.unsqueeze(1))
+        y = torch.addcmul(y, block.ffn(block.norm(y, scale2, shift2), Span(span.first, kept)), gate2.unsqueeze(1))
         added = torch.split(y - merged, list(kept), dim=1)
         return x_BLC + torch.cat([each.unmerge(update) for each, update in zip(merging, added, strict=True)], dim=1)
 
 
-class MergingTransformer(SparseVARTransformer):
+def merging(teacher: Model, plan: SparsityPlan) -> Model:
     """A VAR whose blocks merge tokens."""
 
-    def __init__(self, config: TransformerConfig, plan: SparsityPlan) -> None:
-        super().__init__(config, {"plan": plan}, "plan")
-        mark(self, TokenMerging.name)
+    def around(index: int, block: nn.Module) -> nn.Module:
+        assert isinstance(block, VARBlock)
+        return MergingBlock(block, plan.blocks[index], teacher.config.sides)
 
-    def make_block(self, index: int) -> Block:
-        return MergingBlock(self.config, self.plans, self.plans.name, index)
+    return wrap(sparse_from(teacher), TokenMerging.name, around, plan=plan.model_dump(mode="json"))
 
 
 class TokenMerging(Method):
@@ -171,5 +165,5 @@ class TokenMerging(Method):
     ) -> Built:
         config = teacher.config
         plan = self.plan(config, cut)
-        model = sparse_from(MergingTransformer(config, plan), teacher)
+        model = merging(teacher, plan)
         return Built(model, model, self.macs(config, plan))

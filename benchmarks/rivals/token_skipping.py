@@ -19,6 +19,7 @@ from actvar_convert.cost import macs as costs
 from actvar_convert.files.run_state import Scalar
 from actvar_convert.models.gate import TokenGate
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import gated_blocks
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
@@ -41,16 +42,14 @@ class DistanceToMean(TokenGate):
         return size
 
 
-class SkippingTransformer(SparseVARTransformer):
+def skipping(teacher: Model, plan: SparsityPlan) -> Model:
     """What changes against gated blocks: the gate measures instead of predicting, and updates are restored as such."""
-
-    def __init__(self, config: TransformerConfig, plan: SparsityPlan) -> None:
-        super().__init__(config, {"plan": plan}, "plan")
-        for block in self.sparse_layers:
-            if block.gate is not None and block.reconstruction is not None:
-                block.gate = DistanceToMean()
-                nn.init.ones_(block.reconstruction.alpha)
-        mark(self, TokenSkipping.name)
+    model = sparse_from(teacher, plan)
+    for block in gated_blocks(model.transformer):
+        block.gate = DistanceToMean()
+        nn.init.ones_(block.reconstruction.alpha)
+    mark(model.transformer, TokenSkipping.name)
+    return model
 
 
 class TokenSkipping(Method):
@@ -74,5 +73,5 @@ class TokenSkipping(Method):
     ) -> Built:
         config = teacher.config
         plan = self.plan(config, cut)
-        model = sparse_from(SkippingTransformer(config, plan), teacher)
+        model = skipping(teacher, plan)
         return Built(model, model, costs.transformer_macs(config, plan))

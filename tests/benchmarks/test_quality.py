@@ -167,10 +167,10 @@ def test_a_rival_learns(
     recipe = load_recipe(method.recipe(tiny_recipe, 0.25, config), longer)
     workshop = Workshop(tiny_model, tmp_path)
     store = workshop.store(recipe)
-    tokens, labels = store.tokens.long(), store.labels
+    tokens, condition = store.tokens, store.condition
     levels: tuple[Level, Level] = ("none", "full")
     before, after = (
-        compare_logits(workshop.make(method, recipe, 0.25, level).model, tiny_model, tokens, labels, Quiet())
+        compare_logits(workshop.make(method, recipe, 0.25, level).model, tiny_model, tokens, condition, Quiet())
         for level in levels
     )
     assert float(after.kl_NS.mean()) < left * float(before.kl_NS.mean())

@@ -15,20 +15,24 @@ from rivals import METHODS
 from rivals.clusterings import by_chance, by_weights
 from rivals.control import Control
 from rivals.converted import clustered
-from rivals.early_exit import EarlyExit, ExitTransformer, depth_choices
-from rivals.method import OutOfReach, first_late_scale, saved, sparse_from, token_plan
+from rivals.early_exit import EarlyExit, depth_choices, exiting
+from rivals.method import OutOfReach, first_late_scale, saved, token_plan
 from rivals.small_model import DraftedTransformer, SmallModel, narrowed
-from rivals.token_merging import MergingBlock, MergingTransformer, TokenMerging, match_tokens, targets
-from rivals.token_skipping import SkippingTransformer
+from rivals.token_merging import MergingBlock, TokenMerging, match_tokens, merging, targets
+from rivals.token_skipping import skipping
+from torch import nn
 
 import actvar_convert as av
 from actvar_convert.conversion.clustering import Clustering, kmeans
 from actvar_convert.cost import macs as costs
 from actvar_convert.measure.image_features import model_fingerprint
-from actvar_convert.models.base import Span
+from actvar_convert.models.base import Call, Span
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import ffn_of, gated_blocks
 from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.var.network import VARTransformer
+from actvar_convert.models.var.labels import Labels
+from actvar_convert.models.var.network import VARBlock, VARTransformer
+from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import SilentProgress
 
@@ -37,18 +41,8 @@ LENGTHS = (1, 4, 9, 16)
 Maker = Callable[[Model], Model]
 
 
-def skipping(teacher: Model, share: float) -> Model:
-    plan = token_plan(teacher.config, 2, share, spared=1)
-    return sparse_from(SkippingTransformer(teacher.config, plan), teacher)
-
-
-def merging(teacher: Model, share: float) -> Model:
-    plan = token_plan(teacher.config, 2, share, spared=0)
-    return sparse_from(MergingTransformer(teacher.config, plan), teacher)
-
-
-def exiting(teacher: Model, depths: tuple[int, ...]) -> Model:
-    return sparse_from(ExitTransformer(teacher.config, depths), teacher)
+def late_plan(teacher: Model, share: float, spared: int) -> SparsityPlan:
+    return token_plan(teacher.config, 2, share, spared=spared)
 
 
 def control(teacher: Model) -> Model:
@@ -70,15 +64,15 @@ def drafted(teacher: Model, width: int) -> Model:
 
 
 UNCUT: dict[str, Maker] = {
-    "token-skipping": lambda teacher: skipping(teacher, 1.0),
-    "token-merging": lambda teacher: merging(teacher, 1.0),
+    "token-skipping": lambda teacher: skipping(teacher, late_plan(teacher, 1.0, 1)),
+    "token-merging": lambda teacher: merging(teacher, late_plan(teacher, 1.0, 0)),
     "early-exit": lambda teacher: exiting(teacher, (2, 2, 2, 2)),
     "small-model": lambda teacher: drafted(teacher, 64),
     "control": control,
 }
 CUT: dict[str, Maker] = {
-    "token-skipping": lambda teacher: skipping(teacher, 0.5),
-    "token-merging": lambda teacher: merging(teacher, 0.5),
+    "token-skipping": lambda teacher: skipping(teacher, late_plan(teacher, 0.5, 1)),
+    "token-merging": lambda teacher: merging(teacher, late_plan(teacher, 0.5, 0)),
     "early-exit": lambda teacher: exiting(teacher, (2, 2, 1, 1)),
     "small-model": lambda teacher: drafted(teacher, 32),
 }
@@ -104,7 +98,7 @@ def forced(model: Model, tokens: torch.Tensor) -> torch.Tensor:
     """Teacher-forcing logits [2 B, L, V] with the classes and without."""
     labels = torch.tensor(LABELS)
     inputs = model.inputs(tokens)
-    null = torch.full_like(labels, model.transformer.null_class)
+    null = torch.full_like(labels, model.config.classes)
     return model.transformer(torch.cat((labels, null)), inputs.repeat(2, 1, 1))  # type: ignore[no-any-return]
 
 
@@ -148,13 +142,19 @@ def test_a_conversion_with_the_recipes_own_clustering_is_that_of_the_library(
     assert own.plans == expected.plans
     tensors = expected.transformer.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in own.transformer.state_dict().items())
-    first, other = (model.transformer.blocks[0].ffn.permutation for model in (expected, chance))
+    first, other = (ffn_of(model.transformer.blocks[0]).permutation for model in (expected, chance))
     assert not torch.equal(first, other) and torch.equal(first.sort().values, other.sort().values)
 
 
 def test_settings_are_a_part_of_the_fingerprint(tiny_model: Model) -> None:
     models = [exiting(tiny_model, (2, 2, 2, 1)), exiting(tiny_model, (2, 2, 1, 1)), control(tiny_model)]
     assert len({model_fingerprint(each) for each in models}) == 3
+
+
+def context_of(model: Model, block: nn.Module, label: int) -> torch.Tensor:
+    """A block's modulation [1, 6, C] by one class."""
+    assert isinstance(block, VARBlock)
+    return block.context(model.transformer.prepare(Labels.of(torch.tensor([label]), model.config.classes)))
 
 
 def dense_row(scale: int, context: int | None = None, tokens: int | None = None) -> int:
@@ -278,33 +278,25 @@ def test_equal_tokens_merge_without_loss(tiny_model: Model) -> None:
     """A map of four different tokens, each four times: the block on four merged tokens is the block on all sixteen."""
     config = tiny_model.config
     plan = token_plan(config, 3, 0.25, spared=0)
-    block = MergingBlock(config, {"plan": plan}, "plan", 0)
     dense = tiny_model.transformer.blocks[0]
-    block.load_state_dict(dense.state_dict(), strict=False)
+    assert isinstance(dense, VARBlock)
+    block = MergingBlock(dense, plan.blocks[0], config.sides)
     four = torch.randn(1, 2, 2, 64, generator=torch.Generator().manual_seed(0))
     x = four.repeat_interleave(2, 1).repeat_interleave(2, 2).view(1, 16, 64)
-    modulation = dense.modulation(*tiny_model.transformer.condition(torch.tensor([2])))
-    span = Span(3, (16,))
-    mask = torch.zeros(16, 16)
-    expected = dense(x, modulation, span)
-    torch.testing.assert_close(block(x, modulation, span, mask), expected, rtol=1e-4, atol=1e-5)
+    context, call = context_of(tiny_model, dense, 2), Call(Span(3, (16,)))
+    torch.testing.assert_close(block(x, context, call), dense(x.clone(), context, call), rtol=1e-4, atol=1e-5)
 
 
 def test_a_skipped_token_gets_the_previous_update(tiny_model: Model) -> None:
     """With no token kept a block repeats what it did at the scale before, resized."""
-    rival = skipping(tiny_model, 0.0)
-    transformer = rival.transformer
-    assert isinstance(transformer, SparseVARTransformer)
-    block = transformer.sparse_layers[1]
-    assert block.reconstruction is not None and bool((block.reconstruction.alpha == 1).all())
-    assert transformer.sparse_layers[0].gate is None
-    plan = transformer.plan
+    rival = skipping(tiny_model, late_plan(tiny_model, 0.0, 1))
+    (block,) = gated_blocks(rival.transformer)
+    assert block.index == 1 and bool((block.reconstruction.alpha == 1).all())
+    plan = rival.plan
     assert plan.blocks[1].keep == (1.0, 1.0, 0.0, 0.0) and plan.reconstruction_rank == 0
     x = torch.randn(1, 30, 64, generator=torch.Generator().manual_seed(1))
-    modulation = block.modulation(*transformer.condition(torch.tensor([0])))
-    mask = transformer.attn_bias_for_masking
     with torch.no_grad():
-        added = block(x, modulation, Span(0, LENGTHS), mask) - x
+        added = block(x, context_of(rival, block.block, 0), Call(Span(0, LENGTHS))) - x
     before = added[:, 1:5].transpose(1, 2).reshape(1, 64, 2, 2)
     expected = torch.nn.functional.interpolate(before, size=(3, 3), mode="bilinear").flatten(2).transpose(1, 2)
     torch.testing.assert_close(added[:, 5:14], expected, rtol=1e-4, atol=1e-5)

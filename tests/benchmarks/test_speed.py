@@ -16,7 +16,9 @@ from sides import Goal, Results, Row, Timing
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.layout import official_config
+from actvar_convert.models.base import inner
 from actvar_convert.models.model import Model
+from actvar_convert.models.split import ffn_of
 from actvar_convert.models.var.tokenizer import FAST_DECODERS
 
 CPU = torch.device("cpu")
@@ -153,7 +155,7 @@ def test_gpu_plans_save_what_they_say_and_route(reduction: float) -> None:
 
 
 def test_routers_lean_in_place(tiny_sparse: Model) -> None:
-    router = tiny_sparse.transformer.blocks[0].ffn.router
+    router = ffn_of(tiny_sparse.transformer.blocks[0]).router
     assert router is not None
     place = router.linear.bias.data_ptr()
     sides.lean(tiny_sparse, skewed=True)
@@ -164,7 +166,7 @@ def test_routers_lean_in_place(tiny_sparse: Model) -> None:
 
 def test_a_random_sparse_model_holds_the_dense_weights(tiny_model: Model, tiny_sparse: Model) -> None:
     made = sides.random_sparse(tiny_model, tiny_sparse.plan)
-    ours, theirs = made.transformer.blocks[0].attn.mat_qkv.weight, tiny_model.transformer.blocks[0].attn.mat_qkv.weight
+    ours, theirs = (inner(model.transformer.blocks[0]).attn.mat_qkv.weight for model in (made, tiny_model))
     assert ours.data_ptr() == theirs.data_ptr() and not any(each.requires_grad for each in made.parameters())
     assert made.generate([0, 1]).isfinite().all()
 

@@ -108,7 +108,7 @@ def test_attention_by_scale_is_masked_attention(sides: tuple[int, ...], tokens: 
     torch.manual_seed(0)
     shape = TRANSFORMER.model_dump() | {"sides": sides, "heads": 2, "width": 128}  # a copy may keep another's pyramid
     model = VARTransformer(TransformerConfig.model_validate(shape))
-    attention, mask = model.blocks[0].attn, model.attn_bias_for_masking[..., :tokens, :tokens]
+    attention, mask = model.blocks[0].attn, model.attn_bias_for_masking[0, 0, :tokens, :tokens] == 0
     inputs = [torch.randn(2, 2, tokens, 64, requires_grad=True) for _ in range(3)]
     whole = attention.attend(inputs[0], inputs[1], inputs[2], mask)
     parts = attend_by_scale(attention, model.config.schedule.lengths, inputs[0], inputs[1], inputs[2], mask)
