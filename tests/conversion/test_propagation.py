@@ -131,7 +131,7 @@ def test_a_dense_plan_is_left_alone(dense: Model) -> None:
     tokens, labels = pyramids(dense, 20, 1)
     sparse = convert_with(dense, plans, "a", recipe(), tokens, labels)
     before = {name: value.clone() for name, value in sparse.state_dict().items()}
-    refit_in_order(dense, sparse, tokens, labels, batch=8, on_block=lambda: calls.append(1))
+    refit_in_order(dense, sparse, calibration_of(dense, tokens, labels), on_block=lambda: calls.append(1))
     assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items()) and len(calls) == 3
 
 
