@@ -56,7 +56,7 @@ def explained(action: str, path: object, cause: int | None, text: str) -> InputE
 
     Args:
         action: a verb: "read", "write".
-        path: the file or folder; None where it is not known.
+        path: the file or folder; None if it is not known.
         cause: the error's number.
         text: the error in the system's words, for causes that have none here.
     """

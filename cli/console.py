@@ -66,7 +66,7 @@ class ActvarGroup(TyperGroup):
 
 
 def _explain_shortage(ctx: Any, error: BaseException) -> None:
-    """Says that memory ran out and what helps; raises the error again where it is another one."""
+    """Says that memory ran out and what helps; raises the error again if it is another one."""
     from actvar_convert.system.device import memory_shortage
 
     shortage = memory_shortage(error)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before torch is imported: OpenMP reads it once. Threads that wait for work would spin, and two of them slow each other
+# down wherever another process needs a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import sys
 from typing import Annotated
 

@@ -57,7 +57,7 @@ def sweep(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Draw quality against cost: convert at a series of cuts, train nothing, measure each against the dense model.
+    """Chart quality against cost: convert at a series of cuts, train nothing, measure each against the dense model.
 
     All cuts share their calibration and held-out pyramids. The same line again resumes, and other --reductions add to
     the curve. The folder gets sweep.json, sweep.csv and sweep.png.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does, before torch is imported
+
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -102,7 +106,7 @@ def tiny_folded(tiny_sparse: Model) -> Model:
 
 
 class MemoryWatch(TorchDispatchMode):
-    """While in force, adds up the bytes of CPU tensors that are made and still alive; ``peak`` is their maximum."""
+    """While active, adds up the bytes of CPU tensors that are made and still alive; ``peak`` is their maximum."""
 
     def __init__(self) -> None:
         super().__init__()

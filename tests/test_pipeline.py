@@ -77,7 +77,7 @@ def test_benchmark_takes_what_the_library_takes(tiny_model: Model) -> None:
         av.benchmark(tiny_model, timing=replace(timing, compile=True))
 
 
-def test_a_model_is_loaded_with_its_decoder_in_another_format() -> None:
+def test_a_model_is_loaded_with_its_decoder_in_another_dtype() -> None:
     exact, low = (av.load("fashion", device="cpu", decoder_dtype=name) for name in (None, "bf16"))
     assert (exact.tokenizer.decoder_dtype, low.tokenizer.decoder_dtype) == (torch.float32, torch.bfloat16)
     assert low.origin == exact.origin and low.dtype == torch.float32
@@ -128,7 +128,7 @@ def test_a_finished_distillation_of_another_conversion_is_not_taken(tiny_model: 
     assert not progress.said
 
 
-def test_a_distillation_that_trains_nothing_draws_nothing(tiny_model: Model, tmp_path: Path) -> None:
+def test_a_distillation_that_trains_nothing_samples_nothing(tiny_model: Model, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(TINY | {"distill": {stage: {"steps": 0} for stage in ("stage1", "stage2")}})
     start = av.convert(tiny_model, recipe=recipe)
     before = {name: tensor.clone() for name, tensor in start.transformer.state_dict().items()}

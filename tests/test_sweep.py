@@ -206,7 +206,7 @@ def test_problems_are_named_together_and_first(tiny_model: Model, tiny_sparse: M
         av.sweep(tiny_model, recipe=recipe(), images=20)
 
 
-def test_fid_joins_the_points_where_images_are_asked_for(
+def test_fid_joins_the_points_if_images_are_asked_for(
     tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)

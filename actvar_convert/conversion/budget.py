@@ -113,7 +113,7 @@ def uniform_plan(config: Config, recipe: Recipe, target: float | None = None) ->
 
 
 def require_reach(recipe: Recipe, target: float, reached: float) -> None:
-    """Raises RecipeError where removing every expert that may rest saves less than the target share."""
+    """Raises RecipeError if removing every expert that may be inactive saves less than the target share."""
     if reached < target:
         where = "budget.reduction" if target == recipe.budget.reduction else "budget.plans"
         raise RecipeError(

@@ -64,8 +64,8 @@ def sampling_memory(config: Config, tokenizer: Any, batch: int, itemsize: int, d
 
     Keys and values of all blocks: 2 D (2 B) L C itemsize, guidance doubling the B images. At the last scale of L_S
     tokens the larger of: FFN and the rest of a block, 2 B L_S (2 H + 8 C) itemsize; logits of V codes with what
-    guidance, filtering and drawing make of them, 40 B L_S V (three fp32 rows of both halves, values and order of a
-    sort, probabilities). Where a batch is cut into pieces, the random numbers of all its images too, 4 L V each.
+    guidance, filtering and sampling make of them, 40 B L_S V (three fp32 rows of both halves, values and order of a
+    sort, probabilities). If a batch is cut into pieces, the random numbers of all its images too, 4 L V each.
     """
     pyramid, last = config.schedule, config.schedule.lengths[-1]
     under_way = min(batch, images_at_once(config, tokenizer, itemsize, device))
@@ -91,7 +91,7 @@ def estimate_convert(
     P calibration pyramids in batches of B; L tokens each, L_g of them from the scale before the first gated one on; C
     width, H hidden neurons, E experts, T tokens sampled at the scales that become sparse.
 
-    - sampling: weights that are read, or one block of them and a copy where the recipe draws in half precision, and
+    - sampling: weights that are read, or one block of them and a copy if the recipe samples in half precision, and
       ``sampling_memory``; from images instead the tokenizer's widest feature maps, six of ch S^2 for each image of S
       pixels a side.
     - searching (P here at most ``budget.pyramids``): 2 C^2 moments of every block, and the larger of a batch

@@ -1,4 +1,4 @@
-"""The search for a plan: experts and tokens rest where the model's predictions feel it least.
+"""The search for a plan: experts and tokens are left out where the model's predictions feel it least.
 
 Every (block, scale) offers the same settings of active experts and keep ratio; each has a price in multiply-adds
 and a damage in nats (``sensitivity``). Damages are taken to add up, so the best plan for a budget is found exactly on
@@ -58,7 +58,7 @@ class Planned(NamedTuple):
     """What a conversion is to make.
 
     Attributes:
-        plans: by name; default: the one in force.
+        plans: by name; default: the active one.
         partitions: of every block's neurons; None: the conversion makes them.
         damage: nats of KL per token that each plan is expected to cost untrained; empty without a search.
     """
@@ -83,7 +83,7 @@ def plan_model(
         model: the dense model.
         recipe: with its budget.
         calibration: pyramids, of which the search looks at the first ``budget.pyramids``.
-        metrics: what ``measure_metrics`` found for them; measured here where it is not given.
+        metrics: what ``measure_metrics`` found for them; measured here if it is not given.
         on_step: told of steps done, ``search_steps`` in all, those of ``measure_metrics`` included.
 
     Raises:
@@ -238,7 +238,7 @@ def search_plan(
 
 
 def _offered(sensitivities: Sequence[BlockSensitivity]) -> list[Choice]:
-    """The choices of active experts, the same in every cell; all experts first, which wins where nothing differs."""
+    """The choices of active experts, the same in every cell; all experts first, which wins if nothing differs."""
     tried = next(iter(sensitivities[0].damage.values()))
     return sorted(tried, key=lambda choice: -sum(choice))
 

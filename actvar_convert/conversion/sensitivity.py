@@ -75,7 +75,7 @@ def expert_damage(
     """Partitions a dense FFN into experts and measures every choice at every scale in ``scales``.
 
     Routers are fitted as the conversion fits them, so a choice is measured with the experts that they would pick; an
-    expert that rests contributes its mean over the tokens that skip it, or nothing, as the recipe says.
+    inactive expert adds nothing.
     """
     experts = recipe.count
     shared = experts if prefix_share == 1 else round(prefix_share * experts / 2)

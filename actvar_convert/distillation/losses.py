@@ -1,6 +1,6 @@
 """Losses of both stages as small pure functions, and what each weighs.
 
-Every loss takes the weights [B, L] of its tokens; None: all 1. Where several processes share a batch, each loss is this
+Every loss takes the weights [B, L] of its tokens; None: all 1. If several processes share a batch, each loss is this
 process's share: ``total`` adds up over all of them what the loss divides by, so the shares add up to the loss of the
 whole batch.
 

@@ -45,7 +45,7 @@ class Stage:
         task: what it is called while it runs.
         objective: the losses of a step on this process's rows, each already weighted; their sum over all processes is
             minimised.
-        joint: whether blocks run as a whole; else FFNs alone, where token gates play no part.
+        joint: whether blocks run as a whole; else FFNs alone, without token gates.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """What distillation needs in memory, by arithmetic on shapes and recipe alone.
 
-Activations are priced by constants that were counted on small models as bytes alive at the peak of a step, per pyramid
+Activations are priced by constants that were measured on small models as bytes alive at the peak of a step, per pyramid
 token, and rounded up: the dtype decides, not the size of the model.
 """
 

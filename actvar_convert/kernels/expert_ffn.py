@@ -115,7 +115,7 @@ def expert_ffn(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Ten
 
 
 def _autocasts(x_RC: Tensor) -> bool:
-    """Whether autocast would change number formats between the operations of the paths that work in place."""
+    """Whether autocast would change dtypes between the operations of the paths that work in place."""
     return torch.is_autocast_enabled(x_RC.device.type) and not torch.is_grad_enabled()
 
 
@@ -152,7 +152,7 @@ def expert_ffn_reference(x_RC: Tensor, weights: ExpertWeights, active_RE: Tensor
 
 
 def expert_ffn_prefix(x_RC: Tensor, weights: ExpertWeights, prefix: int) -> Tensor:
-    """Rows that run the prefix alone: one product over a view, where nothing is gathered or masked.
+    """Rows that run the prefix alone: one product over a view; nothing is gathered or masked.
 
     Returns a new tensor [R, C].
     """
@@ -164,7 +164,7 @@ def expert_ffn_prefix(x_RC: Tensor, weights: ExpertWeights, prefix: int) -> Tens
 
 
 def expert_ffn_masked(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
-    """The reference without gradients, in whole products and in place: for few rows, where products are cheap."""
+    """The reference without gradients, in whole products and in place: for few rows, whose products are cheap."""
     mask = routed_RF.to(x_RC.dtype)
     hidden = linear_gelu(x_RC, weights.w1, weights.b1)
     hidden.view(len(x_RC), weights.experts, weights.neurons)[:, prefix:].mul_(mask.unsqueeze(-1))
@@ -174,7 +174,7 @@ def expert_ffn_masked(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_
 def expert_ffn_loop(x_RC: Tensor, weights: ExpertWeights, prefix: int, routed_RF: Tensor) -> Tensor:
     """Computes active experts only: the prefix as one product over a view, then one gathered product per routed expert.
 
-    Takes any number of experts per row, and any number format. One expert at a time, so that its rows stay in the
+    Takes any number of experts per row, and any dtype. One expert at a time, so that its rows stay in the
     cache of the processor between the gather and the sum. Reads how many rows each expert has, for which a GPU would
     have to be waited for: no plan takes this backend there (see above). Returns [R, C].
     """

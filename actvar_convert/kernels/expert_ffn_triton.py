@@ -38,7 +38,7 @@ from torch import Tensor
 from actvar_convert.kernels.expert_weights import ExpertWeights
 
 SHARED_BYTES = 99 * 1024
-"""Shared memory of a program where the device does not tell: that of the smaller GPUs since Ampere."""
+"""Shared memory of a program if the device does not tell: that of the smaller GPUs since Ampere."""
 
 
 class Tiling(NamedTuple):
@@ -61,7 +61,7 @@ def tiling(rows: int, width: int, neurons: int, item: int) -> Tiling:
     """Tiles for R rows of C channels, experts of N neurons, numbers of ``item`` bytes.
 
     The widest rows that still leave every multiprocessor of a large GPU a program, since a tile reads its weights once
-    for all of its rows; narrower ones where rows are few, whose union is smaller too.
+    for all of its rows; narrower ones if rows are few, whose union is smaller too.
     """
     widest = 256 if item < 4 else 64
     channels = _extent(width, widest)
@@ -110,7 +110,7 @@ def add_routed(y_RC: Tensor, x_RC: Tensor, weights: ExpertWeights, prefix: int, 
 
 
 def _launch(rows: int, columns: int, depth: int, x_RC: Tensor) -> dict[str, int]:
-    """Warps of a program, and how many of its steps are in flight: two, or three where shared memory holds them.
+    """Warps of a program, and how many of its steps are in flight: two, or three if shared memory holds them.
 
     Before Hopper the step that is being multiplied stands in registers, so that one buffer less is needed.
     """

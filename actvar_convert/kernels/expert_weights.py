@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 TRANSPOSED = (torch.float32, torch.bfloat16)
-"""Number formats in which a single expert on a CPU reads its columns of W2 from a transposed copy, where they are rows.
+"""Dtypes in which a single expert on a CPU reads its columns of W2 from a transposed copy, in which they are rows.
 
 oneDNN multiplies columns in place as it does rows, but only as a plain product; its fused operation, through which fp32
 goes, falls back to one that is a thousand times slower. A prefix gains nothing by a copy (``fashion`` at its recipe's
@@ -84,7 +84,7 @@ class ExpertWeights(NamedTuple):
         return self.w1.shape[0] // self.experts
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
-        """The weights in another number format."""
+        """The weights in another dtype."""
         w1, b1, w2, b2 = (tensor.to(dtype) for tensor in self[:4])
         return ExpertWeights(w1, b1, w2, b2, self.experts)
 

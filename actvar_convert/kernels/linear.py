@@ -1,8 +1,8 @@
-"""Linear layers for inference, with the tanh-GELU of an FFN in the same operation where the machine has that.
+"""Linear layers for inference, with the tanh-GELU of an FFN in the same operation if the machine has that.
 
 On a CPU oneDNN adds the bias and applies the GELU while the product is still in cache; written as three operations a
 GELU alone costs a third to three quarters of the product before it (docs/experiments.md, 2026-11-23). On a GPU cuBLASLt
-does, in 16-bit formats; that saves writing and reading the hidden values once.
+does, in 16-bit dtypes; that saves writing and reading the hidden values once.
 
 Shapes: R rows (any leading dimensions), C inputs, O outputs.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
-"""Number formats in which the fused operation was measured to win on a CPU."""
+"""Dtypes in which the fused operation was measured to win on a CPU."""
 
 
 def linear_gelu_reference(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -25,7 +25,7 @@ def linear_gelu_reference(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None
 
 
 def linear_gelu(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
-    """gelu(x W^T + b), fused where that is possible and no gradient is wanted; [..., O]."""
+    """gelu(x W^T + b), fused if that is possible and no gradient is wanted; [..., O]."""
     if fuses(x_RC, weight_OC):
         return _pointwise(x_RC, weight_OC, bias_O, "gelu", "tanh")
     if bias_O is not None and fuses_on_gpu(x_RC, weight_OC):
@@ -51,7 +51,7 @@ class Linear(nn.Linear):
 
 
 def fuses(x_RC: Tensor, weight_OC: Tensor) -> bool:
-    """Whether the fused operation takes these: on a CPU, one number format, whole weights (or the transpose of whole
+    """Whether the fused operation takes these: on a CPU, one dtype, whole weights (or the transpose of whole
     ones), nobody watching. With a gap between rows it would be right too, and a thousand times slower."""
     return (
         x_RC.device.type == "cpu"

@@ -26,7 +26,7 @@ def take_reference(x_BLC: Tensor, position_BK: Tensor) -> Tensor:
 
 
 def merge(kept_BKC: Tensor, skipped_BMC: Tensor, kept_BK: Tensor, skipped_BM: Tensor) -> Tensor:
-    """[B, K + M, C] with every token back at its position, in the number format of the kept ones.
+    """[B, K + M, C] with every token back at its position, in the dtype of the kept ones.
 
     Args:
         kept_BKC: what a block made of the tokens that it computed.

@@ -164,5 +164,5 @@ def _refuse(differences: Sequence[str | None]) -> None:
     problems = [line for line in differences if line is not None]
     if problems:
         raise InputError(
-            "checks.baseline was measured in another way; evaluate as it was, or store a new baseline", problems
+            "checks.baseline was measured otherwise; evaluate as it was, or store a new baseline", problems
         )

@@ -80,7 +80,7 @@ class FeatureExtractor(Protocol):
     def __call__(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, F] and class logits [B, K], fp32, of images [B, 3, H, W] in [0, 1].
 
-        Where K is one more than the classes of the models, the last is none of them.
+        If K is one more than the classes of the models, the last is none of them.
         """
 
     def reference(self) -> Reference:
@@ -199,7 +199,7 @@ class QuadrantExtractor(ClassifierExtractor):
 def bundled_extractor(name: str) -> ClassifierExtractor:
     """The classifier that comes with a bundled model, and its features of the real test images.
 
-    Where config.json has ``quadrants`` (labels of the four quadrants of every class), the model makes mosaics.
+    If config.json has ``quadrants`` (labels of the four quadrants of every class), the model makes mosaics.
 
     Raises:
         InputError: no bundled model has this name.

@@ -4,7 +4,7 @@ A batch is some thousand small kernels; started one by one from Python they cost
 all kernels of a scale in one call. Its shapes, addresses and Python branches are those of the recording, so a recording
 serves one number of images, one sampling, one plan, one dtype and one set of weights in memory.
 
-Between two replays only the random numbers of the next scale are drawn; nothing waits for the device.
+Between two replays only the random numbers of the next scale are made; nothing waits for the device.
 
 On a CPU there is nothing to record, and ``torch.compile`` made a block slower (docs/experiments.md, 2026-11-23).
 
@@ -74,7 +74,7 @@ class RecordedGeneration:
         return torch.cat(self._tokens, dim=1)
 
     def images(self) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], fp32, of the tokens just drawn; the next call overwrites them."""
+        """Images [B, 3, H, W] in [0, 1], fp32, of the tokens just sampled; the next call overwrites them."""
         with torch.cuda.device(self._device):
             if self._decoder is None:
                 self._warm_up(self._decoded)

@@ -24,7 +24,7 @@ from actvar_convert.plan import Plans, SparsityPlan
 __all__ = ["GENERATION_BYTES", "Model", "NoiseSource", "Sampling", "chunk_seed", "generation_bytes"]
 
 NoiseSource = Literal["device", "cpu"]
-"""Which generator draws: that of the device the model is on, as in the reference implementation, or the CPU's."""
+"""Whose random numbers: those of the device the model is on, as in the reference implementation, or the CPU's."""
 
 GENERATION_BYTES = {"cpu": 2 * 2**30, "cuda": 32 * 2**30}
 """Memory that the images under way at once may take, by kind of device; larger chunks are cut into pieces.
@@ -202,17 +202,17 @@ class Model(nn.Module):
         Args:
             condition: VAR: class indices [B]; ``classes`` (or -1) for no class.
             cfg, top_k, top_p: see Sampling; the model's own values by default. cfg is fixed if guidance is folded.
-            seed: every chunk draws from a generator of its own derived from it.
-            chunk: images that draw together. Part of the contract: equal (condition, seed, chunk, dtype, machine,
-                noise) give equal images.
+            seed: every chunk samples with a generator of its own derived from it.
+            chunk: images that are sampled together. Part of the contract: equal (condition, seed, chunk, dtype,
+                machine, noise) give equal images.
             at_once: images of a chunk that are under way at the same time, for memory; by default as many as
-                ``images_at_once`` says. Draws do not depend on it.
+                ``images_at_once`` says. Samples do not depend on it.
             compile: replay CUDA graphs, which the first call for a number of images records (seconds); the same images
                 up to rounding. For models on a GPU.
-            noise: ``device`` draws on the GPU that the model is on, as the reference implementation does: at once, but
-                other kinds of GPU draw other numbers. ``cpu`` draws what a CPU draws, so that a seed means the same
-                image everywhere up to rounding: 20 ns a number, one for every outcome of a token. On a CPU both are
-                one.
+            noise: ``device`` samples on the GPU that the model is on, as the reference implementation does: at once,
+                but other kinds of GPU make other numbers. ``cpu`` samples what a CPU samples, so that a seed means the
+                same image everywhere up to rounding: 20 ns a number, one for every outcome of a token. On a CPU both
+                are one.
             on_images: called with the number of images that are ready anew: chunk by chunk, or piece by piece if
                 memory cuts a chunk.
 

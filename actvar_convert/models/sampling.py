@@ -1,4 +1,4 @@
-"""How tokens are drawn from logits: guidance's strength, filters, and the random numbers of a chunk of images.
+"""How tokens are sampled from logits: guidance's strength, filters, and the random numbers of a chunk of images.
 
 Shapes: B images, L tokens of one scale, V codebook size.
 """
@@ -69,9 +69,9 @@ class Noise:
 
 
 def draw(logits_BLV: Tensor, noise_BLV: Tensor) -> Tensor:
-    """Tokens [B, L] drawn from the softmax of the logits by exponential noise.
+    """Tokens [B, L] sampled from the softmax of the logits by exponential noise.
 
-    The largest quotient of probability and noise; ``torch.multinomial`` draws one sample in the same way and from the
+    The largest quotient of probability and noise; ``torch.multinomial`` takes one sample by the same rule and from the
     same numbers, but checks its input on the host first.
     """
     return F.softmax(logits_BLV, dim=-1).div_(noise_BLV.to(logits_BLV.device)).argmax(-1)

@@ -31,7 +31,7 @@ _MADV_PAGEOUT = 21
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name; without a name the GPU where there is one, else the CPU.
+    """The device of that name; without a name the GPU if there is one, else the CPU.
 
     Of several processes that a launcher started on a machine each gets a GPU of its own, unless a number is named.
 
@@ -223,7 +223,7 @@ def free_memory_bytes(device: torch.device | None = None) -> int:
 
 
 def memory_shortage(error: BaseException) -> str | None:
-    """What an error says, in its first line, where it tells that memory ran out, of the machine or a GPU; else None."""
+    """What an error says, in its first line, if it tells that memory ran out, of the machine or a GPU; else None."""
     text = next(iter(str(error).splitlines()), "")
     if isinstance(error, torch.OutOfMemoryError):
         return text or "out of memory on the GPU"
@@ -245,7 +245,7 @@ def release_pages(tensors: Iterable[Tensor]) -> None:
     and what the allocator keeps of memory that was freed.
 
     No value changes, those that were written to a mapped tensor included: such pages stay. Tensors that belong to no
-    file are left alone. Does nothing where the system has no such call, or forbids it (a file that this user may not
+    file are left alone. Does nothing if the system has no such call, or forbids it (a file that this user may not
     write).
     """
     files = _file_mappings()
@@ -273,7 +273,7 @@ def _within(begin: int, end: int, ranges: list[tuple[int, int]]) -> bool:
 
 
 def _file_mappings() -> list[tuple[int, int]]:
-    """Address ranges of this process that map files; neighbours joined. Empty where the system does not tell."""
+    """Address ranges of this process that map files; neighbours joined. Empty if the system does not tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -55,3 +56,12 @@ def test_help_is_quick() -> None:
         return time.perf_counter() - begin
 
     assert min(once() for _ in range(3)) < 5, "help takes seconds: something heavy is imported on the way"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_the_user_says_otherwise(own: str | None, expected: str) -> None:
+    code = "import sys, os, actvar_convert_cli.main; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {} if own is None else {"OMP_WAIT_POLICY": own}
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [expected, "False"], "OpenMP reads it when torch is imported"

@@ -115,7 +115,7 @@ def test_published_sizes_with_their_own_recipes() -> None:
     assert large.parts["one block at work"] == 64 * 680 * (2 * 4096 + 8 * 1024) * 4
 
 
-def test_drawing_in_half_precision_takes_a_copy_and_halves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_in_half_precision_takes_a_copy_and_halves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     config, tokenizer = official_config("var-d16")
     monkeypatch.setattr(memory, "fullest", lambda *phases: next(each for each in phases if each.phase == "sampling"))
     full, half = (

@@ -192,7 +192,7 @@ def test_shared_batches_add_up_to_the_metric_of_one(
 def test_half_precision_finds_nearly_the_same_metric(
     tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Gradients are rounded, and a few codes are drawn otherwise; moments over all tokens hardly move."""
+    """Gradients are rounded, and a few codes are sampled otherwise; moments over all tokens hardly move."""
     whole = metrics_of(tiny_model, *calibration, batch=24, seed=0)
     half = metrics_of(tiny_model, *calibration, batch=24, seed=0, autocast=torch.bfloat16)
     for one, other in zip(itertools.chain(*whole), itertools.chain(*half), strict=True):
@@ -264,7 +264,7 @@ def test_the_search_is_as_good_as_trying_everything() -> None:
         assert damage * config.schedule.total <= best * 1.35 + 1e-9
 
 
-def test_a_plan_saves_no_more_than_it_must_where_one_block_decides() -> None:
+def test_a_plan_saves_no_more_than_it_must_if_one_block_decides() -> None:
     """Every setting but the dearest and the cheapest lies above the hull, so no exchange rate picks one of them."""
     config = TransformerConfig(
         depth=1, width=64, heads=2, hidden=128, sides=(1, 2, 3, 4), vocab=32, z_channels=8, classes=5

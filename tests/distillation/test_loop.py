@@ -56,7 +56,7 @@ def store(tiny_model: Model) -> TokenStore:
 
 
 def converted(teacher: Model, chosen: Recipe, store: TokenStore) -> Model:
-    """The student; where plans are trained by turns it has a second one, that saves less and gates nothing."""
+    """The student; if plans are trained by turns it has a second one, that saves less and gates nothing."""
     plans = {"plan": gated_plan(uniform_plan(teacher.config, chosen))}
     if chosen.distill.plans == "random":
         block = BlockPlan(prefix=(8, 8, 8, 2), routed=(0, 0, 0, 2), keep=(1.0,) * 4)

@@ -1,4 +1,4 @@
-"""What a step does is drawn from the seed and its number alone."""
+"""What a step does follows from the seed and its number alone."""
 
 from __future__ import annotations
 

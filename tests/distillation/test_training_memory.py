@@ -139,7 +139,7 @@ def test_large_batches_of_samples_cost_what_is_under_way_at_once(dtype: str, ite
     assert copied == (0 if itemsize == 4 else (estimate.parts["weights of teacher and student"] // 4))
 
 
-def test_no_pyramids_are_drawn_where_nothing_is_trained() -> None:
+def test_no_pyramids_are_sampled_if_nothing_is_trained() -> None:
     settings = ["distill.stage1.steps=0", "distill.stage2.steps=0"]
     estimate = estimate_distill(CONFIG, TOKENIZER, load_recipe(recipe("stage1", "fp32", "experts"), settings))
     assert estimate.parts.keys() == {"program", "weights of teacher and student"} and estimate.lower == ()

@@ -363,7 +363,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "index that lists itself": (
         _sharded(lambda f: _edit_index(f, lambda m: dict.fromkeys(m, "model.safetensors.index.json"))), "an index and"
     ),
-    "number format of nobody": (
+    "dtype of nobody": (
         _file(_header(len(ODD), ODD) + bytes(6), "x.safetensors"), "numbers in a format that cannot be read here.*fp32"
     ),
     "one wrong byte in the object graph": (_flip(rb"collections", b"kollections"), "is damaged: Bad CRC"),
@@ -378,7 +378,7 @@ CASES: dict[str, tuple[Case, str]] = {
 
 
 def _everything(folder: Path) -> dict[str, bytes]:
-    """Files by name, with contents where they can be read; of a large one the size, and whether it has been written."""
+    """Files by name, with contents if they can be read; of a large one the size, and whether it has been written."""
 
     def content(path: Path) -> bytes:
         about = path.stat()

@@ -1,4 +1,4 @@
-"""Sparse folders of version 1: settings that are gone are dropped where they had the kept value, else refused."""
+"""Sparse folders of version 1: settings that are gone are dropped if they had the kept value, else refused."""
 
 from __future__ import annotations
 

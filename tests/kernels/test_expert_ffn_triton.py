@@ -43,7 +43,7 @@ SHAPES = [
 def made(
     rows: int, width: int, experts: int, neurons: int, prefix: int, routed: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ExpertWeights, torch.Tensor]:
-    """Rows, weights of moderate size, and a choice with experts that nobody takes where there is room for them."""
+    """Rows, weights of moderate size, and a choice with experts that nobody takes if there is room for them."""
     generator = torch.Generator().manual_seed(rows + width + experts)
 
     def draw(*shape: int) -> torch.Tensor:

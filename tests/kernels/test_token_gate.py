@@ -43,7 +43,7 @@ def test_equal_to_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> N
     assert torch.equal(merge(take(x, kept), take(x, skipped), kept, skipped), x), "every token is back at its place"
 
 
-def test_the_kept_tokens_give_the_number_format() -> None:
+def test_the_kept_tokens_give_the_dtype() -> None:
     x, kept, skipped = drawn((2, 9, 5, 4))
     y, rest = take(x, kept).to(torch.bfloat16), take(x, skipped)
     whole = merge(y, rest, kept, skipped)

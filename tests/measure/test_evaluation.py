@@ -142,7 +142,7 @@ def test_agreement_is_the_definition(tiny_model: Model, other: Model, extractor:
 def test_guided_predictions_are_compared_as_they_are_sampled(
     tiny_model: Model, other: Model, extractor: ClassifierExtractor
 ) -> None:
-    """With the strength of this evaluation's sampling, not the model's own; not where nothing is guided."""
+    """With the strength of this evaluation's sampling, not the model's own; not if nothing is guided."""
     sampling = tiny_model.sampling._replace(cfg=3.0)
     report = evaluate(other, tiny_model, extractor, sampling=sampling)
     labels = balanced_labels(HELD_OUT, 5)

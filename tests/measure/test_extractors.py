@@ -47,7 +47,7 @@ def test_every_quadrant_is_judged_on_its_own(classifier: FashionClassifier) -> N
         assert found[5] == pytest.approx(1 - sum(products), rel=1e-4)
 
 
-def test_a_mosaic_counts_as_its_class_only_where_all_quadrants_do(classifier: FashionClassifier) -> None:
+def test_a_mosaic_counts_as_its_class_only_if_all_quadrants_do(classifier: FashionClassifier) -> None:
     extractor = mosaics_of(classifier)
     sure = torch.tensor([[8.0 * (label == q) for label in range(5)] for q in QUADRANTS[2]])
     with torch.no_grad():  # features that are the labels: the class is decided by the head alone

@@ -1,4 +1,4 @@
-"""The optional Inception extractor: its references, and what it says where it cannot run."""
+"""The optional Inception extractor: its references, and what it says if it cannot run."""
 
 from __future__ import annotations
 

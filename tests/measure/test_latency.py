@@ -104,7 +104,7 @@ def test_another_precision_is_measured_on_a_copy(dense, sparse):
     assert all(after[name].dtype == dtype and after[name].equal(value) for name, (dtype, value) in before.items())
 
 
-def test_a_decoder_of_its_own_format_is_measured_on_both_sides(dense, sparse):
+def test_a_decoder_of_its_own_dtype_is_measured_on_both_sides(dense, sparse):
     report = benchmark_models(sparse, dense, Timing(batches=(1,), decoder_dtype="bf16", repeats=1))
     assert {(row.dtype, row.decoder_dtype) for row in report.rows} == {("fp32", "bf16")}
     assert sparse.tokenizer.decoder_dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Another number format: what changes, what is shared, and what it takes."""
+"""Another dtype: what changes, what is shared, and what it takes."""
 
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
 
 
-def test_the_transformer_changes_its_format_and_nothing_else(tiny_sparse: Model) -> None:
+def test_the_transformer_changes_its_dtype_and_nothing_else(tiny_sparse: Model) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_sparse.state_dict().items()}
     assert cast(tiny_sparse, torch.float32) is tiny_sparse
     narrow = cast(tiny_sparse, torch.bfloat16)
@@ -27,7 +27,7 @@ def test_the_transformer_changes_its_format_and_nothing_else(tiny_sparse: Model)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
-def test_a_decoder_of_its_own_format_changes_no_token(
+def test_a_decoder_of_its_own_dtype_changes_no_token(
     request: pytest.FixtureRequest, kind: str, dtype: torch.dtype
 ) -> None:
     model: Model = request.getfixturevalue(kind)
@@ -45,14 +45,14 @@ def test_a_decoder_of_its_own_format_changes_no_token(
     assert cast(low, torch.float32, decoder=dtype) is low
 
 
-def test_it_draws_what_a_converted_model_draws(tiny_model: Model) -> None:
+def test_it_samples_what_a_converted_model_samples(tiny_model: Model) -> None:
     wanted = copy.deepcopy(tiny_model)
     wanted.transformer.to(torch.bfloat16)
     drawn = cast(tiny_model, torch.bfloat16).generate_tokens([0, 1, 2], seed=4, cfg=2.0)
     assert torch.equal(drawn, wanted.generate_tokens([0, 1, 2], seed=4, cfg=2.0))
 
 
-def test_there_is_no_second_copy_in_the_old_format(tiny_model: Model, memory_watch: Any) -> None:
+def test_there_is_no_second_copy_in_the_old_dtype(tiny_model: Model, memory_watch: Any) -> None:
     with memory_watch as watch:
         cast(tiny_model, torch.bfloat16)
     there = sum(tensor.nbytes for tensor in tiny_model.state_dict().values())  # looked at, so counted

@@ -21,7 +21,7 @@ from actvar_convert.system.progress import SilentProgress
 LABELS = torch.tensor([0, 3, 5, 1])
 
 
-def test_it_draws_what_both_rows_would_without_guidance(tiny_sparse: Model, tiny_folded: Model) -> None:
+def test_it_samples_what_both_rows_would_without_guidance(tiny_sparse: Model, tiny_folded: Model) -> None:
     unguided = tiny_sparse.generate_tokens(LABELS, cfg=0.0, seed=3)
     assert torch.equal(tiny_folded.generate_tokens(LABELS, seed=3), unguided)
     assert not torch.equal(tiny_sparse.generate_tokens(LABELS, seed=3), unguided)

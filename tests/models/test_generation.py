@@ -1,4 +1,4 @@
-"""Generation: draws equal multinomial's, memory bounds change no draw, low precision and autocast run."""
+"""Generation: samples equal multinomial's, memory bounds change no sample, low precision and autocast run."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LABELS = [0, 1, 2, 3, 4, 5, -1]
 
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize(("images", "length", "vocab"), [(1, 1, 3), (3, 4, 32), (5, 9, 257), (2, 16, 4096)])
-def test_a_draw_is_that_of_multinomial(images: int, length: int, vocab: int, filtered: bool) -> None:
+def test_a_sample_is_that_of_multinomial(images: int, length: int, vocab: int, filtered: bool) -> None:
     logits = 3 * torch.randn(images, length, vocab, generator=torch.Generator().manual_seed(vocab))
     if filtered:
         logits[..., 1::2] = -torch.inf
@@ -61,7 +61,7 @@ def test_images_do_not_depend_on_how_many_are_under_way(tiny_model: Model, at_on
     torch.testing.assert_close(images, tiny_model.decode(tokens), rtol=0, atol=1e-5)
 
 
-def test_chunks_draw_from_generators_of_their_own(tiny_model: Model) -> None:
+def test_chunks_sample_with_generators_of_their_own(tiny_model: Model) -> None:
     tokens = tiny_model.generate_tokens(LABELS, seed=5, chunk=4)
     second = tiny_model.generate_tokens(LABELS[4:], seed=chunk_seed(5, 1), chunk=4)
     assert torch.equal(tokens[4:], second)
@@ -148,7 +148,7 @@ def test_low_precision_generates(request: pytest.FixtureRequest, kind: str, dtyp
     model.transformer.to(dtype)
     low = model.generate(LABELS, seed=1)
     agreement = float((model.generate_tokens(LABELS, seed=1) == drawn).double().mean())
-    assert agreement > 0.5, "rounding turns some draws, and what follows from them"
+    assert agreement > 0.5, "rounding turns some samples, and what follows from them"
     for images in (mixed, low):
         assert images.dtype == torch.float32 and images.shape == exact.shape
         assert images.isfinite().all() and images.min() >= 0 and images.max() <= 1

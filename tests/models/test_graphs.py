@@ -1,4 +1,4 @@
-"""Generation as CUDA graphs: what they need, checked everywhere, and what they draw, checked where there is a GPU."""
+"""Generation as CUDA graphs: what they need, checked everywhere, and what they sample, checked if there is a GPU."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def no_waiting() -> Iterator[None]:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_sparse"])
-def test_graphs_draw_what_the_plain_path_draws(request: pytest.FixtureRequest, kind: str, dtype: torch.dtype) -> None:
+def test_graphs_sample_what_the_plain_path_samples(
+    request: pytest.FixtureRequest, kind: str, dtype: torch.dtype
+) -> None:
     model: Model = request.getfixturevalue(kind).cuda()
     model.to(dtype)
     exact = dtype == torch.float32
@@ -123,7 +125,7 @@ def test_graphs_draw_what_the_plain_path_draws(request: pytest.FixtureRequest, k
 
 
 @needs_gpu
-def test_pieces_of_a_chunk_draw_alike_on_a_gpu(tiny_model: Model) -> None:
+def test_pieces_of_a_chunk_sample_alike_on_a_gpu(tiny_model: Model) -> None:
     model = tiny_model.cuda()
     whole = model.generate_tokens(LABELS, seed=3)
     for at_once in (1, 4):

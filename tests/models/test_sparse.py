@@ -1,4 +1,4 @@
-"""The sparse transformer: identity with the dense one, agreement of its two ways of running, plans."""
+"""The sparse transformer: identity with the dense one, agreement of generation and teacher forcing, plans."""
 
 import copy
 

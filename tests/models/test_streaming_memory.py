@@ -62,7 +62,7 @@ def without_values(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def drawn(noise: Noise, scale: int, length: int, outcomes: tuple[int, ...]) -> torch.Tensor:
-    """The random numbers of a scale, which no generator draws here."""
+    """The random numbers of a scale, which no generator makes here."""
     if scale == len(noise._kept) or not noise._keep:
         made = torch.empty(noise._images, length, *outcomes)
         if not noise._keep:

@@ -76,7 +76,7 @@ def test_a_plan_for_another_depth_is_named_with_its_path() -> None:
     ]
 
 
-def test_a_rank_beyond_the_width_is_refused_where_tokens_are_skipped() -> None:
+def test_a_rank_beyond_the_width_is_refused_if_tokens_are_skipped() -> None:
     block = BlockPlan(prefix=(16,) * 4, routed=(0,) * 4, keep=(1.0, 1.0, 1.0, 0.5))
     gated = SparsityPlan(experts=16, blocks=(block,) * 2, reconstruction_rank=65)
     said = ["plans.a.reconstruction_rank: 65 exceeds the width of the model, 64"]

@@ -111,7 +111,7 @@ def test_released_pages_keep_their_values(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(300_000.0), "b": torch.ones(300_000)}, path)
     mapped = torch.load(path, mmap=True, weights_only=True)
     loose = torch.ones(300_000)
-    assert mapped_bytes([*mapped.values(), loose]) in (0, 2 * 300_000 * 4)  # 0 where the system does not tell
+    assert mapped_bytes([*mapped.values(), loose]) in (0, 2 * 300_000 * 4)  # 0 if the system does not tell
     mapped["b"][1000:2000] = 7
     release_pages([*mapped.values(), loose, torch.empty(3, device="meta"), mapped["a"].view(300, 1000).T])
     assert torch.equal(mapped["a"], torch.arange(300_000.0))

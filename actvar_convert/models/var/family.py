@@ -66,8 +66,8 @@ class VARFamily:
 
     def image_bytes(self, config: TransformerConfig, tokenizer: TokenizerConfig, itemsize: int, rows: int) -> int:
         """An image of R rows costs 2 R D L C numbers for its keys and values. To these come, at the largest scale, the
-        hidden states of a block, R L_s (2 H + 8 C) numbers, and the logits with what guidance, filters and drawing make
-        of them, (12 R + 16) L_s V bytes. Afterwards the decoder takes six of its widest maps, in fp32.
+        hidden states of a block, R L_s (2 H + 8 C) numbers, and the logits with what guidance, filters and sampling
+        make of them, (12 R + 16) L_s V bytes. Afterwards the decoder takes six of its widest maps, in fp32.
         """
         largest = max(config.schedule.lengths)
         cache = 2 * rows * config.depth * config.schedule.total * config.width * itemsize

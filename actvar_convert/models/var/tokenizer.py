@@ -23,7 +23,7 @@ CHANNELS_LAST = ("cuda",)
 """Kinds of device whose convolutions read channels-last in 16-bit formats; on a CPU it was measured to gain nothing."""
 
 FAST_DECODERS = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
-"""Number formats in which a decoder is taken to be faster than in fp32, by kind of device: on a CPU by a sixth, as
+"""Dtypes in which a decoder is taken to be faster than in fp32, by kind of device: on a CPU by a sixth, as
 measured on ``fashion``; on a GPU not measured."""
 
 
@@ -294,7 +294,7 @@ class VQVAE(nn.Module):
 
     @property
     def decoder_dtype(self) -> torch.dtype:
-        """Number format of the decoder and the convolution before it; all else decides about tokens and has its own."""
+        """Dtype of the decoder and the convolution before it; all else decides about tokens and has its own."""
         return self.post_quant_conv.weight.dtype
 
     def features(self, image_B3HW: Tensor) -> Tensor:
