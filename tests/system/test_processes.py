@@ -1,6 +1,6 @@
 """Two processes do what one does: the same losses, the same files, and either goes on where the other stopped.
 
-The file is also the program of the processes, which are started once for all tests: ``python test_processes.py FOLDER``.
+The file is also the program of the processes, started once for all tests: ``python test_processes.py FOLDER``.
 """
 
 from __future__ import annotations
