@@ -10,7 +10,7 @@ import torch
 
 import actvar_convert as av
 from actvar_convert.cost.macs import transformer_macs
-from actvar_convert.models.base import Entries, inner
+from actvar_convert.models.base import Entries, Sampling, inner
 from actvar_convert.models.families import FAMILIES
 from actvar_convert.models.gate import GatedBlock
 from actvar_convert.models.model import Model
@@ -18,9 +18,19 @@ from actvar_convert.models.split import expert_ffns, gated_blocks
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.schema import Recipe
 
-from .second_family import Shape, Writing, writing_model
+from .second_family import Shape, Writing
 
 SHAPES = {"oblong maps": Shape(), "a 1-D pyramid": Shape(maps=((1, 1), (3, 1), (7, 1), (16, 1)))}
+
+
+def writing_model(shape: Shape | None = None) -> Model:
+    """A small dense model of this family with random weights."""
+    shape, family = shape or Shape(), Writing()
+    torch.manual_seed(0)
+    model = Model(family.backbone(shape), family.tokenizer(shape), Sampling(cfg=2.0))
+    for parameter in model.transformer.parameters():
+        parameter.data.mul_(2)  # so that what is left out can be told
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(autouse=True)
