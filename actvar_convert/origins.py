@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_config, bundled_names
-from actvar_convert.files.run_state import check_run_state
+from actvar_convert.files.run_state import check_run_state, fingerprint_of
 from actvar_convert.files.source import load_any
 from actvar_convert.files.sparse_folder import (
     Provenance,
@@ -20,16 +21,83 @@ from actvar_convert.files.sparse_folder import (
 )
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model
-from actvar_convert.recipe.schema import Recipe
+from actvar_convert.recipe.schema import Recipe, deciding
 from actvar_convert.system.device import DtypeLike, pick_device, pick_dtype
 
 STATE = "state.safetensors"
 """File of an unfinished distillation in its ``work_folder``."""
 
 
-def provenance(teacher: Model, recipe: Recipe, **more: object) -> Provenance:
-    """Where a sparse model comes from: its source's files and the recipe by hash, the dense weights by fingerprint."""
-    return provenance_of(teacher.origin, recipe=recipe.name, teacher_fingerprint=state_fingerprint(teacher), **more)
+@dataclass(frozen=True)
+class Run:
+    """One recipe on one teacher: what identifies it. The teacher is hashed here, once for all who ask.
+
+    Attributes:
+        recipe: resolved.
+        weights: fingerprint of the teacher's dense weights, which a folder records.
+        start: identifies the conversion. key: the conversion and the training.
+    """
+
+    recipe: Recipe
+    weights: str
+    start: str
+    key: str
+
+    @classmethod
+    def of(cls, teacher: Model, recipe: Recipe) -> Run:
+        """What both depend on: the teacher, its sampling, the settings that decide them."""
+        weights = state_fingerprint(teacher)
+        tokenizer = teacher.tokenizer.config.model_dump_json()
+        around = (weights, tokenizer, json.dumps(teacher.sampling._asdict()), teacher.origin.get("shape", ""))
+        start, key = (
+            fingerprint_of(*around, deciding(recipe, *phases)) for phases in (("convert",), ("convert", "train"))
+        )
+        return cls(recipe, weights, start, key)
+
+    def provenance(self, teacher: Model) -> Provenance:
+        """Where the result comes from: the source's files and the recipe by hash, the dense weights by fingerprint."""
+        return provenance_of(teacher.origin, recipe=self.recipe.name, teacher_fingerprint=self.weights, run=self.key)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where unfinished work is kept, file by file."""
+
+    folder: Path
+
+    @classmethod
+    def beside(cls, out: Path) -> Work:
+        return cls(work_folder(out))
+
+    @property
+    def state(self) -> Path:
+        """Of the distillation."""
+        return self.folder / STATE
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def converted(self) -> Path:
+        """The sparse folder before the training."""
+        return self.folder / "converted"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation"
+
+    def calibration(self, run: Run) -> Path:
+        """Pyramids that a conversion measures on."""
+        return self.folder / f"calibration-{run.start[:12]}.bin"
+
+    def search(self, run: Run) -> Path:
+        """Sums of gradients of the search for a plan."""
+        return self.folder / f"search-{run.start[:12]}"
+
+    def tokens(self, run: Run) -> Path:
+        """Pyramids that a distillation replays."""
+        return self.folder / f"tokens-{run.key[:12]}.bin"
 
 
 def recorded_teacher(model: Model, *, device: str | None = None, dtype: DtypeLike | None = None) -> Model:
@@ -124,22 +192,9 @@ def refuse_other_state(out: Path, fingerprint: str) -> None:
     Raises:
         CheckpointError: it belongs to another recipe or teacher, or is damaged.
     """
-    state = work_folder(out) / STATE
+    state = Work.beside(out).state
     if state.exists():
         check_run_state(state, fingerprint)
-
-
-def run_fingerprint(teacher: Model, recipe: Recipe) -> str:
-    """Identifies what a conversion and its distillation depend on: the teacher, its sampling, and the recipe's settings
-    of the method."""
-    method = recipe.model_dump_json(exclude={"evaluate", "benchmark", "checks", "description", "device"})
-    given = f"/{teacher.origin['shape']}" if "shape" in teacher.origin else ""
-    weights = state_fingerprint(
-        teacher,
-        tokenizer=teacher.tokenizer.config.model_dump(mode="json"),
-        sampling=teacher.sampling._asdict(),
-    )
-    return hashlib.sha256(f"{weights}/{method}{given}".encode()).hexdigest()
 
 
 def finished_model(folder: Path, fingerprint: str, *, distilled: bool = True) -> Model | None:

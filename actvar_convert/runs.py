@@ -34,13 +34,12 @@ from actvar_convert.models.model import Model
 from actvar_convert.models.split import plans_of
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.origins import (
+    Run,
+    Work,
     class_names,
     finished_model,
-    provenance,
     refuse_distilled,
     refuse_other_state,
-    run_fingerprint,
-    work_folder,
 )
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
@@ -105,7 +104,7 @@ def run(
 
     def config_of(recipe: Recipe) -> TransformerConfig:
         place = Path(out) if out is not None else Path("runs") / recipe.name
-        begun = any((each / "config.json").exists() for each in (place, work_folder(place) / "converted"))
+        begun = any((each / "config.json").exists() for each in (place, Work.beside(place).converted))
         due = None if begun else recipe  # what is converted already needs no memory for it
         made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, shape=recipe.shape)
         teachers.append(made)
@@ -123,13 +122,13 @@ def run(
     extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
     recipe_plans(teacher.config, chosen)
-    fingerprint = run_fingerprint(teacher, chosen)
-    model = _finished(folder, fingerprint, teacher)
+    own = Run.of(teacher, chosen)
+    model = _finished(folder, own.key, teacher)
     if model is None:
         if out is None:
             refuse_distilled(folder)
-        refuse_other_state(folder, fingerprint)
-        model = _make(teacher, chosen, folder, fingerprint, progress, processes)
+        refuse_other_state(folder, own.key)
+        model = _make(teacher, own, folder, progress, processes)
     measured = _measure(model, teacher, chosen, folder, extractor, baseline, progress) if processes.main else None
     result = processes.from_main(measured)
     assert result is not None
@@ -180,26 +179,22 @@ def _finished(folder: Path, fingerprint: str, teacher: Model, *, distilled: bool
     return None if found is None else found.to(teacher.device)
 
 
-def _make(
-    teacher: Model, recipe: Recipe, folder: Path, fingerprint: str, progress: Progress, processes: Processes
-) -> Model:
+def _make(teacher: Model, run: Run, folder: Path, progress: Progress, processes: Processes) -> Model:
     """Converts and distils."""
-    work = work_folder(folder)
-    converted = work / "converted"
-    sparse = _finished(converted, fingerprint, teacher, distilled=False)
+    work, recipe = Work.beside(folder), run.recipe
+    sparse = _finished(work.converted, run.key, teacher, distilled=False)
     require_memory(verbs.distillation_memory(teacher, recipe, processes), teacher.device)
-    origin = provenance(teacher, recipe, run=fingerprint)
     if sparse is None:
-        sparse = verbs.convert(teacher, recipe=recipe, work=work, progress=progress)
+        sparse = verbs.convert(teacher, recipe=recipe, work=work.folder, progress=progress, run=run)
         if processes.main:
-            save_sparse(sparse, converted, provenance=origin, recipe_text=dump_recipe(recipe))
+            save_sparse(sparse, work.converted, provenance=run.provenance(teacher), recipe_text=dump_recipe(recipe))
     return verbs.distill(
         sparse,
         teacher=teacher,
         recipe=recipe,
         out=folder,
         progress=progress,
-        origin=origin,
+        run=run,
         shard=processes.shard,
     )
 
@@ -238,7 +233,7 @@ def _measure(
     progress: Progress,
 ) -> RunResult:
     """Reports, picture and card; each is written when it is ready, evaluation first since it takes longest."""
-    work = work_folder(folder)
+    work = Work.beside(folder)
     flops = verbs.report_flops(model)
     update_file(folder, "flops.json", flops.to_json().encode())
     settings = recipe.evaluate
@@ -257,7 +252,7 @@ def _measure(
             ),
             reference=settings.reference,
             extractor=extractor,
-            cache=work / "evaluation",
+            cache=work.evaluation,
             progress=progress,
         )
         update_file(folder, "eval.json", quality.to_json().encode())
@@ -294,5 +289,5 @@ def _measure(
         provenance={key: getattr(value, "text", str(value)) for key, value in origin if value is not None},
     )
     update_file(folder, "README.md", card.encode())
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work.folder, ignore_errors=True)
     return RunResult(folder, flops, quality, benchmark, checks)

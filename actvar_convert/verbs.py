@@ -29,7 +29,7 @@ from actvar_convert.files.inspection import Inspection, inspect_file
 from actvar_convert.files.layout import official_names
 from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
-from actvar_convert.files.sparse_folder import Provenance, read_provenance, refuse_foreign, save_sparse
+from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
 from actvar_convert.files.tensors import size_of
 from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import FeatureExtractor, bundled_extractor
@@ -38,16 +38,14 @@ from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model, NoiseSource, differences
 from actvar_convert.origins import (
-    STATE,
+    Run,
+    Work,
     class_names,
     finished_model,
-    provenance,
     recorded_teacher,
     refuse_distilled,
     refuse_other_state,
     require_dense,
-    run_fingerprint,
-    work_folder,
 )
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.check import check_recipe
@@ -131,6 +129,7 @@ def convert(
     work: str | Path | None = None,
     progress: Progress | None = None,
     replace: bool = True,
+    run: Run | None = None,
 ) -> Model:
     """A sparse model from a dense one: calibrated, usable at once without training.
 
@@ -142,6 +141,7 @@ def convert(
             removes it.
         progress: told about every long step.
         replace: a distilled model that ``out`` holds; else it is refused.
+        run: what identifies the call, if it is known already.
 
     Raises:
         RecipeError: the recipe does not fit the model, all problems at once, before any work.
@@ -159,13 +159,13 @@ def convert(
     recipe_plans(config, chosen)
     require_images(chosen, model.family.classes(config))
     require_memory(conversion_memory(model, chosen, processes), model.device)
-    origin = provenance(model, chosen) if out is not None else None
+    if run is None and (out is not None or work is not None):
+        run = Run.of(model, chosen)
     release_pages(model.tokenizer.state_dict().values())
-    kept = {}
-    if work is not None:
-        name = run_fingerprint(model, chosen)[:12]
-        kept = {what: Path(work) / f"{what}-{name}" for what in ("calibration", "search")}
-    store = calibration_store(model, chosen, path=kept.get("calibration"), progress=progress, processes=processes)
+    pyramids = sums = None
+    if work is not None and run is not None:
+        pyramids, sums = Work(Path(work)).calibration(run), Work(Path(work)).search(run)
+    store = calibration_store(model, chosen, path=pyramids, progress=progress, processes=processes)
 
     calibration = Calibration(store.tokens, store.condition, chosen.calibration.batch)
     planned = None
@@ -173,7 +173,7 @@ def convert(
     with reporter.task("searching for a plan", search_steps(config, chosen)) as task:
         metrics = None
         if searches(chosen):
-            state = kept.get("search") if processes.count == 1 else None
+            state = sums if processes.count == 1 else None
             metrics = measure_metrics(
                 model, chosen, calibration, state=state, processes=processes, on_step=task.advance
             )
@@ -189,14 +189,10 @@ def convert(
     sparse = made_by_main(make, model, processes)
     sparse.origin = {}
     release_pages(model.transformer.state_dict().values())
-    if out is not None and processes.main:
+    if out is not None and run is not None and processes.main:
+        origin = run.provenance(model).model_copy(update={"run": None})
         save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
     return sparse
-
-
-def _data_path(work: Path, name: str) -> Path:
-    """Where an unfinished run keeps the pyramids that it trains on; ``name`` is its fingerprint's beginning."""
-    return work / f"tokens-{name}.bin"
 
 
 def conversion_memory(model: Model, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
@@ -215,7 +211,7 @@ def distill(
     recipe: RecipeLike,
     out: str | Path,
     progress: Progress | None = None,
-    origin: Provenance | None = None,
+    run: Run | None = None,
     shard: bool = False,
     replace: bool = True,
 ) -> Model:
@@ -231,7 +227,7 @@ def distill(
         recipe: name, file or Recipe.
         out: folder to write the result to. Samples and state wait in ``OUT.work`` beside it until it is whole.
         progress: told about every long step.
-        origin: provenance to record instead of what ``provenance`` finds.
+        run: what identifies the call, if it is known already.
         shard: split the student over the processes while it trains, instead of a copy in each.
         replace: a distilled model of another call that ``out`` holds; else it is refused.
 
@@ -261,37 +257,35 @@ def distill(
         )
     folder = Path(out)
     refuse_foreign(folder)
-    work = work_folder(folder)
-    fingerprint = run_fingerprint(teacher, chosen)
+    work, run = Work.beside(folder), run or Run.of(teacher, chosen)
     student = processes.from_main(student_print(model) if processes.main else "")
-    if _take_finished(model, folder, fingerprint, student):
+    if _take_finished(model, folder, run.key, student):
         progress.say(f"{folder} holds the result of this distillation already")
-        if processes.main and (work / STATE).exists():
+        if processes.main and work.state.exists():
             with suppress(CheckpointError):
-                check_run_state(work / STATE, fingerprint)
-                shutil.rmtree(work, ignore_errors=True)
+                check_run_state(work.state, run.key)
+                shutil.rmtree(work.folder, ignore_errors=True)
         return model
     if not replace:
         refuse_distilled(folder)
     require_images(chosen, teacher.family.classes(teacher.config))
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
-    refuse_other_state(folder, fingerprint)
-    work.mkdir(parents=True, exist_ok=True)
+    refuse_other_state(folder, run.key)
+    work.folder.mkdir(parents=True, exist_ok=True)
     if chosen.distill.stage1.steps or chosen.distill.stage2.steps:
-        path = _data_path(work, fingerprint[:12])
-        store = distillation_store(teacher, chosen, path=path, progress=progress, processes=processes)
+        store = distillation_store(teacher, chosen, path=work.tokens(run), progress=progress, processes=processes)
     else:
         nothing = teacher.family.balanced(teacher.config, 1)
         store = TokenStore(teacher, teacher.generate_tokens(nothing)[:0], nothing.rows(slice(0)))
-    log = MetricsLog(work / "metrics.jsonl") if processes.main else None
+    log = MetricsLog(work.metrics) if processes.main else None
     with log or nullcontext():
         distill_model(
             model,
             teacher,
             chosen,
             store,
-            state_path=work / STATE,
-            fingerprint=fingerprint,
+            state_path=work.state,
+            fingerprint=run.key,
             log=log,
             progress=progress,
             processes=processes,
@@ -301,15 +295,13 @@ def distill(
         save_sparse(
             model,
             folder,
-            provenance=(origin or provenance(teacher, chosen)).model_copy(
-                update={"distilled": True, "run": fingerprint, "student": student}
-            ),
+            provenance=run.provenance(teacher).model_copy(update={"distilled": True, "student": student}),
             recipe_text=dump_recipe(chosen),
-            extra_files={"metrics.jsonl": (work / "metrics.jsonl").read_bytes()},
+            extra_files={"metrics.jsonl": work.metrics.read_bytes()},
         )
     processes.wait()
     if processes.main:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work.folder, ignore_errors=True)
     return model
 
 

@@ -11,7 +11,7 @@ import typer
 
 import actvar_convert as av
 from actvar_convert.errors import ActvarError, InputError, RecipeError
-from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
+from actvar_convert.recipe import Recipe, load_recipe, settled, shipped_recipes
 
 from . import options as opt
 from .console import closing, reporter, show
@@ -83,16 +83,9 @@ def asked_by(source: str | Path | Recipe, settings: list[str], flags: opt.DenseF
     return Asked(dense, chosen.device, chosen)
 
 
-SETTLED = (
-    *("model", "vae", "shape"),
-    *("experts", "gate", "budget", "plans", "default_plan"),
-)
-"""Sections of a recipe that say how a model is converted: once it is, they change nothing."""
-
-
 def refuse_settled(given: list[str] | None) -> None:
     """Raises InputError for overrides of a distillation that only a conversion could follow."""
-    late = [path for path in override_paths(given) if path.partition(".")[0] in SETTLED]
+    late = [path for path in override_paths(given) if path.partition(".")[0] in settled()]
     if late:
         raise InputError(
             f"--set {', '.join(late)}: this is settled when a model is converted, and training cannot change it. "
@@ -184,7 +177,7 @@ def distill(
     sparse = av.load(folder, device=device or place)
     if recipe is not None:
         own = load_recipe(folder)
-        source = load_recipe(recipe, settings).model_copy(update={name: getattr(own, name) for name in SETTLED})
+        source = load_recipe(recipe, settings).model_copy(update={name: getattr(own, name) for name in settled()})
     resolved = load_recipe(source, settings, config=sparse.transformer.config)
     dense = av.load(teacher, device=device or place, **flags) if teacher is not None else None
     av.distill(

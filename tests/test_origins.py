@@ -6,7 +6,8 @@ import copy
 
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.tokenizer import VQVAE
-from actvar_convert.origins import run_fingerprint
+from actvar_convert.origins import Run
+from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
 
 
@@ -16,5 +17,16 @@ def test_a_run_is_one_of_a_tokenizer_and_a_sampling(tiny_model: Model) -> None:
     drawing.sampling = tiny_model.sampling._replace(top_k=5)
     mixed.tokenizer = VQVAE(tiny_model.tokenizer.config.model_copy(update={"residual_ratio": 0.1}))
     mixed.tokenizer.load_state_dict(tiny_model.tokenizer.state_dict())
-    prints = [run_fingerprint(model, recipe) for model in (tiny_model, copy.deepcopy(tiny_model), drawing, mixed)]
+    prints = [Run.of(model, recipe).key for model in (tiny_model, copy.deepcopy(tiny_model), drawing, mixed)]
     assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_what_only_trains_leaves_the_conversion_as_it_is(tiny_model: Model) -> None:
+    recipe = Recipe(name="tiny", model="tiny")
+    longer = load_recipe(recipe, ["distill.stage2.steps=7"])
+    larger = load_recipe(recipe, ["experts.count=8"])
+    measured = load_recipe(recipe, ["evaluate.held_out=9", "benchmark.batches=[2]"])
+    first, more, other, same = (Run.of(tiny_model, each) for each in (recipe, longer, larger, measured))
+    assert first.start == more.start and first.key != more.key
+    assert other.start != first.start and other.key != first.key
+    assert (same.start, same.key) == (first.start, first.key)

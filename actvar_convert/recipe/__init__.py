@@ -3,7 +3,7 @@
 from actvar_convert.recipe.check import check_recipe, problems_for
 from actvar_convert.recipe.fields import Setting, settings
 from actvar_convert.recipe.load import dump_recipe, load_recipe
-from actvar_convert.recipe.schema import Recipe, StageRecipe
+from actvar_convert.recipe.schema import Recipe, StageRecipe, settled
 from actvar_convert.recipe.shipped import copy_recipe, shipped_recipes
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "load_recipe",
     "problems_for",
     "settings",
+    "settled",
     "shipped_recipes",
 ]

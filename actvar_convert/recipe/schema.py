@@ -20,6 +20,9 @@ Index = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1)]
 
+Phase = Literal["convert", "train", "measure"]
+"""What a setting decides: the model before any training, the training, or what is measured of the result."""
+
 FEWEST_IMAGES = 20
 """Images of an evaluation below which a covariance, a split or a jackknife group would be empty."""
 
@@ -216,3 +219,40 @@ class Recipe(Section):
     evaluate: EvaluateRecipe = Field(EvaluateRecipe(), description="how quality is measured")
     benchmark: BenchmarkRecipe = Field(BenchmarkRecipe(), description="what is timed")
     checks: ChecksRecipe | None = Field(None, description="limits that a run has to keep, else exit code 3; null: none")
+
+
+PHASES: dict[str, tuple[Phase, ...]] = {
+    "name": ("convert",),
+    "description": (),
+    "model": ("convert",),
+    "vae": ("convert",),
+    "shape": ("convert",),
+    "seed": ("convert", "train"),
+    "device": (),
+    "dtype": ("convert", "train", "measure"),
+    "calibration": ("convert",),
+    "experts": ("convert",),
+    "gate": ("convert",),
+    "budget": ("convert",),
+    "plans": ("convert",),
+    "default_plan": ("convert",),
+    "data": ("convert", "train"),
+    "distill": ("train",),
+    "evaluate": ("measure",),
+    "benchmark": ("measure",),
+    "checks": ("measure",),
+}
+"""What every section decides. A folder keeps the name; calibration has the source and guidance of ``data``.
+
+Whoever asks if a setting matters for something asks here.
+"""
+
+
+def deciding(recipe: Recipe, *phases: Phase) -> str:
+    """JSON of the settings that decide any of the phases: equal for two recipes that come to the same there."""
+    return recipe.model_dump_json(include={name for name, own in PHASES.items() if set(own) & set(phases)})
+
+
+def settled() -> list[str]:
+    """Sections that decide the conversion alone: once a model is converted they change nothing."""
+    return [name for name, own in PHASES.items() if own == ("convert",) and name != "name"]

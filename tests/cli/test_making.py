@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from actvar_convert.recipe import Recipe, load_recipe
-from actvar_convert_cli.making import SETTLED, recipe_for
+from actvar_convert.recipe.schema import settled
+from actvar_convert_cli.making import recipe_for
 
 from .conftest import Actvar
 
@@ -84,7 +85,7 @@ def test_a_distillation_keeps_what_its_model_was_converted_by(actvar: Actvar, co
     assert result.exit_code == 0, result.output
     trained, given = load_recipe(Path("trained")), load_recipe(converted)
     assert (trained.name, trained.data.pyramids, trained.distill.stage2.steps) == ("other", 8, 3)
-    for section in SETTLED:
+    for section in settled():
         assert getattr(trained, section) == getattr(given, section), section
 
 

@@ -18,7 +18,7 @@ from actvar_convert.files.layout import official_config, official_names, publish
 from actvar_convert.files.source import TOKENIZER_FILE, fetch_official, load_any
 from actvar_convert.files.sparse_folder import provenance_of, save_sparse
 from actvar_convert.models.model import Model
-from actvar_convert.origins import provenance, recorded_teacher
+from actvar_convert.origins import Run, recorded_teacher
 from actvar_convert.recipe import Recipe
 from actvar_convert.recipe.shape import Shape
 from actvar_convert_cli.main import app
@@ -103,7 +103,8 @@ def test_a_recorded_teacher_is_of_the_recorded_revision(
         shutil.copy(official_pair[0], snapshot / "var_d16.pth")
         shutil.copy(official_pair[1], snapshot / TOKENIZER_FILE)
         if commit == COMMITS[0]:
-            recorded = provenance(load_any("var-d16"), Recipe(name="x", model="var-d16"))
+            teacher = load_any("var-d16")
+            recorded = Run.of(teacher, Recipe(name="x", model="var-d16")).provenance(teacher)
             tensors = torch.load(official_pair[0])
             torch.save({**tensors, "head.bias": tensors["head.bias"] + 1}, official_pair[0])
             torch.save(torch.load(official_pair[1]), official_pair[1])

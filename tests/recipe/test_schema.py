@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from actvar_convert.recipe import Recipe, settings
 from actvar_convert.recipe.fields import find, nearest
+from actvar_convert.recipe.schema import PHASES, deciding, settled
 
 RECIPE = Recipe(name="r", model="m")
 
@@ -84,3 +85,9 @@ def test_what_is_allowed_in_words(path: str, allowed: str) -> None:
 def test_the_nearest_valid_name(written: str, meant: str | None) -> None:
     assert find(written.split(".")) is None
     assert nearest(written.split(".")) == meant
+
+
+def test_every_section_says_what_it_decides() -> None:
+    assert list(PHASES) == list(Recipe.model_fields)
+    assert {"calibration", "experts", "budget", "plans"} <= set(settled()) and "data" not in settled()
+    assert "held_out" not in deciding(RECIPE, "convert", "train") and "held_out" in deciding(RECIPE, "measure")
