@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from actvar_convert.distillation.data import (
+    Making,
     TokenStore,
     labelled_images,
     store_from_images,
@@ -58,13 +59,9 @@ def _store(
     progress: Progress,
     processes: Processes,
 ) -> TokenStore:
-    count, batch, images = wanted.pyramids, wanted.batch, recipe.data.images
-    if images is not None:
-        return store_from_images(
-            model, Path(images), count, path=path, batch=batch, seed=seed, progress=progress, processes=processes
-        )
-    dtype, cfg = pick_dtype(recipe.dtype, model.device), recipe.data.cfg
+    making = Making(wanted.batch, seed, progress, path, processes)
+    if recipe.data.images is not None:
+        return store_from_images(model, Path(recipe.data.images), wanted.pyramids, making)
+    dtype = pick_dtype(recipe.dtype, model.device)
     sampling = cast(model, dtype) if dtype.itemsize < model.dtype.itemsize else model
-    return store_from_teacher(
-        sampling, count, path=path, batch=batch, seed=seed, cfg=cfg, progress=progress, processes=processes
-    )
+    return store_from_teacher(sampling, wanted.pyramids, making, cfg=recipe.data.cfg)

@@ -20,7 +20,7 @@ from actvar_convert.conversion.converter import conversion_steps, convert_model,
 from actvar_convert.conversion.search import measure_metrics, plan_model, search_steps, searches
 from actvar_convert.cost.flops import FlopsReport, count_flops
 from actvar_convert.distillation.data import TokenStore
-from actvar_convert.distillation.loop import distill_model, require_whole_student, student_print
+from actvar_convert.distillation.loop import Upkeep, distill_model, require_whole_student, student_print
 from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.bundled import bundled_folder, bundled_names
@@ -284,12 +284,8 @@ def distill(
             teacher,
             chosen,
             store,
-            state_path=work.state,
-            fingerprint=run.key,
-            log=log,
-            progress=progress,
+            Upkeep(progress, log, work.state, run.key, student),
             processes=processes,
-            student=student,
         )
     if processes.main:
         save_sparse(
@@ -489,7 +485,8 @@ def sample(
         model: dense or sparse.
         out: PNG to write, a column per label.
         labels: classes; the first ten by default.
-        per_class, seed, cfg, top_k, top_p, chunk, compile, noise: see ``Model.generate``.
+        cfg, top_k, top_p: see Sampling; the model's own values by default.
+        per_class, seed, chunk, compile, noise: see ``Model.generate``.
         progress: told about the images.
     """
     classes = model.family.classes(model.config) or 1
@@ -498,9 +495,7 @@ def sample(
         images = model.generate(
             columns * per_class,
             seed=seed,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=model.sampling_with(cfg, top_k, top_p),
             chunk=chunk,
             compile=compile,
             noise=noise,

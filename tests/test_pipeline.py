@@ -151,7 +151,7 @@ def test_what_cannot_be_measured_is_said_first(tiny_model: Model) -> None:
     with pytest.raises(InputError, match=r"seeds: \[-1\] given"):
         av.evaluate(sparse, teacher=tiny_model, settings=replace(few, seeds=[-1]))
     with pytest.raises(InputError, match="cfg must be a number"):
-        tiny_model.generate([0], cfg=float("nan"))
+        tiny_model.generate([0], sampling=tiny_model.sampling_with(cfg=float("nan")))
     for wrong in ([2**70], [6]):
         with pytest.raises(InputError, match="within 0 to 4"):
             tiny_model.generate(wrong)

@@ -104,7 +104,7 @@ def test_everything_on_is_the_dense_model(dense: Model) -> None:
 def test_generation_equals_teacher_forcing(dense: Model) -> None:
     sparse = av.convert(dense, recipe=recipe())
     words = sparse.family.balanced(sparse.config, 2)
-    tokens = sparse.generate_tokens(words, cfg=1.0, top_k=1, seed=0).clone()
+    tokens = sparse.generate_tokens(words, sampling=sparse.sampling_with(cfg=1.0, top_k=1), seed=0).clone()
     with torch.no_grad():
         logits = sparse.transformer(words, sparse.inputs(tokens))
     likeliest = logits.view(*tokens.shape, 2).argmax(-1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from actvar_convert import stores
+from actvar_convert.distillation.data import Making
 from actvar_convert.models.alphabet import Bits, Codes
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
@@ -32,7 +33,9 @@ def test_the_teacher_samples_in_the_dtype_of_the_recipe(tiny_model: Model, tmp_p
     )
     for store, seed, count in zip(found, (1, 2), (6, 7), strict=True):
         assert len(store) == count
-        first = sampling.generate_tokens(store.condition.rows(slice(3)), seed=seed + 7_919, chunk=3, cfg=2.0)
+        first = sampling.generate_tokens(
+            store.condition.rows(slice(3)), seed=seed + 7_919, chunk=3, sampling=sampling.sampling_with(cfg=2.0)
+        )
         assert torch.equal(store.tokens[:3], first)
     assert tiny_model.dtype == torch.float32
 
@@ -68,7 +71,9 @@ def test_codes_beyond_two_bytes_are_stored_whole(tiny_model: Model, tmp_path: Pa
     large = Model(VARTransformer(config), VQVAE(tokenizer)).eval().requires_grad_(False)
     large.transformer.head.bias[-1] = 20  # the code that two bytes do not hold
     sampled = stores.distillation_store(large, recipe("fp32"), path=tmp_path / "tokens", progress=SilentProgress())
-    first = large.generate_tokens(sampled.condition.rows(slice(3)), seed=2 + 7_919, chunk=3, cfg=2.0)
+    first = large.generate_tokens(
+        sampled.condition.rows(slice(3)), seed=2 + 7_919, chunk=3, sampling=large.sampling_with(cfg=2.0)
+    )
     assert int(first.max()) == vocab - 1 and torch.equal(sampled.tokens[:3], first)
     again = stores.distillation_store(large, recipe("fp32"), path=tmp_path / "tokens", progress=SilentProgress())
     assert torch.equal(again.tokens, sampled.tokens)
@@ -77,8 +82,8 @@ def test_codes_beyond_two_bytes_are_stored_whole(tiny_model: Model, tmp_path: Pa
 def test_images_serve_calibration_and_training(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, int, int]] = []
 
-    def from_images(model: Model, folder: Path, count: int, *, seed: int, **more: object) -> None:
-        asked.append((folder, count, seed))
+    def from_images(model: Model, folder: Path, count: int, making: Making) -> None:
+        asked.append((folder, count, making.seed))
 
     monkeypatch.setattr(stores, "store_from_images", from_images)
     chosen = recipe("fp32")

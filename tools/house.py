@@ -1,14 +1,15 @@
-"""The house in figures: ``python tools/house.py [ROOT]``, to set two states of the project side by side.
+"""The house in figures: ``python tools/house.py [ROOT] [--list]``, to set two states of the project side by side.
 
 Lines, files and classes of the library and the command, recipe settings, functions with eight or more arguments, and
-file names that occur twice. Reads the sources as text and imports nothing of them.
+file names that occur twice; with ``--list`` also which functions have so many arguments. Reads the sources as
+text and imports nothing of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import collections
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,10 +80,25 @@ def settings(schema: ast.Module) -> int:
     return count("Recipe")
 
 
+def wide(root: Path) -> Iterator[str]:
+    """Place, name and number of arguments of every function with eight or more, compiled ones apart."""
+    for path in sources(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if arguments(node) >= WIDE and not is_kernel(node):
+                yield f"{path.relative_to(root)}:{node.lineno} {node.name} {arguments(node)}"
+
+
 def main() -> None:
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
-    for name, value in figures(root).items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parents[1], help="state to look at")
+    parser.add_argument("--list", action="store_true", help="name the functions with eight or more arguments")
+    given = parser.parse_args()
+    for name, value in figures(given.root).items():
         print(f"{name:38} {value}")
+    if given.list:
+        print(*wide(given.root), sep="\n")
 
 
 if __name__ == "__main__":

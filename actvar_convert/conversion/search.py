@@ -160,17 +160,7 @@ def measure_sensitivity(
         model, looked_at, wanted=wanted, tokens_per_scale=TOKENS_PER_SCALE, seed=recipe.seed
     ):
         own = metrics[record.index]
-        partition, damage = expert_damage(
-            block.ffn,
-            record,
-            own.ffn,
-            recipe.experts,
-            scales=scales,
-            prefix_share=recipe.budget.prefix_share,
-            schedule=schedule,
-            seed=recipe.seed,
-            clustering=clustering,
-        )
+        partition, damage = expert_damage(block.ffn, record, own.ffn, recipe, schedule, clustering)
         skipping = gate_damage(block, record, own.block, recipe.gate.rank, keeps=gates(record.index), schedule=schedule)
         found.append(BlockSensitivity(partition, damage, skipping))
         del record

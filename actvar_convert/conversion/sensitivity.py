@@ -24,7 +24,7 @@ from actvar_convert.kernels.token_gate import take
 from actvar_convert.models.base import Call, Schedule
 from actvar_convert.models.gate import Reconstruction, TokenGate
 from actvar_convert.plan import kept_tokens
-from actvar_convert.recipe.schema import ExpertsRecipe
+from actvar_convert.recipe.schema import Recipe
 
 TOKENS = 512
 """Tokens per scale on which the damage of a choice is measured."""
@@ -64,23 +64,19 @@ def expert_damage(
     ffn: Any,
     record: BlockRecord,
     metric: OutputMetric,
-    recipe: ExpertsRecipe,
-    *,
-    scales: Sequence[int],
-    prefix_share: float,
+    recipe: Recipe,
     schedule: Schedule,
-    seed: int,
     clustering: Clustering | None = None,
 ) -> tuple[Partition, dict[int, dict[Choice, float]]]:
-    """Partitions a dense FFN into experts and measures every choice at every scale in ``scales``.
+    """Partitions a dense FFN into experts and measures every choice of the recipe at every scale.
 
     Routers are fitted as the conversion fits them, so a choice is measured with the experts that they would pick; an
     inactive expert adds nothing.
     """
-    experts = recipe.count
+    experts, prefix_share, scales = recipe.experts.count, recipe.budget.prefix_share, range(schedule.num_scales)
     shared = experts if prefix_share == 1 else round(prefix_share * experts / 2)
     inputs = torch.cat([record.ffn_input[scale] for scale in scales])
-    partition = partition_neurons(ffn, inputs, recipe, shared, seed, metric.root, clustering)
+    partition = partition_neurons(ffn, inputs, recipe.experts, shared, recipe.seed, metric.root, clustering)
     order = partition.permutation
     w1, b1 = ffn.fc1.weight[order], None if ffn.fc1.bias is None else ffn.fc1.bias[order]
     w2 = ffn.fc2.weight.T[order].reshape(experts, -1, ffn.fc2.weight.shape[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,25 @@ from actvar_convert.system.progress import Progress
 
 _Maker = Callable[[int], Tensor]
 """Makes the rows of one part, from its index."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """How pyramids are made.
+
+    Attributes:
+        batch: pyramids at a time.
+        seed: of what is sampled or chosen.
+        progress: told about the pyramids.
+        path: file that keeps them as they come, so that an interrupted call goes on; None: nothing is kept.
+        processes: those that share the batches.
+    """
+
+    batch: int
+    seed: int
+    progress: Progress
+    path: Path | None = None
+    processes: Processes = ALONE
 
 
 class TokenStore:
@@ -58,57 +78,39 @@ class TokenStore:
         return self.alphabet.unpack(self.packed[index]), self.condition.rows(index)
 
 
-def store_from_teacher(
-    teacher: Model,
-    count: int,
-    *,
-    path: Path | None,
-    batch: int,
-    seed: int,
-    cfg: float | None,
-    progress: Progress,
-    processes: Processes = ALONE,
-) -> TokenStore:
-    """Pyramids that the teacher samples itself, labels balanced.
+def store_from_teacher(teacher: Model, count: int, making: Making, *, cfg: float | None = None) -> TokenStore:
+    """Pyramids that the teacher samples itself, labels balanced; ``cfg`` is the guidance, its own by default.
 
-    Sampled batch by batch, each from a seed of its own, and appended to ``path``: an interrupted call goes on where it
-    stopped and ends with the same tokens, as does one whose ``processes`` share the batches.
+    Sampled batch by batch, each from a seed of its own, and appended to the path: an interrupted call goes on where it
+    stopped and ends with the same tokens, as does one whose processes share the batches.
     """
+    sampling, batch, seed = teacher.sampling_with(cfg=cfg), making.batch, making.seed
     condition = teacher.family.balanced(teacher.config, count)
     parts = [condition.rows(slice(begin, begin + batch)) for begin in range(0, count, batch)]
 
     def sample(index: int) -> Tensor:
-        return teacher.generate_tokens(parts[index], seed=seed + 7_919 * (index + 1), chunk=batch, cfg=cfg)
+        return teacher.generate_tokens(parts[index], seed=seed + 7_919 * (index + 1), chunk=batch, sampling=sampling)
 
     lengths = [len(part) for part in parts]
-    tokens = _collect(teacher, path, lengths, sample, progress, "sampling from the teacher", processes)
+    tokens = _collect(teacher, lengths, sample, "sampling from the teacher", making)
     return TokenStore(teacher, tokens, condition)
 
 
-def store_from_images(
-    teacher: Model,
-    folder: Path,
-    count: int,
-    *,
-    path: Path | None,
-    batch: int,
-    seed: int,
-    progress: Progress,
-    processes: Processes = ALONE,
-) -> TokenStore:
+def store_from_images(teacher: Model, folder: Path, count: int, making: Making) -> TokenStore:
     """Pyramids of the images of a class-per-folder tree (``folder/class/image.png``), classes in sorted order.
 
     Images are centre-cropped and resized to the model's size; ``count`` of them are chosen without replacement, or all
-    if there are fewer. Those made are kept in a file named after ``path`` and the images that it is of.
+    if there are fewer. Those made are kept in a file named after the path and the images that it is of.
     """
     files, labels = labelled_images(folder, teacher.family.classes(teacher.config))
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(making.seed))[:count]
     chosen = [files[i] for i in order.tolist()]
     size = teacher.tokenizer.image_size(teacher.schedule)[0]
-    if path is not None:
+    if making.path is not None:
         which = fingerprint_of(*(file.relative_to(folder).as_posix() for file in chosen))
-        path = path.with_name(f"{path.stem}-{which[:12]}{path.suffix}")
-    parts = [chosen[i : i + batch] for i in range(0, len(chosen), batch)]
+        own = making.path.with_name(f"{making.path.stem}-{which[:12]}{making.path.suffix}")
+        making = replace(making, path=own)
+    parts = [chosen[i : i + making.batch] for i in range(0, len(chosen), making.batch)]
 
     def encode(index: int) -> Tensor:
         images = torch.stack([read_image(file, size) for file in parts[index]]).to(teacher.device)
@@ -117,7 +119,7 @@ def store_from_images(
             return tokens
 
     lengths = [len(part) for part in parts]
-    tokens = _collect(teacher, path, lengths, encode, progress, "tokenising images", processes)
+    tokens = _collect(teacher, lengths, encode, "tokenising images", making)
     return TokenStore(teacher, tokens, labels[order])
 
 
@@ -145,19 +147,12 @@ def labelled_images(folder: Path, classes: int | None) -> tuple[list[Path], Tens
     return files, torch.tensor(labels)
 
 
-def _collect(
-    model: Model,
-    path: Path | None,
-    lengths: list[int],
-    make: _Maker,
-    progress: Progress,
-    description: str,
-    processes: Processes,
-) -> Tensor:
-    """Tokens [N, L, ...] of all parts, appended to ``path`` as they are made; parts already there are not made again.
+def _collect(model: Model, lengths: list[int], make: _Maker, description: str, making: Making) -> Tensor:
+    """Tokens [N, L, ...] of all parts, appended to the path as they are made; parts already there are not made again.
 
     Processes make neighbouring parts at the same time; the main one writes them in order.
     """
+    path, processes = making.path, making.processes
     alphabet, width = model.alphabet, model.schedule.total * model.alphabet.stored_bytes
     rows = np.zeros((0, width), np.uint8)
     if processes.main and path is not None and path.exists():
@@ -168,7 +163,7 @@ def _collect(
     done = int(np.searchsorted(ends, len(rows), side="right")) - 1
     pieces = [rows[: ends[done]]]
     written = path if processes.main else None
-    with progress.task(description, int(ends[-1])) as task, _appending(written, pieces[0]) as append:
+    with making.progress.task(description, int(ends[-1])) as task, _appending(written, pieces[0]) as append:
         task.advance(int(ends[done]))
         for first in range(done, len(lengths), processes.count):
             own = first + processes.rank

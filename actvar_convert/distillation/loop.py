@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -197,28 +198,40 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+@dataclass(frozen=True)
+class Upkeep:
+    """What a training keeps and tells beside the weights.
+
+    Attributes:
+        progress: told about the steps.
+        log: gets a line per step; None in all but the main process.
+        state_path: file that keeps what is done; None: nothing is kept.
+        fingerprint: identifies recipe and teacher; a state with another one is refused.
+        student: ``student_print`` of the model; found by the training if a state is kept and it is not given.
+    """
+
+    progress: Progress
+    log: MetricsLog | None = None
+    state_path: Path | None = None
+    fingerprint: str = ""
+    student: str = ""
+
+
 def distill_model(
     model: Model,
     teacher: Model,
     recipe: Recipe,
     store: TokenStore,
+    upkeep: Upkeep,
     *,
-    state_path: Path | None,
-    fingerprint: str,
-    log: MetricsLog | None,
-    progress: Progress,
     processes: Processes | None = None,
     stages: Sequence[tuple[Stage, StageRecipe]] | None = None,
-    student: str = "",
 ) -> None:
-    """Runs stages on ``model`` in place; goes on from ``state_path``.
+    """Runs stages on ``model`` in place; goes on from the state that is kept.
 
     Args:
-        state_path: file that keeps what is done; None: nothing is kept.
-        log: gets a line per step; None in all but the main process.
         processes: those that share the work; the state is the same for any number of them.
         stages: what runs, with its settings; by default both stages of the recipe.
-        student: ``student_print`` of the model; found here if a state is kept and it is not given.
 
     Raises:
         Interrupted: after Ctrl-C, with everything done so far on disk.
@@ -233,11 +246,12 @@ def distill_model(
     _require_rows(stages, store, processes)
     require_whole_student(recipe, processes)
     plan = plans_of(model).name
+    state_path, log = upkeep.state_path, upkeep.log
     found = processes.from_main(state_path is not None and state_path.exists())
-    state = load_run_state(state_path, fingerprint) if found and state_path is not None else None
-    if state_path is not None and not student:
-        student = processes.from_main(student_print(model) if processes.main else "")
-    if state is not None and state.scalars.get("student") != student:
+    state = load_run_state(state_path, upkeep.fingerprint) if found and state_path is not None else None
+    if state_path is not None and not upkeep.student:
+        upkeep = replace(upkeep, student=processes.from_main(student_print(model) if processes.main else ""))
+    if state is not None and state.scalars.get("student") != upkeep.student:
         raise CheckpointError(
             f"{state_path} is the state of a run that began with another converted model; continuing it would mix the "
             f"two. Start with that model, or delete {state_path} to start over."
@@ -255,7 +269,7 @@ def distill_model(
                     log.rewind(0, stage=later.name)
             state = None
             try:
-                _run_stage(run, teacher, recipe, store, state_path, fingerprint, student, log, progress, stop)
+                _run_stage(run, teacher, recipe, store, upkeep, stop)
             finally:
                 model.use_plan(plan)
             run.finish()
@@ -295,17 +309,9 @@ def require_whole_student(recipe: Recipe, processes: Processes) -> None:
 
 
 def _run_stage(
-    run: StageRun,
-    teacher: Model,
-    recipe: Recipe,
-    store: TokenStore,
-    state_path: Path | None,
-    fingerprint: str,
-    student: str,
-    log: MetricsLog | None,
-    progress: Progress,
-    stop: StopRequest,
+    run: StageRun, teacher: Model, recipe: Recipe, store: TokenStore, upkeep: Upkeep, stop: StopRequest
 ) -> None:
+    state_path, log = upkeep.state_path, upkeep.log
     steps, device, processes = run.recipe.steps, run.model.device, run.processes
     dtype = autocast_dtype(recipe.dtype)
 
@@ -315,13 +321,13 @@ def _run_stage(
     def save() -> None:
         if state_path is None:
             return
-        scalars: dict[str, Scalar] = {"stage": run.stage.name, "step": run.step, "student": student}
+        scalars: dict[str, Scalar] = {"stage": run.stage.name, "step": run.step, "student": upkeep.student}
         tensors = run.tensors()
         if processes.main:
-            save_run_state(state_path, RunState(tensors=tensors, scalars=scalars, fingerprint=fingerprint))
+            save_run_state(state_path, RunState(tensors, scalars, upkeep.fingerprint))
         processes.wait()
 
-    with progress.task(run.stage.task, steps) as task:
+    with upkeep.progress.task(run.stage.task, steps) as task:
         task.advance(run.step)
         saved_at, took = time.monotonic(), 0.0
         while run.step < steps:

@@ -108,7 +108,7 @@ def held_out_pyramids(
     with progress.task("held-out pyramids", count) as task:
 
         def sample() -> dict[str, Tensor]:
-            tokens = teacher.generate_tokens(condition, **sampling._asdict(), seed=HELD_OUT_SEED, chunk=batch)
+            tokens = teacher.generate_tokens(condition, sampling=sampling, seed=HELD_OUT_SEED, chunk=batch)
             task.advance(count)
             return {"tokens": tokens.cpu()}
 

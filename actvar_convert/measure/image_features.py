@@ -77,13 +77,13 @@ def generated_features(
         cache: folder of stored features; parts that match model, sampling, seed, chunk and extractor are reused.
         fingerprint: ``model_fingerprint(model)``, if it is known already.
     """
-    chunk, sampling = wanted.chunk, wanted.sampling._asdict()
+    chunk, sampling = wanted.chunk, wanted.sampling
     parts = list(chunks(model.family.balanced(model.config, wanted.images), wanted.seed, chunk))
     group = max(1, GROUP // chunk)
     key = {
         "model": fingerprint or (model_fingerprint(model) if cache else ""),
         "extractor": extractor.fingerprint,
-        "sampling": sampling,
+        "sampling": sampling._asdict(),
         "seed": wanted.seed,
         "chunk": chunk,
         **({"noise": "cuda"} if model.device.type == "cuda" else {}),
@@ -96,7 +96,7 @@ def generated_features(
         def make(members: list[tuple[Any, int]] = members) -> dict[str, Tensor]:
             features, logits = [], []
             for labels, own_seed in members:
-                image = model.generate(labels, **sampling, seed=own_seed, chunk=chunk)
+                image = model.generate(labels, sampling=sampling, seed=own_seed, chunk=chunk)
                 feature_BF, logit_BK = extractor(image)
                 features.append(feature_BF.float().cpu())
                 logits.append(logit_BK.float().cpu())

@@ -54,7 +54,6 @@ class _Draws(NamedTuple):
 
     seed: int
     chunk: int
-    at_once: int | None
     device: torch.device
 
 
@@ -187,12 +186,9 @@ class Model(nn.Module):
         self,
         condition: Any,
         *,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        sampling: Sampling | None = None,
         seed: int = 0,
         chunk: int = 64,
-        at_once: int | None = None,
         compile: bool = False,
         noise: NoiseSource = "device",
         on_images: Callable[[int], None] = lambda count: None,
@@ -201,12 +197,11 @@ class Model(nn.Module):
 
         Args:
             condition: VAR: class indices [B]; ``classes`` (or -1) for no class.
-            cfg, top_k, top_p: see Sampling; the model's own values by default. cfg is fixed if guidance is folded.
+            sampling: the model's own by default; ``sampling_with(cfg=3.0)`` changes one value of it. cfg is fixed if
+                guidance is folded.
             seed: every chunk samples with a generator of its own derived from it.
             chunk: images that are sampled together. Part of the contract: equal (condition, seed, chunk, dtype,
                 machine, noise) give equal images.
-            at_once: images of a chunk that are under way at the same time, for memory; by default as many as
-                ``images_at_once`` says. Samples do not depend on it.
             compile: replay CUDA graphs, which the first call for a number of images records (seconds); the same images
                 up to rounding. For models on a GPU.
             noise: ``device`` samples on the GPU that the model is on, as the reference implementation does: at once,
@@ -225,8 +220,8 @@ class Model(nn.Module):
         """
         given = self.family.condition(self.config, condition).to(self.device)
         images, done = self._no_images(len(given)), 0
-        draws = _Draws(seed, chunk, at_once, self._noise_device(noise))
-        for piece in self._pieces(given, self._sampling(cfg, top_k, top_p), draws, compile, decoded=True):
+        draws = _Draws(seed, chunk, self._noise_device(noise))
+        for piece in self._pieces(given, self._allowed(sampling), draws, compile, decoded=True):
             images[done : done + len(piece)] = piece
             done += len(piece)
             on_images(len(piece))
@@ -237,19 +232,16 @@ class Model(nn.Module):
         self,
         condition: Any,
         *,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        sampling: Sampling | None = None,
         seed: int = 0,
         chunk: int = 64,
-        at_once: int | None = None,
         compile: bool = False,
         noise: NoiseSource = "device",
     ) -> Tensor:
         """Token pyramids [B, L, ...] int64, all scales in one row; arguments as in ``generate``."""
         given = self.family.condition(self.config, condition).to(self.device)
-        draws = _Draws(seed, chunk, at_once, self._noise_device(noise))
-        pieces = self._pieces(given, self._sampling(cfg, top_k, top_p), draws, compile, decoded=False)
+        draws = _Draws(seed, chunk, self._noise_device(noise))
+        pieces = self._pieces(given, self._allowed(sampling), draws, compile, decoded=False)
         none = torch.zeros(0, self.schedule.total, *self.alphabet.outcomes[:-1], dtype=torch.int64, device=self.device)
         return torch.cat([none, *pieces])
 
@@ -283,12 +275,18 @@ class Model(nn.Module):
         schedule = self.schedule
         return list(torch.split(tokens, list(schedule.lengths[: schedule.scales_in(tokens.shape[1])]), dim=1))
 
-    def _sampling(self, cfg: float | None, top_k: int | None, top_p: float | None) -> Sampling:
-        chosen = Sampling(
-            self.sampling.cfg if cfg is None else cfg,
-            self.sampling.top_k if top_k is None else top_k,
-            self.sampling.top_p if top_p is None else top_p,
+    def sampling_with(self, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None) -> Sampling:
+        """The model's sampling, with the given values in place of its own."""
+        own = self.sampling
+        return Sampling(
+            own.cfg if cfg is None else cfg,
+            own.top_k if top_k is None else top_k,
+            own.top_p if top_p is None else top_p,
         )
+
+    def _allowed(self, sampling: Sampling | None) -> Sampling:
+        """The sampling of a call; raises InputError for one that makes no sense."""
+        chosen = self.sampling if sampling is None else sampling
         if self.folded and chosen.cfg != self.sampling.cfg:
             raise InputError(
                 f"guidance of strength {self.sampling.cfg:g} is folded into this model's predictions, so cfg "
@@ -310,9 +308,9 @@ class Model(nn.Module):
     ) -> Iterator[Tensor]:
         """Pyramids [b, L, ...], or decoded images [b, 3, H, W], of as many images at a time as memory is meant for; a
         piece may be overwritten by the next."""
-        limit, chunk = self.images_at_once() if draws.at_once is None else draws.at_once, draws.chunk
-        if chunk < 1 or limit < 1:
-            raise InputError(f"chunk and at_once must be at least 1, got {chunk} and {limit}")
+        limit, chunk = self.images_at_once(), draws.chunk
+        if chunk < 1:
+            raise InputError(f"chunk must be at least 1, got {chunk}")
         for index, begin in enumerate(range(0, len(condition), chunk)):
             own = condition.rows(slice(begin, begin + chunk))
             noise = Noise(chunk_seed(draws.seed, index), len(own), keep=len(own) > limit, device=draws.device)

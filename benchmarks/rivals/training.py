@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from actvar_convert.distillation.data import TokenStore, store_from_images, store_from_teacher
-from actvar_convert.distillation.loop import distill_model
+from actvar_convert.distillation.data import Making, TokenStore, store_from_images, store_from_teacher
+from actvar_convert.distillation.loop import Upkeep, distill_model
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.files.run_state import RunState, fingerprint_of, load_run_state, save_run_state
 from actvar_convert.models.fingerprint import state_fingerprint
@@ -109,10 +109,7 @@ class Workshop:
                 self.teacher,
                 alone,
                 store,
-                state_path=self._unfinished(key),
-                fingerprint=key,
-                log=log,
-                progress=self.progress,
+                Upkeep(self.progress, log, self._unfinished(key), key),
                 stages=[(STAGES["stage1"], alone.distill.stage1), (built.joint, alone.distill.stage2)],
             )
 
@@ -124,26 +121,11 @@ class Workshop:
         if key not in self._stores:
             path = self.folder / f"tokens-{key}.bin"
             path.parent.mkdir(parents=True, exist_ok=True)
+            making = Making(data.batch, seed, self.progress, path)
             if data.images is not None:
-                self._stores[key] = store_from_images(
-                    self.teacher,
-                    Path(data.images),
-                    data.pyramids,
-                    path=path,
-                    batch=data.batch,
-                    seed=seed,
-                    progress=self.progress,
-                )
+                self._stores[key] = store_from_images(self.teacher, Path(data.images), data.pyramids, making)
             else:
-                self._stores[key] = store_from_teacher(
-                    self.teacher,
-                    data.pyramids,
-                    path=path,
-                    batch=data.batch,
-                    seed=seed,
-                    cfg=data.cfg,
-                    progress=self.progress,
-                )
+                self._stores[key] = store_from_teacher(self.teacher, data.pyramids, making, cfg=data.cfg)
         return self._stores[key]
 
 

@@ -16,7 +16,7 @@ from rivals.method import Level
 from rivals.training import Workshop
 
 from actvar_convert.distillation import loop
-from actvar_convert.distillation.loop import distill_model
+from actvar_convert.distillation.loop import Upkeep, distill_model
 from actvar_convert.errors import InputError, Interrupted
 from actvar_convert.measure.agreement import compare_logits
 from actvar_convert.measure.extractors import ClassifierExtractor
@@ -108,9 +108,8 @@ def test_levels_in_parts_are_both_stages_in_one_run(tiny_model: Model, tiny_reci
     workshop = Workshop(tiny_model, tmp_path / "parts")
     whole = method.build(tiny_model, recipe, 0.15, SilentProgress(), None).student
     state, store = tmp_path / "state.safetensors", workshop.store(recipe)
-    distill_model(
-        whole, tiny_model, recipe, store, state_path=state, fingerprint="whole", log=None, progress=SilentProgress()
-    )
+    upkeep = Upkeep(SilentProgress(), state_path=state, fingerprint="whole")
+    distill_model(whole, tiny_model, recipe, store, upkeep)
     workshop.make(method, recipe, 0.15, "stage1")
     parts = Workshop(tiny_model, tmp_path / "parts").make(method, recipe, 0.15, "full").student
     expected = whole.transformer.state_dict()

@@ -92,7 +92,7 @@ def test_sampling_takes_what_was_estimated(memory_watch: Any, monkeypatch: pytes
     parts = memory.sampling_memory(dense.config, dense.tokenizer.config, 8, 4)
     assert bool(parts["random numbers"]) == (at_once < 8)
     with memory_watch:
-        dense.generate_tokens(range(8), chunk=8, top_k=900, top_p=0.96)
+        dense.generate_tokens(range(8), chunk=8, sampling=dense.sampling_with(top_k=900, top_p=0.96))
     assert 0.5 * sum(parts.values()) < memory_watch.peak < sum(parts.values())
 
 

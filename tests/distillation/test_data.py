@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from actvar_convert.distillation.data import TokenStore, labelled_images, store_from_images, store_from_teacher
+from actvar_convert.distillation.data import Making, TokenStore, labelled_images, store_from_images, store_from_teacher
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
@@ -26,13 +26,13 @@ def test_an_epoch_visits_every_pyramid_once(tiny_model: Model) -> None:
 
 
 def test_sampling_goes_on_where_it_stopped(tiny_model: Model, tmp_path: Path) -> None:
-    arguments = {"batch": 4, "seed": 3, "cfg": None, "progress": SilentProgress()}
-    whole = store_from_teacher(tiny_model, 10, path=tmp_path / "whole.bin", **arguments)
-    in_memory = store_from_teacher(tiny_model, 10, path=None, **arguments)
+    arguments = {"batch": 4, "seed": 3, "progress": SilentProgress()}
+    whole = store_from_teacher(tiny_model, 10, Making(path=tmp_path / "whole.bin", **arguments))
+    in_memory = store_from_teacher(tiny_model, 10, Making(path=None, **arguments))
     assert torch.equal(whole.tokens, in_memory.tokens)
     torn = tmp_path / "torn.bin"
     torn.write_bytes((tmp_path / "whole.bin").read_bytes()[: 5 * 30 + 7])
-    resumed = store_from_teacher(tiny_model, 10, path=torn, **arguments)
+    resumed = store_from_teacher(tiny_model, 10, Making(path=torn, **arguments))
     assert torch.equal(resumed.tokens, whole.tokens)
     assert torn.read_bytes() == (tmp_path / "whole.bin").read_bytes()
     assert resumed.condition.values.tolist() == [i % 5 for i in range(10)]
@@ -49,7 +49,7 @@ def write_images(folder: Path, classes: int) -> None:
 
 def test_images_become_their_tokens(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
-    store = store_from_images(tiny_model, tmp_path, 8, path=None, batch=3, seed=0, progress=SilentProgress())
+    store = store_from_images(tiny_model, tmp_path, 8, Making(batch=3, seed=0, progress=SilentProgress()))
     assert store.tokens.shape == (8, 30) and set(store.condition.values.tolist()) <= set(range(5))
     assert int(store.tokens.long().max()) < 32
 
@@ -57,27 +57,27 @@ def test_images_become_their_tokens(tiny_model: Model, tmp_path: Path) -> None:
 def test_images_that_changed_are_made_anew(tiny_model: Model, tmp_path: Path) -> None:
     folder, arguments = tmp_path / "images", {"batch": 3, "seed": 0, "progress": SilentProgress()}
     write_images(folder, 5)
-    first = store_from_images(tiny_model, folder, 8, path=tmp_path / "tokens.bin", **arguments)
-    again = store_from_images(tiny_model, folder, 8, path=tmp_path / "tokens.bin", **arguments)
+    first = store_from_images(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
+    again = store_from_images(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
     assert torch.equal(first.tokens, again.tokens) and len(list(tmp_path.glob("tokens-*.bin"))) == 1
     shutil.copy(folder / "class3" / "1.png", folder / "class0" / "00.png")
-    more = store_from_images(tiny_model, folder, 8, path=tmp_path / "tokens.bin", **arguments)
-    whole = store_from_images(tiny_model, folder, 8, path=None, **arguments)
+    more = store_from_images(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
+    whole = store_from_images(tiny_model, folder, 8, Making(path=None, **arguments))
     assert torch.equal(more.tokens, whole.tokens) and torch.equal(more.condition.values, whole.condition.values)
 
 
 def test_images_are_tokenised_for_a_model_in_half_precision(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
     arguments = {"path": None, "batch": 3, "seed": 0, "progress": SilentProgress()}
-    whole = store_from_images(tiny_model, tmp_path, 8, **arguments)
-    half = store_from_images(cast(tiny_model, torch.bfloat16), tmp_path, 8, **arguments)
+    whole = store_from_images(tiny_model, tmp_path, 8, Making(**arguments))
+    half = store_from_images(cast(tiny_model, torch.bfloat16), tmp_path, 8, Making(**arguments))
     assert torch.equal(whole.tokens, half.tokens)
 
 
 def test_another_number_of_classes_is_refused(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 4)
     with pytest.raises(InputError, match="4 class folders, the model has 5"):
-        store_from_images(tiny_model, tmp_path, 8, path=None, batch=3, seed=0, progress=SilentProgress())
+        store_from_images(tiny_model, tmp_path, 8, Making(batch=3, seed=0, progress=SilentProgress()))
 
 
 def test_hidden_folders_are_no_classes_and_hold_no_images(tiny_model: Model, tmp_path: Path) -> None:
@@ -101,4 +101,4 @@ def test_a_broken_image_is_named(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
     (tmp_path / "class2" / "0.png").write_bytes(b"not an image")
     with pytest.raises(InputError, match=r"0\.png: cannot be read"):
-        store_from_images(tiny_model, tmp_path, 10, path=None, batch=3, seed=0, progress=SilentProgress())
+        store_from_images(tiny_model, tmp_path, 10, Making(batch=3, seed=0, progress=SilentProgress()))

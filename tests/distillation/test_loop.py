@@ -9,7 +9,7 @@ from actvar_convert.conversion import converter
 from actvar_convert.conversion.budget import uniform_plan
 from actvar_convert.distillation import loop
 from actvar_convert.distillation.data import TokenStore
-from actvar_convert.distillation.loop import distill_model
+from actvar_convert.distillation.loop import Upkeep, distill_model
 from actvar_convert.errors import CheckpointError, Diverged, Interrupted
 from actvar_convert.files.run_state import RunState, load_run_state
 from actvar_convert.models.model import Model
@@ -74,10 +74,7 @@ def train(
             teacher,
             chosen,
             store,
-            state_path=folder / "state.safetensors",
-            fingerprint=fingerprint,
-            log=log,
-            progress=SilentProgress(),
+            Upkeep(SilentProgress(), log, folder / "state.safetensors", fingerprint),
         )
         return model, log.read()
 

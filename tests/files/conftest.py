@@ -60,7 +60,7 @@ def same_model() -> Callable[[Model, Model], None]:
         for name, tensor in ours.items():
             assert not tensor.is_meta and torch.equal(tensor, theirs[name]), name
         assert not model.training
-        arguments = {"seed": 3, "cfg": 1.0, "top_k": 8, "top_p": 0.0}
+        arguments = {"seed": 3, "sampling": Sampling(1.0, 8, 0.0)}
         tokens, wanted = (m.generate_tokens(LABELS, **arguments) for m in (model, expected))
         assert torch.equal(tokens, wanted)
 

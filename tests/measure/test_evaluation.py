@@ -146,7 +146,9 @@ def test_guided_predictions_are_compared_as_they_are_sampled(
     sampling = tiny_model.sampling._replace(cfg=3.0)
     report = evaluate(other, tiny_model, extractor, sampling=sampling)
     labels = balanced_labels(HELD_OUT, 5)
-    tokens = tiny_model.generate_tokens(labels, seed=HELD_OUT_SEED, chunk=BATCH, cfg=3.0)
+    tokens = tiny_model.generate_tokens(
+        labels, seed=HELD_OUT_SEED, chunk=BATCH, sampling=tiny_model.sampling_with(cfg=3.0)
+    )
     lengths = tiny_model.config.schedule.lengths
     strength = torch.cat([torch.full((n, 1), 3.0 * scale / (len(lengths) - 1)) for scale, n in enumerate(lengths)])
     with torch.inference_mode():

@@ -48,8 +48,8 @@ def test_a_decoder_of_its_own_dtype_changes_no_token(
 def test_it_samples_what_a_converted_model_samples(tiny_model: Model) -> None:
     wanted = copy.deepcopy(tiny_model)
     wanted.transformer.to(torch.bfloat16)
-    drawn = cast(tiny_model, torch.bfloat16).generate_tokens([0, 1, 2], seed=4, cfg=2.0)
-    assert torch.equal(drawn, wanted.generate_tokens([0, 1, 2], seed=4, cfg=2.0))
+    drawn = cast(tiny_model, torch.bfloat16).generate_tokens([0, 1, 2], seed=4, sampling=wanted.sampling_with(cfg=2.0))
+    assert torch.equal(drawn, wanted.generate_tokens([0, 1, 2], seed=4, sampling=wanted.sampling_with(cfg=2.0)))
 
 
 def test_there_is_no_second_copy_in_the_old_dtype(tiny_model: Model, memory_watch: Any) -> None:

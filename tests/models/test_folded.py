@@ -22,10 +22,13 @@ LABELS = torch.tensor([0, 3, 5, 1])
 
 
 def test_it_samples_what_both_rows_would_without_guidance(tiny_sparse: Model, tiny_folded: Model) -> None:
-    unguided = tiny_sparse.generate_tokens(LABELS, cfg=0.0, seed=3)
+    unguided = tiny_sparse.generate_tokens(LABELS, sampling=tiny_sparse.sampling_with(cfg=0.0), seed=3)
     assert torch.equal(tiny_folded.generate_tokens(LABELS, seed=3), unguided)
     assert not torch.equal(tiny_sparse.generate_tokens(LABELS, seed=3), unguided)
-    assert torch.equal(tiny_folded.generate([2], seed=3), tiny_sparse.generate([2], cfg=0.0, seed=3))
+    assert torch.equal(
+        tiny_folded.generate([2], seed=3),
+        tiny_sparse.generate([2], sampling=tiny_sparse.sampling_with(cfg=0.0), seed=3),
+    )
 
 
 def test_a_scale_runs_one_row_per_image(tiny_sparse: Model, tiny_folded: Model) -> None:
@@ -45,8 +48,8 @@ def test_a_scale_runs_one_row_per_image(tiny_sparse: Model, tiny_folded: Model) 
 
 def test_its_strength_is_fixed(tiny_folded: Model) -> None:
     with pytest.raises(InputError, match=r"strength 1\.5 is folded into .* cfg 3 is out of reach"):
-        tiny_folded.generate(LABELS, cfg=3.0)
-    assert tiny_folded.generate_tokens(LABELS, cfg=1.5).shape == (4, 30)
+        tiny_folded.generate(LABELS, sampling=tiny_folded.sampling_with(cfg=3.0))
+    assert tiny_folded.generate_tokens(LABELS, sampling=tiny_folded.sampling_with(cfg=1.5)).shape == (4, 30)
 
 
 def test_plans_of_one_model_agree(tiny_model: Model) -> None:

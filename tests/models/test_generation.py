@@ -54,10 +54,13 @@ def test_kept_noise_is_the_same_again() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7])
-def test_images_do_not_depend_on_how_many_are_under_way(tiny_model: Model, at_once: int) -> None:
-    tokens = tiny_model.generate_tokens(LABELS, seed=5, chunk=4, at_once=100)
-    assert torch.equal(tiny_model.generate_tokens(LABELS, seed=5, chunk=4, at_once=at_once), tokens)
-    images = tiny_model.generate(LABELS, seed=5, chunk=4, at_once=at_once)
+def test_images_do_not_depend_on_how_many_are_under_way(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    tokens = tiny_model.generate_tokens(LABELS, seed=5, chunk=4)
+    monkeypatch.setattr(Model, "images_at_once", lambda model: at_once)
+    assert torch.equal(tiny_model.generate_tokens(LABELS, seed=5, chunk=4), tokens)
+    images = tiny_model.generate(LABELS, seed=5, chunk=4)
     torch.testing.assert_close(images, tiny_model.decode(tokens), rtol=0, atol=1e-5)
 
 
@@ -134,7 +137,7 @@ def test_nothing_to_generate(tiny_model: Model) -> None:
     assert tiny_model.generate([]).shape == (0, 3, 8, 8)
     assert tiny_model.generate_tokens([]).shape == (0, 30)
     with pytest.raises(InputError, match="at least 1"):
-        tiny_model.generate([0], at_once=0)
+        tiny_model.generate([0], chunk=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

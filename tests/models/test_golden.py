@@ -102,7 +102,7 @@ def test_tokens_reconstruction_and_transformer_input(model: Model, golden: dict[
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "plain"])
 def test_generation(model: Model, golden: dict[str, Tensor], manifest: dict[str, Any], kind: str) -> None:
     arguments = dict(manifest["gen"][kind])
-    arguments["seed"] = arguments.pop("g_seed")
+    arguments = {"seed": arguments.pop("g_seed"), "sampling": model.sampling_with(**arguments)}
     labels = golden["tf.labels"]
     tokens = model.generate_tokens(labels, chunk=3, **arguments)
     assert torch.equal(tokens, golden[f"gen.{kind}.idx_BL"])

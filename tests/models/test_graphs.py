@@ -115,22 +115,24 @@ def test_graphs_sample_what_the_plain_path_samples(
     model.to(dtype)
     exact = dtype == torch.float32
     for seed, labels in ((1, LABELS), (2, LABELS[::-1]), (1, LABELS)):
-        for sampling in ({}, {"cfg": 3.0, "top_k": 9, "top_p": 0.9}):
-            expected = model.generate_tokens(labels, seed=seed, chunk=4, **sampling)
-            tokens = model.generate_tokens(labels, seed=seed, chunk=4, compile=True, **sampling)
+        for sampling in (None, Sampling(3.0, 9, 0.9)):
+            expected = model.generate_tokens(labels, seed=seed, chunk=4, sampling=sampling)
+            tokens = model.generate_tokens(labels, seed=seed, chunk=4, compile=True, sampling=sampling)
             assert float((tokens == expected).double().mean()) >= (1.0 if exact else 0.9)
-            images = model.generate(labels, seed=seed, chunk=4, compile=True, **sampling)
+            images = model.generate(labels, seed=seed, chunk=4, compile=True, sampling=sampling)
             torch.testing.assert_close(images, model.decode(tokens), rtol=0, atol=1e-4 if exact else 0.05)
     assert len(model.recordings._kept) == RECORDINGS_KEPT
 
 
 @needs_gpu
-def test_pieces_of_a_chunk_sample_alike_on_a_gpu(tiny_model: Model) -> None:
+def test_pieces_of_a_chunk_sample_alike_on_a_gpu(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model.cuda()
     whole = model.generate_tokens(LABELS, seed=3)
     for at_once in (1, 4):
-        for graphs in (False, True):
-            assert torch.equal(model.generate_tokens(LABELS, seed=3, at_once=at_once, compile=graphs), whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "images_at_once", lambda model, own=at_once: own)
+            for graphs in (False, True):
+                assert torch.equal(model.generate_tokens(LABELS, seed=3, compile=graphs), whole)
     on_cpu = model.generate_tokens(LABELS, seed=3, noise="cpu")
     assert torch.equal(model.generate_tokens(LABELS, seed=3, noise="cpu", compile=True), on_cpu)
     assert not torch.equal(on_cpu, whole)

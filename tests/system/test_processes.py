@@ -23,8 +23,8 @@ import torch
 from actvar_convert import verbs
 from actvar_convert.conversion.budget import uniform_plan
 from actvar_convert.distillation import loop
-from actvar_convert.distillation.data import TokenStore, store_from_teacher
-from actvar_convert.distillation.loop import distill_model
+from actvar_convert.distillation.data import Making, TokenStore, store_from_teacher
+from actvar_convert.distillation.loop import Upkeep, distill_model
 from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.errors import InputError, Interrupted
 from actvar_convert.files.layout import official_config
@@ -138,10 +138,7 @@ def train(given: Setting, folder: Path, processes: Processes = ALONE, stop_after
             given.teacher,
             given.recipe,
             given.store,
-            state_path=folder / "state.safetensors",
-            fingerprint="run",
-            log=log,
-            progress=SilentProgress(),
+            Upkeep(SilentProgress(), log, folder / "state.safetensors", "run"),
             processes=processes,
         )
     finally:
@@ -155,9 +152,7 @@ def sample(folder: Path, processes: Processes) -> TokenStore:
     """Ten pyramids in parts of three, the first four of them there already, torn."""
     teacher = setting("all").teacher
     path = folder / "tokens.bin"
-    return store_from_teacher(
-        teacher, 10, path=path, batch=3, seed=3, cfg=None, progress=SilentProgress(), processes=processes
-    )
+    return store_from_teacher(teacher, 10, Making(3, 3, SilentProgress(), path, processes))
 
 
 def convert_and_distill(folder: Path) -> Model:
