@@ -141,7 +141,7 @@ def gate_damage(
             before, after = states.at(schedule.slice(scale))
             missing = after - reconstruction(before, previous_update(states, schedule, scale), scale)
             error_BL = (missing.float() @ metric.root).square().sum(-1)
-            order_BL = gate(before).argsort(dim=1, descending=True, stable=True)
+            order_BL = gate.order(before, gate(before))
             lost += error_BL.gather(1, order_BL).sum(0, dtype=torch.float64)
             missed = _missed_context(block, record.call, states, order_BL, ratios, metric, scale)
             context = [sum(pair) for pair in zip(context, missed, strict=True)]

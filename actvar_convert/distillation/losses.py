@@ -1,4 +1,4 @@
-"""Losses of both stages as small pure functions, and what each weighs.
+"""Losses of both stages as small pure functions.
 
 Every loss takes the weights [B, L] of its tokens; None: all 1. If several processes share a batch, each loss is this
 process's share: ``total`` adds up over all of them what the loss divides by, so the shares add up to the loss of the
@@ -18,9 +18,6 @@ from actvar_convert.models.base import Alphabet
 
 Total = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes that share a batch."""
-
-WEIGHTS = {"output": 1.0, "router": 1.0, "kl": 1.0, "hidden": 0.1, "gate": 0.1}
-"""What each loss counts in the sum that a step minimises: stage 1 has the first two, stage 2 the others."""
 
 LEAST_SPREAD = 1e-3
 """Share of a target's mean square that its variance has at least in a regression: targets may all be alike."""

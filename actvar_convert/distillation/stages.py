@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from actvar_convert.conversion.experts import expert_sizes
 from actvar_convert.conversion.gates import relative_update
-from actvar_convert.distillation.losses import WEIGHTS, Total, alone, kl, regression, relative_error
+from actvar_convert.distillation.losses import Total, alone, kl, regression, relative_error
 from actvar_convert.distillation.sharding import gathered
 from actvar_convert.distillation.traces import Trace, trace
 from actvar_convert.models.base import Span
@@ -108,15 +108,10 @@ def trainable_parameters(transformer: nn.Module, recipe: StageRecipe) -> dict[st
     return chosen
 
 
-def _counted(losses: Losses) -> Losses:
-    """Losses times what they weigh."""
-    return {name: WEIGHTS[name] * value for name, value in losses.items()}
-
-
 def stage1(
     model: Model, teacher: Model, recipe: StageRecipe, tokens: Tensor, condition: Any, total: Total = alone
 ) -> Losses:
-    """Local losses of every FFN on the teacher's inputs."""
+    """Local losses of every FFN on the teacher's inputs; each weighs 1."""
     with torch.no_grad():
         seen = trace(teacher, condition, teacher.inputs(tokens), ffn=True, logits=False)
     schedule, plan = model.schedule, model.plan
@@ -132,7 +127,7 @@ def stage1(
         if routed:
             router.append(torch.stack([_router_regression(ffn, x[:, schedule.slice(s)], total) for s in routed]).mean())
     losses = {"output": output, "router": router}
-    return _counted({name: torch.stack(values).mean() for name, values in losses.items() if values})
+    return {name: torch.stack(values).mean() for name, values in losses.items() if values}
 
 
 def _router_regression(ffn: ExpertFFN, x_BLC: Tensor, total: Total) -> Tensor:
@@ -147,26 +142,66 @@ def _router_regression(ffn: ExpertFFN, x_BLC: Tensor, total: Total) -> Tensor:
 def stage2(
     model: Model, teacher: Model, recipe: StageRecipe, tokens: Tensor, condition: Any, total: Total = alone
 ) -> Losses:
-    """KL on the logits, error of the hidden states, and the regression of gates that train.
+    """The losses of ``JOINT`` on one pass of the teacher and one of the student.
 
-    If the student's guidance is folded, its predictions are compared with the teacher's guided ones; its states then
-    have none to be compared with, for those of the teacher are of unguided predictions.
+    If the student's guidance is folded, its predictions are compared with the teacher's guided ones.
     """
     inputs = teacher.inputs(tokens)
     with torch.no_grad():
         seen = trace(teacher, condition, inputs)
         if model.folded:
             seen.logits = teacher.guided_logits(condition, inputs, seen.logits)
-    own = trace(model, condition, inputs)
-    assert seen.logits is not None and own.logits is not None
-    losses = {"kl": kl(model.alphabet, seen.logits, own.logits, total=total)}
-    if not model.folded:
-        errors = [relative_error(a, b, total=total) for a, b in zip(own.hidden[1:], seen.hidden[1:], strict=True)]
-        losses["hidden"] = torch.stack(errors).mean()
-    gated = [block for block in gated_blocks(model.transformer) if _skipping_scales(block)]
-    if gated and trains_gates(recipe):
-        losses["gate"] = torch.stack([gate_regression(block, seen, total) for block in gated]).mean()
-    return _counted(losses)
+    compared = Compared(model, recipe, seen, trace(model, condition, inputs), total)
+    values = {name: (weight, loss(compared)) for name, (weight, loss) in JOINT.items()}
+    return {name: weight * value for name, (weight, value) in values.items() if value is not None}
+
+
+class Compared(NamedTuple):
+    """What a step of stage 2 has, for its losses to compare.
+
+    Attributes:
+        model: the student.
+        recipe: of the stage.
+        teacher, student: a pass of each over the same tokens, states and logits.
+        total: see ``losses``.
+    """
+
+    model: Model
+    recipe: StageRecipe
+    teacher: Trace
+    student: Trace
+    total: Total = alone
+
+
+def _divergence(step: Compared) -> Tensor:
+    """KL on the logits, nats per token."""
+    assert step.teacher.logits is not None and step.student.logits is not None
+    return kl(step.model.alphabet, step.teacher.logits, step.student.logits, total=step.total)
+
+
+def _hidden_error(step: Compared) -> Tensor | None:
+    """Error of the states after every block. None if guidance is folded: the teacher's are of unguided predictions."""
+    if step.model.folded:
+        return None
+    pairs = zip(step.student.hidden[1:], step.teacher.hidden[1:], strict=True)
+    return torch.stack([relative_error(own, seen, total=step.total) for own, seen in pairs]).mean()
+
+
+def _gate_error(step: Compared) -> Tensor | None:
+    """The regression of the gates that train."""
+    gated = [block for block in gated_blocks(step.model.transformer) if _skipping_scales(block)]
+    if not gated or not trains_gates(step.recipe):
+        return None
+    return torch.stack([gate_regression(block, step.teacher, step.total) for block in gated]).mean()
+
+
+JOINT: dict[str, tuple[float, Callable[[Compared], Tensor | None]]] = {
+    "kl": (1.0, _divergence),
+    "hidden": (0.1, _hidden_error),
+    "gate": (0.1, _gate_error),
+}
+"""The losses of stage 2 by name: what each weighs, and a function that gives this process's share, or None if it does
+not apply. A new one is a function and a line here; the metrics name it."""
 
 
 def _skipping_scales(block: GatedBlock) -> list[int]:

@@ -46,10 +46,20 @@ class TokenGate(nn.Module):
         return out.squeeze(-1)
 
     def choose(self, x_BLC: Tensor, count: int) -> TokenChoice:
-        """The ``count`` tokens of one scale with the largest predicted update, and the rest."""
+        """The ``count`` tokens of one scale that come first in ``order``, and the rest."""
         score = self(x_BLC)
-        order = score.argsort(dim=1, descending=True, stable=True)
+        order = self.order(x_BLC, score)
         return TokenChoice(order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values, score)
+
+    def order(self, x_BLC: Tensor, score_BL: Tensor) -> Tensor:
+        """The rule that picks tokens: positions [B, L] of one scale, int64, those to keep first.
+
+        The search for a plan asks it too. It never waits for the device: CUDA graphs record it.
+
+        Args:
+            x_BLC: the block's input. score_BL: the predicted updates.
+        """
+        return score_BL.argsort(dim=1, descending=True, stable=True)
 
 
 def upsample_update(update_BLC: Tensor | None, before: tuple[int, int], after: tuple[int, int]) -> Tensor | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import actvar_convert as av
-from actvar_convert.distillation import losses
+from actvar_convert.distillation import losses, stages
 from actvar_convert.distillation.loop import StageRun
 from actvar_convert.distillation.stages import STAGES
 from actvar_convert.models.model import Model
@@ -59,8 +59,8 @@ def test_the_losses_of_both_stages_and_what_they_weigh(
         local = STAGES["stage1"].objective(*given, StageRecipe(), tokens, LABELS)
         joint = STAGES["stage2"].objective(*given, JointStage(), tokens, LABELS)
         frozen = STAGES["stage2"].objective(*given, JointStage(gate="frozen"), tokens, LABELS)
-        for name in losses.WEIGHTS:
-            monkeypatch.setitem(losses.WEIGHTS, name, 1.0)
+        for name, (_, loss) in stages.JOINT.items():
+            monkeypatch.setitem(stages.JOINT, name, (1.0, loss))
         whole = STAGES["stage2"].objective(*given, JointStage(), tokens, LABELS)
         expected = losses.kl(
             tiny_model.alphabet, tiny_model.transformer(LABELS, inputs), tiny_sparse.transformer(LABELS, inputs)
