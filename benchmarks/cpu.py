@@ -79,7 +79,7 @@ def repeats_of(name: str, dtype: str, batch: int, images: bool) -> int:
 
 
 def in_format(model: Model, dtype: str) -> Model:
-    """The model in a number format, its decoder too where that is faster."""
+    """The model in a dtype, its decoder too where that is faster."""
     fast = DTYPES[dtype] in FAST_DECODERS["cpu"]
     return cast(model, DTYPES[dtype], decoder=DTYPES[dtype] if fast else torch.float32)
 

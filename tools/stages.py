@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from training import Log, cosine, plateau, save, set_rate, to_float
 
 from actvar_convert.models.var.config import TransformerConfig
-from actvar_convert.models.var.network import SelfAttention, VARTransformer
+from actvar_convert.models.var.network import SelfAttention, VARBlock, VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
 
 HELD_OUT_PART = 250
@@ -227,8 +228,9 @@ class VarRun:
         self.model.to(self.device)
         if self.device.type == "cpu":
             for block in self.model.blocks:
-                attend = partial(attend_by_scale, block.attn, self.config.schedule.lengths)
-                block.attn.attend = attend  # type: ignore[method-assign]
+                attention = cast(VARBlock, block).attn
+                attend = partial(attend_by_scale, attention, self.config.schedule.lengths)
+                attention.attend = attend  # type: ignore[method-assign]
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizers = make_optimizers(self.model)
         if self.compiled:

@@ -100,8 +100,8 @@ class Workshop:
         """Runs one stage, going on where it was stopped."""
         other = "stage2" if _stage(level) == "stage1" else "stage1"
         # unchecked: one stage alone need not be a recipe, as where guidance is folded in, which stage 2 has to teach
-        resting = getattr(recipe.distill, other).model_copy(update={"steps": 0})
-        alone = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={other: resting})})
+        skipped = getattr(recipe.distill, other).model_copy(update={"steps": 0})
+        alone = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={other: skipped})})
         store = self.store(recipe)
         with MetricsLog(self.path(key).with_suffix(".jsonl")) as log:
             distill_model(
