@@ -13,9 +13,9 @@ fmt:
     ruff check --fix .
     ruff format .
 
-# the tests, on all cores or as given: just test tests/models -k gate
+# the tests, or those that are named: just test tests/models -k gate
 test *args:
-    OMP_NUM_THREADS=1 pytest -n auto {{args}}
+    pytest {{args}}
 
 # what continuous integration runs, on a clean clone
 ci:
