@@ -34,14 +34,14 @@ class Run:
 
     Attributes:
         recipe: resolved.
-        weights: fingerprint of the teacher's dense weights, which a folder records.
         start: identifies the conversion. key: the conversion and the training.
+        origin: where the result comes from: the recipe's name, the source's files by hash as they were before the work.
     """
 
     recipe: Recipe
-    weights: str
     start: str
     key: str
+    origin: Provenance
 
     @classmethod
     def of(cls, teacher: Model, recipe: Recipe) -> Run:
@@ -52,11 +52,8 @@ class Run:
         start, key = (
             fingerprint_of(*around, deciding(recipe, *phases)) for phases in (("convert",), ("convert", "train"))
         )
-        return cls(recipe, weights, start, key)
-
-    def provenance(self, teacher: Model) -> Provenance:
-        """Where the result comes from: the source's files and the recipe by hash, the dense weights by fingerprint."""
-        return provenance_of(teacher.origin, recipe=self.recipe.name, teacher_fingerprint=self.weights, run=self.key)
+        origin = provenance_of(teacher.origin, recipe=recipe.name, teacher_fingerprint=weights, run=key)
+        return cls(recipe, start, key, origin)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _make(teacher: Model, run: Run, folder: Path, progress: Progress, processes:
     if sparse is None:
         sparse = verbs.convert(teacher, recipe=recipe, work=work.folder, progress=progress, run=run)
         if processes.main:
-            save_sparse(sparse, work.converted, provenance=run.provenance(teacher), recipe_text=dump_recipe(recipe))
+            save_sparse(sparse, work.converted, provenance=run.origin, recipe_text=dump_recipe(recipe))
     return verbs.distill(
         sparse,
         teacher=teacher,

@@ -190,7 +190,7 @@ def convert(
     sparse.origin = {}
     release_pages(model.transformer.state_dict().values())
     if out is not None and run is not None and processes.main:
-        origin = run.provenance(model).model_copy(update={"run": None})
+        origin = run.origin.model_copy(update={"run": None})
         save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
     return sparse
 
@@ -291,7 +291,7 @@ def distill(
         save_sparse(
             model,
             folder,
-            provenance=run.provenance(teacher).model_copy(update={"distilled": True, "student": student}),
+            provenance=run.origin.model_copy(update={"distilled": True, "student": student}),
             recipe_text=dump_recipe(chosen),
             extra_files={"metrics.jsonl": work.metrics.read_bytes()},
         )

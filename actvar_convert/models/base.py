@@ -9,7 +9,7 @@ Shapes: B rows (images, doubled if guidance is paired), L tokens in hand, C widt
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -59,6 +59,7 @@ class Call:
     span: Span
     table: Tensor | None = None
     slot: Slot | None = None
+    _masks: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of(self, rows_BK: Tensor, counts: tuple[int, ...]) -> Call:
         """The call for the tokens at ``rows_BK`` of those in hand, ``counts`` of them at each scale."""
@@ -68,12 +69,19 @@ class Call:
         return replace(self, span=Span(self.span.first, counts), table=table)
 
     def mask(self, device: torch.device) -> Tensor | None:
-        """Boolean [L, L]: a token attends to its own scale and the coarser ones. None: all attend to all in reach."""
+        """Boolean [L, L]: a token attends to its own scale and the coarser ones. None: all attend to all in reach.
+
+        Made once for all blocks that get this call.
+        """
         if self.slot is not None or len(self.span.counts) == 1:
             return None
-        counts = torch.tensor(self.span.counts, device=device)
-        level = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=sum(self.span.counts))
-        return level.unsqueeze(1) >= level.unsqueeze(0)
+        if device not in self._masks:
+            counts = torch.tensor(self.span.counts, device=device)
+            level = torch.arange(len(counts), device=device).repeat_interleave(
+                counts, output_size=sum(self.span.counts)
+            )
+            self._masks[device] = level.unsqueeze(1) >= level.unsqueeze(0)
+        return self._masks[device]
 
 
 class Residual(NamedTuple):

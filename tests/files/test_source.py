@@ -104,7 +104,7 @@ def test_a_recorded_teacher_is_of_the_recorded_revision(
         shutil.copy(official_pair[1], snapshot / TOKENIZER_FILE)
         if commit == COMMITS[0]:
             teacher = load_any("var-d16")
-            recorded = Run.of(teacher, Recipe(name="x", model="var-d16")).provenance(teacher)
+            recorded = Run.of(teacher, Recipe(name="x", model="var-d16")).origin
             tensors = torch.load(official_pair[0])
             torch.save({**tensors, "head.bias": tensors["head.bias"] + 1}, official_pair[0])
             torch.save(torch.load(official_pair[1]), official_pair[1])
