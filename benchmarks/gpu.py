@@ -1,15 +1,19 @@
 """Speed on one GPU: plain, dense and sparse generation at the exact sizes of d16, d24 and d30, in bf16.
 
     python benchmarks/gpu.py --out gpu.json
+    python benchmarks/gpu.py --dry-run
+
+The second runs the same lines on a CPU with tiny models, and no graphs: to see that they work. Its times mean nothing.
 
 The plain path starts every kernel from Python; the dense and the sparse model replay CUDA graphs. Random weights cost
 what real ones cost. Plans save 40 and 50 % of the transformer's FLOPs: with routing, which is measured balanced and
 skewed, and without (``static``: experts that every token runs, the baseline that routing has to beat). Times are of
 tokens, noise included. A side runs once per batch: the plain one at batch 1, and for d16 at the others too.
 
-Before the table stand two choices that the code makes for a GPU, each beside its alternative, and three checks: that
-the plain path draws the dense model's tokens in fp32, and that graphs draw what the dense and the sparse model draw
-without them. Rows are printed and written as they are finished; after --minutes no further one is begun, and what is
+Before the table stand the choices that the code makes for a GPU, each beside its alternative (fused kernels beside
+grouped products, graphs beside ``torch.compile``), and three checks: that the plain path draws the dense model's tokens
+in fp32, and that graphs draw what the dense and the sparse model draw without them.
+Rows are printed and written as they are finished; after --minutes no further one is begun, and what is
 left out is named. The last column says whether a row reaches what the project asks of an H200: see ``goals``.
 """
 
@@ -19,12 +23,15 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
+import torch.nn.functional as F
 from plain import PlainGeneration
 from sides import (
     Goal,
@@ -40,13 +47,23 @@ from sides import (
     recipe_plan,
     same_tokens,
 )
+from torch import Tensor
 
+from actvar_convert.kernels.expert_ffn import (
+    expert_ffn_masked,
+    expert_ffn_prefix,
+    expert_ffn_triton,
+    selection_mask,
+    triton_works,
+)
+from actvar_convert.kernels.expert_weights import ExpertWeights
 from actvar_convert.kernels.linear import linear_gelu, linear_gelu_reference
 from actvar_convert.measure.latency import hardware_name
 from actvar_convert.models.model import Model
 from actvar_convert.models.var import tokenizer as vqvae
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
+from actvar_convert.system.device import synchronize
 
 ROUTINGS = ("static", "balanced", "skewed")
 
@@ -75,11 +92,12 @@ class Deadline:
 
 
 class Settings(NamedTuple):
-    """What is measured of every model."""
+    """What is measured of every model; of a tiny one in its place if ``tiny``."""
 
     batches: list[int]
     repeats: int
     reductions: list[float]
+    tiny: bool = False
 
 
 def goals(batch: int) -> list[Goal]:
@@ -104,7 +122,7 @@ def rows_of(name: str, device: torch.device, settings: Settings, deadline: Deadl
     """The rows of one model as they are finished: per plan, batch size and routing."""
     if not deadline.allows(name):
         return
-    dense = random_dense(name, device, torch.bfloat16)
+    dense = random_dense(name, device, torch.bfloat16, tiny=settings.tiny)
     plain = PlainGeneration(dense)
     whole: dict[int, tuple[Timing | None, Timing]] = {}
     for batch in settings.batches:
@@ -113,7 +131,7 @@ def rows_of(name: str, device: torch.device, settings: Settings, deadline: Deadl
             with deadline.memory_for(what):
                 before, labels = None, labels_of(dense, batch)
                 if batch == 1 or name == "d16":
-                    before, _ = timed(lambda own=labels: plain.generate_tokens(own), settings, device)
+                    before, _ = timed(partial(plain.generate_tokens, labels), settings, device)
                 whole[batch] = before, recorded(dense, batch, settings, device)[0]
             dense.recordings.clear()
     for reduction in settings.reductions:
@@ -131,7 +149,7 @@ def rows_of(name: str, device: torch.device, settings: Settings, deadline: Deadl
                     sparse_timing, peak = measured
                     timings = [timing for timing in (plain_timing, dense_timing, sparse_timing) if timing]
                     yield Row(
-                        model=name,
+                        model=f"{name} (tiny)" if settings.tiny else name,
                         dtype="bf16",
                         batch=batch,
                         extent="tokens",
@@ -157,45 +175,97 @@ def timed(run: Callable[[], object], settings: Settings, device: torch.device) -
 def recorded(model: Model, batch: int, settings: Settings, device: torch.device) -> tuple[Timing, int]:
     """Time and peak memory of tokens by CUDA graphs, which the warm-up records unless they are there already."""
     labels = labels_of(model, batch)
-    return timed(lambda: model.generate_tokens(labels, chunk=batch, compile=True), settings, device)
+    return timed(lambda: model.generate_tokens(labels, chunk=batch, compile=device.type == "cuda"), settings, device)
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
+def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
     """Median time of one call, after two to warm up."""
     seconds = []
     for repeat in range(repeats + 2):
-        torch.cuda.synchronize()
+        synchronize(device)
         began = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        synchronize(device)
         if repeat >= 2:
             seconds.append(time.perf_counter() - began)
     return 1000 * statistics.median(seconds)
 
 
 @torch.inference_mode()
-def choices(dense: Model) -> Iterator[str]:
-    """Lines about what the code chooses on a GPU, with the shapes of a model."""
-    ffn, device = dense.transformer.blocks[0].ffn, dense.device
-    x = torch.randn(64 * 2 * 256, dense.config.width, device=device, dtype=torch.bfloat16)
+def choices(dense: Model, rows: int, batches: Sequence[int]) -> Iterator[str]:
+    """Lines about what the code chooses on a GPU, with the shapes of a model.
+
+    Args:
+        dense: the model.
+        rows: tokens that an FFN gets at once.
+        batches: images at once, of the decoder and of whole generations.
+    """
+    ffn, device, dtype = dense.transformer.blocks[0].ffn, dense.device, dense.dtype
+    x = torch.randn(rows, dense.config.width, device=device, dtype=dtype)
     fused, written = (
-        milliseconds(lambda layer=layer: layer(x, ffn.fc1.weight, ffn.fc1.bias))
+        milliseconds(partial(layer, x, ffn.fc1.weight, ffn.fc1.bias), device)
         for layer in (linear_gelu, linear_gelu_reference)
     )
     yield f"linear layer with GELU, {len(x)} rows: fused {fused:.3f} ms, as written {written:.3f} ms"
-    for batch in (1, 16):
+    weights = ExpertWeights(ffn.fc1.weight, ffn.fc1.bias, ffn.fc2.weight, ffn.fc2.bias, experts=8)
+    chosen = torch.rand(rows, 6, device=device).topk(3, sorted=False).indices
+    ways: dict[str, Callable[[], object]] = {
+        "grouped_mm": lambda: grouped_ffn(x, weights, 2, chosen),
+        "all experts, masked": lambda: expert_ffn_masked(x, weights, 2, selection_mask(chosen, 6)),
+    }
+    if triton_works(device):
+        ways = {"fused kernels": lambda: expert_ffn_triton(x, weights, 2, chosen)} | ways
+    said = ", ".join(f"{name} {milliseconds(way, device):.3f} ms" for name, way in ways.items())
+    yield f"expert FFN, 2 of 8 experts always and 3 routed, {len(x)} rows: {said}"
+    for batch in batches:
         tokens = torch.randint(dense.config.vocab, (batch, dense.config.schedule.total))
         scales = dense.split(tokens.to(device))
         kept, times = vqvae.CHANNELS_LAST, []
         for vqvae.CHANNELS_LAST in (kept, ()):
-            times.append(milliseconds(lambda scales=scales: dense.tokenizer.decode(scales)))
+            times.append(milliseconds(partial(dense.tokenizer.decode, scales), device))
         vqvae.CHANNELS_LAST = kept
         yield f"decoder in bf16, batch {batch}: channels last {times[0]:.1f} ms, default {times[1]:.1f} ms"
+    for batch in batches:
+        made = partial(dense.generate_tokens, labels_of(dense, batch), chunk=batch)
+        times = [milliseconds(partial(made, compile=device.type == "cuda"), device, repeats=3)]
+        dense.recordings.clear()
+        with compiled_blocks(dense):
+            times.append(milliseconds(made, device, repeats=3))
+        yield f"dense tokens, batch {batch}: CUDA graphs {times[0]:.1f} ms, torch.compile {times[1]:.1f} ms"
 
 
-def checks(dense: Model, device: torch.device) -> Iterator[str]:
+def grouped_ffn(x_RC: Tensor, weights: ExpertWeights, prefix: int, chosen_RK: Tensor) -> Tensor:
+    """The expert FFN by torch's grouped products: a copy of a row for every expert that it chose. Returns [R, C]."""
+    E, K, C = weights.experts, chosen_RK.shape[1], x_RC.shape[1]
+    experts, order = chosen_RK.flatten().sort()
+    rows = order // K
+    ends = torch.searchsorted(experts, torch.arange(E - prefix, device=experts.device), right=True, out_int32=True)
+    w1_ECN = weights.w1.view(E, -1, C).transpose(1, 2)
+    w2_ENC = weights.w2.view(C, E, -1).permute(1, 2, 0)
+    hidden = F.grouped_mm(x_RC[rows], w1_ECN[prefix:], offs=ends) + weights.b1.view(E, -1)[prefix:][experts]
+    out = F.grouped_mm(F.gelu(hidden, approximate="tanh"), w2_ENC[prefix:], offs=ends)
+    return expert_ffn_prefix(x_RC, weights, prefix).index_add_(0, rows, out)
+
+
+@contextmanager
+def compiled_blocks(model: Model) -> Iterator[None]:
+    """Meanwhile the blocks are compiled, once per scale; on a CPU traced alone, since compiling takes minutes."""
+    blocks, limits = list(model.transformer.blocks), torch._dynamo.config
+    backend = "inductor" if model.device.type == "cuda" else "eager"
+    with limits.patch(recompile_limit=64, accumulated_recompile_limit=4096):
+        for block in blocks:
+            block.compile(backend=backend, dynamic=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
+            torch._dynamo.reset()
+
+
+def checks(dense: Model, device: torch.device, *, tiny: bool) -> Iterator[str]:
     """Lines about whether the sides draw the same tokens."""
-    small = random_dense("d16", device, torch.float32, depth=2)
+    small = random_dense("d16", device, torch.float32, depth=2, tiny=tiny)
     same = same_tokens(PlainGeneration(small), small, 4)
     yield f"tokens that the plain path draws as the dense model does, fp32, 2 blocks: {100 * same:.2f} %"
     sparse = random_sparse(dense, plan_of(dense.config, "d16", 0.4, routed=True))
@@ -206,7 +276,9 @@ def checks(dense: Model, device: torch.device) -> Iterator[str]:
 
 def agreement(model: Model) -> float:
     """Share of the tokens that the graphs draw as the same model does without them."""
-    eager, replayed = (model.generate_tokens(list(range(4)), compile=graphs) for graphs in (False, True))
+    eager, replayed = (
+        model.generate_tokens(labels_of(model, 4), compile=graphs) for graphs in (False, model.device.type == "cuda")
+    )
     return float((eager == replayed).double().mean())
 
 
@@ -220,19 +292,25 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no further row is begun")
     parser.add_argument("--out", type=Path, help="JSON file to write, after every row")
+    parser.add_argument("--dry-run", action="store_true", help="the same lines on the CPU, with tiny models")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py needs a GPU: torch sees no CUDA device here. benchmarks/cpu.py measures the CPU.")
-    device, deadline = torch.device("cuda"), Deadline(given.minutes)
-    print(f"{hardware_name(device)}, torch {torch.__version__}\n", flush=True)
-    dense = random_dense("d16", device, torch.bfloat16)
-    for lines in (choices(dense), checks(dense, device)):
+    dry: bool = given.dry_run
+    if not dry and not torch.cuda.is_available():
+        sys.exit(
+            "benchmarks/gpu.py needs a GPU: torch sees no CUDA device here. benchmarks/cpu.py measures the CPU; "
+            "--dry-run tries every line of this benchmark on it."
+        )
+    device, deadline = torch.device("cpu" if dry else "cuda"), Deadline(given.minutes)
+    print(f"{hardware_name(device)}, torch {torch.__version__}{', a dry run: times mean nothing' if dry else ''}\n")
+    dense = random_dense("d16", device, torch.bfloat16, tiny=dry)
+    rows, batches = (64, [1, 2]) if dry else (64 * 2 * 256, [1, 16])
+    for lines in (choices(dense, rows, batches), checks(dense, device, tiny=dry)):
         for line in lines:
             print(line, flush=True)
     print(flush=True)
     del dense
     results = Results(device, given.out)
-    settings = Settings(given.batches, given.repeats, given.reductions)
+    settings = Settings([1, 3] if dry else given.batches, 1 if dry else given.repeats, given.reductions, tiny=dry)
     for name in given.models:
         torch.cuda.empty_cache()
         results.add(rows_of(name, device, settings, deadline))

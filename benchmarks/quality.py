@@ -226,6 +226,7 @@ class Frontier:
         )
         stages = recipe.distill
         steps = {"none": (0, 0), "stage1": (stages.stage1.steps, 0), "full": (stages.stage1.steps, stages.stage2.steps)}
+        assert found.fid is not None, "an extractor was given"
         row = Row(
             key=self.key(wanted),
             method=method.name,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from plain import PlainGeneration
@@ -108,13 +108,20 @@ class Results:
                 write_json(self._out, self.rows, self._device)
 
 
-def random_dense(name: str, device: torch.device, dtype: torch.dtype, *, depth: int | None = None) -> Model:
+def random_dense(
+    name: str, device: torch.device, dtype: torch.dtype, *, depth: int | None = None, tiny: bool = False
+) -> Model:
     """A published model's shape with random weights, transformer and decoder in ``dtype``; on a CPU it decodes in fp32.
 
     Args:
         depth: blocks, where fewer than all will do.
+        tiny: two narrow blocks and maps of 1 to 16 tokens, where only the lines that run matter.
     """
     config, tokenizer_config = official_config(f"var-{name}")
+    if tiny:
+        small: dict[str, Any] = {"sides": (1, 2, 3, 4), "vocab": 64}
+        config = config.model_copy(update=small | {"depth": 2, "width": 64, "heads": 2, "hidden": 256})
+        tokenizer_config = tokenizer_config.model_copy(update=small | {"ch": 32, "ch_mult": (1, 2), "res_blocks": 1})
     if depth is not None:
         config = config.model_copy(update={"depth": depth})
     torch.manual_seed(0)

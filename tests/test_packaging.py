@@ -59,8 +59,8 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
     extras = PROJECT["project"]["optional-dependencies"]
-    for requirement in [*PROJECT["project"]["dependencies"], *extras["test"]]:
-        name, least = requirement.lower().replace("_", "-").split(">=")
+    for requirement in [*PROJECT["project"]["dependencies"], *extras["test"], *extras["triton"]]:
+        name, least = requirement.partition(";")[0].lower().replace("_", "-").split(">=")
         assert name in pins, f"{name} is not pinned"
         assert _numbers(pins[name]) >= _numbers(least), f"{name} {pins[name]} is older than {least}"
 

@@ -20,6 +20,9 @@ A grouped product copies: K rows of C are written and read again on the way in a
 gathering in the load and adding the K partial rows in a last pass would still pay half of that. Few large experts have
 few sets: there a tile computes 5 % more than the least, and that is all. With many small ones it computes most of F.
 
+No GPU has run these kernels yet: the interpreter runs them and they compile for three GPUs, which shows no speed. They
+stay only if ``benchmarks/gpu.py`` shows that they beat two ``torch.nn.functional.grouped_mm``.
+
 Shapes as in ``expert_ffn``, and: T tiles of M rows, S = F slots for the experts of a tile.
 """
 

@@ -6,6 +6,8 @@ serves one number of images, one sampling, one plan, one dtype and one set of we
 
 Between two replays only the random numbers of the next scale are made; nothing waits for the device.
 
+No GPU has timed them yet. They stay only if ``benchmarks/gpu.py`` shows that they beat ``torch.compile`` of the blocks.
+
 On a CPU there is nothing to record, and ``torch.compile`` made a block slower (docs/experiments.md, 2026-11-23).
 
 Shapes: B images, L_s tokens of scale s, V codebook size.

@@ -16,6 +16,8 @@ from sides import Goal, Results, Row, Timing
 
 from actvar_convert.cost import macs as costs
 from actvar_convert.files.layout import official_config
+from actvar_convert.kernels.expert_ffn import expert_ffn_masked, selection_mask
+from actvar_convert.kernels.expert_weights import ExpertWeights
 from actvar_convert.models.base import inner
 from actvar_convert.models.model import Model
 from actvar_convert.models.split import ffn_of
@@ -176,3 +178,34 @@ def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit, match=r"needs a GPU: torch sees no CUDA device here. benchmarks/cpu.py measures"):
         gpu.main()
+
+
+def test_a_dry_run_goes_through_every_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dry.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(out), "--models", "d16", "d24"])
+    gpu.main()
+    printed = capsys.readouterr().out
+    assert "times mean nothing" in printed and "left out" not in printed
+    for line in ("linear layer", "grouped_mm", "decoder in bf16", "torch.compile", "the plain path draws"):
+        assert line in printed
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * 2 * 2 * 3 and {row["model"] for row in rows} == {"d16 (tiny)", "d24 (tiny)"}
+
+
+@torch.inference_mode()
+def test_grouped_products_are_the_same_ffn() -> None:
+    torch.manual_seed(0)
+    weights = ExpertWeights(torch.randn(64, 16), torch.randn(64), torch.randn(16, 64), torch.randn(16), experts=8)
+    x, chosen = torch.randn(30, 16), torch.rand(30, 5).topk(3).indices  # one expert is chosen by nobody
+    want = expert_ffn_masked(x, weights, 2, selection_mask(chosen, 6))
+    torch.testing.assert_close(gpu.grouped_ffn(x, weights, 2, chosen), want, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_blocks_draw_the_same_tokens_and_are_undone(tiny_model: Model) -> None:
+    want = tiny_model.generate_tokens([0, 1])
+    with gpu.compiled_blocks(tiny_model):
+        assert all(block._compiled_call_impl is not None for block in tiny_model.transformer.blocks)
+        assert torch.equal(tiny_model.generate_tokens([0, 1]), want)
+    assert all(block._compiled_call_impl is None for block in tiny_model.transformer.blocks)

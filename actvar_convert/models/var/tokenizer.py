@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from actvar_convert.models.base import Schedule
 from actvar_convert.models.var.config import TokenizerConfig
 
-CHANNELS_LAST = ("cuda",)
+CHANNELS_LAST: tuple[str, ...] = ("cuda",)
 """Kinds of device whose convolutions read channels-last in 16-bit formats; on a CPU it was measured to gain nothing."""
 
 FAST_DECODERS = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
