@@ -19,12 +19,20 @@ class ActvarError(Exception):
 
 
 class InputError(ActvarError):
-    """Input that cannot be used: a file, an argument, a recipe."""
+    """Input that cannot be used: a file, an argument, a recipe.
+
+    Bytes of a file's name that are no UTF-8 stand in the texts as escapes: such a message can be printed anywhere.
+    """
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
-        self.message = message
-        self.problems = list(problems)
+        self.message = _printable(message)
+        self.problems = [_printable(problem) for problem in problems]
+        message = self.message
         super().__init__("\n".join([message, *(f"  - {problem}" for problem in self.problems)]))
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class CheckpointError(InputError):

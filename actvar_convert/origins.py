@@ -22,6 +22,7 @@ from actvar_convert.files.sparse_folder import (
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import Recipe, deciding
+from actvar_convert.stores import require_images
 from actvar_convert.system.device import DtypeLike, pick_device, pick_dtype
 
 STATE = "state.safetensors"
@@ -45,12 +46,18 @@ class Run:
 
     @classmethod
     def of(cls, teacher: Model, recipe: Recipe) -> Run:
-        """What both depend on: the teacher, its sampling, the settings that decide them."""
+        """What both depend on: the teacher, its sampling, the settings that decide them, images by their content.
+
+        Raises:
+            InputError: the recipe names images that cannot be used.
+        """
+        images = [each.fingerprint for each in require_images(recipe, teacher.family.classes(teacher.config))]
         weights = state_fingerprint(teacher)
         tokenizer = teacher.tokenizer.config.model_dump_json()
         around = (weights, tokenizer, json.dumps(teacher.sampling._asdict()), teacher.origin.get("shape", ""))
         start, key = (
-            fingerprint_of(*around, deciding(recipe, *phases)) for phases in (("convert",), ("convert", "train"))
+            fingerprint_of(*around, deciding(recipe, *phases), *images[: len(phases)])
+            for phases in (("convert",), ("convert", "train"))
         )
         origin = provenance_of(teacher.origin, recipe=recipe.name, teacher_fingerprint=weights, run=key)
         return cls(recipe, start, key, origin)

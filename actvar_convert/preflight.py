@@ -149,7 +149,7 @@ def _not_at_hand(recipe: Recipe, classes: int | None) -> list[str]:
             try:
                 look(given)
             except InputError as error:
-                problems.append(f"{where}: {error.message}")
+                problems += [f"{where}: {error.message}", *error.problems]
     try:
         require_images(recipe, classes)
     except InputError as error:

@@ -118,7 +118,7 @@ def run(
     progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
-    require_images(chosen, teacher.family.classes(teacher.config))
+    require_images(chosen, teacher.family.classes(teacher.config), progress)
     extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
     recipe_plans(teacher.config, chosen)

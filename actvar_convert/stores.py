@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from actvar_convert.distillation.data import (
+    ChosenImages,
     Making,
     TokenStore,
-    labelled_images,
+    chosen_images,
     store_from_images,
     store_from_teacher,
 )
@@ -17,37 +18,47 @@ from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import CalibrationRecipe, DataRecipe, Recipe
 from actvar_convert.system.device import pick_dtype
 from actvar_convert.system.processes import ALONE, Processes
-from actvar_convert.system.progress import Progress
+from actvar_convert.system.progress import Progress, SilentProgress
 
 
 def calibration_store(
     model: Model, recipe: Recipe, *, path: Path | None = None, progress: Progress, processes: Processes = ALONE
 ) -> TokenStore:
     """The pyramids that a dense model's activations are measured on; kept in ``path`` as they come, if given."""
-    return _store(model, recipe, recipe.calibration, recipe.seed + 1, path, progress, processes)
+    return _store(model, recipe, *_calibrating(recipe), path, progress, processes)
 
 
 def distillation_store(
     teacher: Model, recipe: Recipe, *, path: Path | None, progress: Progress, processes: Processes = ALONE
 ) -> TokenStore:
     """The pyramids that a distillation replays; kept in ``path`` as they come, if given."""
-    return _store(teacher, recipe, recipe.data, recipe.seed + 2, path, progress, processes)
+    return _store(teacher, recipe, *_training(recipe), path, progress, processes)
 
 
-def require_images(recipe: Recipe, classes: int | None) -> None:
-    """Checks that a recipe's images are there, in as many class folders as the model has classes.
+def require_images(recipe: Recipe, classes: int | None, progress: Progress | None = None) -> list[ChosenImages]:
+    """The images that a recipe chooses for calibration and for training, all of them readable; none if it names none.
 
     Raises:
-        InputError: they are not.
+        InputError: they are not there, not in as many class folders as the model has classes, or cannot be read.
     """
-    if recipe.data.images is not None:
-        try:
-            labelled_images(Path(recipe.data.images), classes)
-        except InputError as error:
-            raise InputError(
-                "the recipe's images cannot be used; give the root of a class-per-folder tree:",
-                [f"data.images: {error.message}"],
-            ) from error
+    if recipe.data.images is None:
+        return []
+    choices = [(wanted.pyramids, seed) for wanted, seed in (_calibrating(recipe), _training(recipe))]
+    try:
+        return chosen_images(Path(recipe.data.images), classes, choices, progress or SilentProgress())
+    except InputError as error:
+        raise InputError(
+            "the recipe's images cannot be used; give the root of a class-per-folder tree:",
+            [f"data.images: {error.message}", *error.problems],
+        ) from error
+
+
+def _calibrating(recipe: Recipe) -> tuple[CalibrationRecipe, int]:
+    return recipe.calibration, recipe.seed + 1
+
+
+def _training(recipe: Recipe) -> tuple[DataRecipe, int]:
+    return recipe.data, recipe.seed + 2
 
 
 def _store(

@@ -157,7 +157,7 @@ def convert(
             refuse_distilled(Path(out))
     config = model.config
     recipe_plans(config, chosen)
-    require_images(chosen, model.family.classes(config))
+    require_images(chosen, model.family.classes(config), progress)
     require_memory(conversion_memory(model, chosen, processes), model.device)
     if run is None and (out is not None or work is not None):
         run = Run.of(model, chosen)
@@ -257,6 +257,7 @@ def distill(
         )
     folder = Path(out)
     refuse_foreign(folder)
+    require_images(chosen, teacher.family.classes(teacher.config), progress)
     work, run = Work.beside(folder), run or Run.of(teacher, chosen)
     student = processes.from_main(student_print(model) if processes.main else "")
     if _take_finished(model, folder, run.key, student):
@@ -268,7 +269,6 @@ def distill(
         return model
     if not replace:
         refuse_distilled(folder)
-    require_images(chosen, teacher.family.classes(teacher.config))
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(folder, run.key)
     work.folder.mkdir(parents=True, exist_ok=True)

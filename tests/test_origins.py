@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import time
+from pathlib import Path
+
+from PIL import Image
 
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.tokenizer import VQVAE
 from actvar_convert.origins import Run
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.stores import require_images
 
 
 def test_a_run_is_one_of_a_tokenizer_and_a_sampling(tiny_model: Model) -> None:
@@ -30,3 +35,24 @@ def test_what_only_trains_leaves_the_conversion_as_it_is(tiny_model: Model) -> N
     assert first.start == more.start and first.key != more.key
     assert other.start != first.start and other.key != first.key
     assert (same.start, same.key) == (first.start, first.key)
+
+
+def test_a_run_is_one_of_the_content_of_its_images(tiny_model: Model, tmp_path: Path) -> None:
+    paths = [tmp_path / f"class{label}" / f"{i}.png" for label in range(5) for i in range(3)]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    recipe = load_recipe(
+        Recipe(name="tiny", model="tiny"), [f"data.images={tmp_path}", "calibration.pyramids=2", "data.pyramids=8"]
+    )
+    calibrating, training = (set(each.files) for each in require_images(recipe, 5))
+    first = Run.of(tiny_model, recipe)
+    for path in paths:
+        path.touch()
+    assert Run.of(tiny_model, recipe) == first, "touched, not changed"
+    time.sleep(0.02)  # clocks of file systems are coarse
+    Image.new("RGB", (8, 8), (0, 99, 0)).save(min(training - calibrating))
+    trained = Run.of(tiny_model, recipe)
+    assert trained.start == first.start and trained.key != first.key, "what is calibrated stays"
+    Image.new("RGB", (8, 8), (0, 99, 0)).save(min(calibrating))
+    assert Run.of(tiny_model, recipe).start != first.start

@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from actvar_convert.conversion.activations import Calibration
 from actvar_convert.models.base import Call, Schedule, inner, walk
 from actvar_convert.models.model import Model
-from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.atomic import read_checked, write_checked
 from actvar_convert.system.processes import ALONE, Processes
 
 
@@ -120,7 +119,7 @@ def output_metrics(model: Model, calibration: Calibration, how: Measuring) -> li
             with torch.autocast(device.type, how.autocast, enabled=how.autocast is not None, cache_enabled=False):
                 _add_batch(model, condition, tokens, noise, moments)
             if how.state is not None:
-                write_whole(how.state, safetensors.torch.save(_tensors(moments, generator, number)))
+                write_checked(how.state, safetensors.torch.save(_tensors(moments, generator, number)))
         how.on_batch(len(tokens))
     for sums in (each for pair in moments for each in pair):
         sums.moment, sums.size = how.processes.total(sums.moment), how.processes.total(sums.size)
@@ -156,13 +155,13 @@ def _tensors(moments: list[tuple[_Moments, _Moments]], generator: torch.Generato
 
 
 def _restore(state: Path | None, moments: list[tuple[_Moments, _Moments]], generator: torch.Generator) -> int:
-    """Takes up what ``_tensors`` gave, if there is such a file; returns the number of batches done."""
+    """Takes up what ``_tensors`` gave, if there is such a file, whole; returns the number of batches done."""
     if state is None:
         return 0
-    try:
-        kept = safetensors.torch.load(state.read_bytes())
-    except (FileNotFoundError, SafetensorError):
+    content = read_checked(state)
+    if content is None:
         return 0
+    kept = safetensors.torch.load(content)
     for block, pair in enumerate(moments):
         for name, own in zip(("ffn", "block"), pair, strict=True):
             own.moment.copy_(kept[f"{block}.{name}.moment"])

@@ -87,7 +87,7 @@ def check_run_state(path: str | Path, fingerprint: str) -> dict[str, Scalar]:
         raise CheckpointError(f"{path} is not the state of a run that this version can continue. {over}")
     if metadata.get("fingerprint") != fingerprint:
         raise CheckpointError(
-            f"{path} is the state of a run with another recipe or teacher; continuing it would mix the two. "
-            f"Run the command with the recipe and teacher it was started with. {over}"
+            f"{path} is the state of a run with another recipe or teacher, or with other images; continuing it would "
+            f"mix the two. Run the command with the recipe, teacher and images it was started with. {over}"
         )
     return scalars

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterator, Sequence
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,12 +25,11 @@ from torch import Tensor, nn
 from actvar_convert.errors import InputError
 from actvar_convert.files import bundled as zoo
 from actvar_convert.files.run_state import fingerprint_of
-from actvar_convert.files.tensors import sha256_of
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TokenizerConfig
-from actvar_convert.system.images import IMAGE_ENDINGS, list_images, read_image
+from actvar_convert.system.images import IMAGE_ENDINGS, check_images, list_images, read_image, unreadable
 
 
 @dataclass(frozen=True)
@@ -258,8 +260,9 @@ class InceptionExtractor:
         self.fingerprint = state_fingerprint(self.network)
         if reference.is_dir():
             self.network.to(device or "cpu")
-            rows = [self(image.to(device or "cpu"))[0].cpu() for image in folder_images(reference, image_size)]
-            self._reference = Reference.of(torch.cat(rows), images_fingerprint(reference, image_size))
+            digests = real_images(reference)
+            rows = [self(image.to(device or "cpu"))[0].cpu() for image in folder_images(digests, image_size)]
+            self._reference = Reference.of(torch.cat(rows), fingerprint_of(str(image_size), *digests.values()))
         else:
             self._reference = read_statistics(reference, self.feature_dim)
 
@@ -281,7 +284,11 @@ class InceptionExtractor:
 
 def require_reference(reference: Path) -> None:
     """Raises InputError if real images can be read from a path neither as a folder nor as an .npz."""
-    if not reference.is_dir() and not (reference.is_file() and reference.suffix == ".npz"):
+    if reference.is_dir():
+        real_images(reference)
+    elif reference.is_file() and reference.suffix == ".npz":
+        read_statistics(reference, InceptionExtractor.feature_dim)
+    else:
         raise InputError(f"{reference}: no folder of images and no .npz file with mu and sigma")
 
 
@@ -289,34 +296,47 @@ def read_statistics(path: Path, feature_dim: int) -> Reference:
     """Mean and covariance from an .npz with ``mu`` and ``sigma``.
 
     Raises:
-        InputError: the file is missing, is no such archive, or has other shapes.
+        InputError: the file is missing, is no such archive, has other shapes, or holds no finite numbers.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             mean, covariance = torch.from_numpy(archive["mu"]).double(), torch.from_numpy(archive["sigma"]).double()
-    except (OSError, KeyError, ValueError, EOFError, TypeError) as error:
+    except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: no readable .npz with the arrays mu and sigma ({error})") from error
     if mean.shape != (feature_dim,) or covariance.shape != (feature_dim, feature_dim):
         raise InputError(
             f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)}; "
             f"{feature_dim} features need [{feature_dim}] and [{feature_dim}, {feature_dim}]"
         )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise InputError(f"{path}: mu or sigma holds values that are infinite or no numbers; make the file anew")
     return Reference(mean, covariance)
 
 
-def images_fingerprint(folder: Path, size: int) -> str:
-    """Identifies the images below a folder, in their order, at ``size`` pixels per side."""
-    return fingerprint_of(str(size), *(sha256_of(path) for path in list_images(folder)))
-
-
-def folder_images(folder: Path, size: int, batch: int = 64) -> Iterator[Tensor]:
-    """Batches [B, 3, size, size] in [0, 1] of all images below a folder, their shorter sides resized, centre-cropped.
+def real_images(folder: Path) -> dict[Path, str]:
+    """SHA-256 of the content of every image below a folder, in their order.
 
     Raises:
-        InputError: there are fewer than two images, or one cannot be read.
+        InputError: there are fewer than two images, or some cannot be read, each of which is named.
     """
     paths = list_images(folder)
     if len(paths) < 2:
         raise InputError(f"{folder}: {len(paths)} images found ({', '.join(IMAGE_ENDINGS)}), two needed")
-    for begin in range(0, len(paths), batch):
-        yield torch.stack([read_image(path, size) for path in paths[begin : begin + batch]])
+    digests, faults = check_images(paths)
+    if faults:
+        raise unreadable(folder, paths, faults)
+    return {path: digests[path] for path in paths}
+
+
+def folder_images(digests: Mapping[Path, str], size: int, batch: int = 64) -> Iterator[Tensor]:
+    """Batches [B, 3, size, size] in [0, 1] of images, their shorter sides resized, centre-cropped.
+
+    Args:
+        digests: the images, as ``real_images`` found them.
+
+    Raises:
+        InputError: an image was changed since.
+    """
+    files = list(digests.items())
+    for begin in range(0, len(files), batch):
+        yield torch.stack([read_image(path, size, digest) for path, digest in files[begin : begin + batch]])

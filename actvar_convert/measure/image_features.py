@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from actvar_convert._version import __version__
@@ -22,7 +21,7 @@ from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model, chunk_seed
-from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.atomic import read_checked, write_checked
 from actvar_convert.system.progress import Task
 
 GROUP = 256
@@ -114,19 +113,18 @@ def remembered(
 ) -> dict[str, Tensor]:
     """Tensors stored under ``key`` in the cache, else what ``make`` returns, stored whole or not at all.
 
+    A file that was damaged, or put under this name by hand, is made anew.
+
     ``task`` advances by ``count`` if the tensors come from the cache; ``make`` advances it itself.
     """
     if cache is None:
         return make()
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40]
-    path = cache / f"{name}.safetensors"
-    try:
-        stored = safetensors.torch.load(path.read_bytes())
-    except (FileNotFoundError, SafetensorError):
-        stored = {}
-    if stored and all(len(value) == count for value in stored.values()):
+    path = cache / f"{name}.kept"
+    content = read_checked(path)
+    if content is not None:
         task.advance(count)
-        return stored
+        return safetensors.torch.load(content)
     stored = {name: value.contiguous() for name, value in make().items()}
-    write_whole(path, safetensors.torch.save(stored))
+    write_checked(path, safetensors.torch.save(stored))
     return stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -17,6 +18,8 @@ COMMIT = ".actvar-commit"
 """Folder of files that are complete and only have to be moved one level up: finishing that is always safe."""
 
 STAGING = ".actvar-saving-"
+
+CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -38,6 +41,30 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
         return
     with replacing(target) as temporary:
         temporary.write_bytes(data)
+
+
+def write_checked(path: Path, content: bytes) -> None:
+    """Writes a file of intermediate results whole, with a checksum of its name and content in front."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(checksum(path, content))
+        file.write(content)
+
+
+def read_checked(path: Path) -> bytes | None:
+    """What ``write_checked`` wrote under this name; None if there is no such file, or it is damaged or another one."""
+    try:
+        with path.open("rb") as file:
+            expected, content = file.read(CHECKSUM_BYTES), file.read()
+    except FileNotFoundError:
+        return None
+    return content if checksum(path, content) == expected else None
+
+
+def checksum(path: Path, content: bytes, number: int = 0) -> bytes:
+    """SHA-256 of the content of a file, or of a numbered part of it, that stands under this name and no other."""
+    digest = hashlib.sha256(f"{number} ".encode() + os.fsencode(path.name) + b"\0")
+    digest.update(content)
+    return digest.digest()
 
 
 @contextmanager

@@ -1,6 +1,10 @@
 """Token stores: order, resumption, images."""
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-from actvar_convert.distillation.data import Making, TokenStore, labelled_images, store_from_images, store_from_teacher
+from actvar_convert.distillation import data
+from actvar_convert.distillation.data import (
+    Making,
+    TokenStore,
+    chosen_images,
+    labelled_images,
+    store_from_images,
+    store_from_teacher,
+)
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
 from actvar_convert.system.images import list_images, read_image
-from actvar_convert.system.progress import SilentProgress
+from actvar_convert.system.progress import SilentProgress, Task
 
 
 def test_an_epoch_visits_every_pyramid_once(tiny_model: Model) -> None:
@@ -30,11 +42,11 @@ def test_sampling_goes_on_where_it_stopped(tiny_model: Model, tmp_path: Path) ->
     whole = store_from_teacher(tiny_model, 10, Making(path=tmp_path / "whole.bin", **arguments))
     in_memory = store_from_teacher(tiny_model, 10, Making(path=None, **arguments))
     assert torch.equal(whole.tokens, in_memory.tokens)
-    torn = tmp_path / "torn.bin"
-    torn.write_bytes((tmp_path / "whole.bin").read_bytes()[: 5 * 30 + 7])
+    torn, good = tmp_path / "whole.bin", (tmp_path / "whole.bin").read_bytes()
+    torn.write_bytes(good[: len(good) // 2])
     resumed = store_from_teacher(tiny_model, 10, Making(path=torn, **arguments))
     assert torch.equal(resumed.tokens, whole.tokens)
-    assert torn.read_bytes() == (tmp_path / "whole.bin").read_bytes()
+    assert torn.read_bytes() == good
     assert resumed.condition.values.tolist() == [i % 5 for i in range(10)]
 
 
@@ -97,8 +109,110 @@ def test_an_image_beyond_reason_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         read_image(tmp_path / "class0" / "0.png", 8)
 
 
-def test_a_broken_image_is_named(tiny_model: Model, tmp_path: Path) -> None:
+def test_every_broken_image_is_named_with_a_count_per_class(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
-    (tmp_path / "class2" / "0.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"0\.png: cannot be read"):
-        store_from_images(tiny_model, tmp_path, 10, Making(batch=3, seed=0, progress=SilentProgress()))
+    broken = [tmp_path / f"class{label}" / f"{i}.png" for label, i in ((2, 0), (4, 0), (4, 1))]
+    for path in broken:
+        path.write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"3 of 10 images .*\(class2: 1 of 2, class4: 2 of 2\)") as caught:
+        store_from_images(tiny_model, tmp_path, 2, Making(batch=3, seed=0, progress=SilentProgress()))
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [str(path) for path in broken]
+
+
+def test_of_a_large_tree_those_that_are_chosen_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, 5)
+    monkeypatch.setattr(data, "CHECKED", 9)
+    (chosen,) = chosen_images(tmp_path, 5, [(3, 0)], SilentProgress())
+    others = [path for path in list_images(tmp_path) if path not in chosen.files]
+    lonely = next(path for path in others if path.with_name(f"{1 - int(path.stem)}.png") in chosen.files)
+    lonely.write_bytes(b"not chosen, and the class has another one")
+    assert chosen_images(tmp_path, 5, [(3, 0)], SilentProgress())[0].files == chosen.files
+    chosen.files[1].write_bytes(b"chosen")
+    pair = [path for path in others if path.with_name(f"{1 - int(path.stem)}.png") not in chosen.files]
+    for path in pair:
+        path.write_bytes(b"the whole class")
+    with pytest.raises(InputError) as caught:
+        chosen_images(tmp_path, 5, [(3, 0)], SilentProgress())
+    named = {problem.split(": ")[0] for problem in caught.value.problems}
+    assert {str(path) for path in (chosen.files[1], *pair)} <= named
+
+
+def test_classes_without_an_image_are_named_with_what_they_hold(tmp_path: Path) -> None:
+    write_images(tmp_path, 5)
+    for label in (1, 3):
+        for path in (tmp_path / f"class{label}").iterdir():
+            path.rename(path.with_suffix(".tif")) if label == 3 else path.unlink()
+    with pytest.raises(InputError, match=r"no image in 2 of 5 class folders; looked for \.png") as caught:
+        labelled_images(tmp_path, 5)
+    assert caught.value.problems == [f"{tmp_path}/class1: empty", f"{tmp_path}/class3: holds other files: 2 .tif"]
+
+
+def test_class_folders_may_be_links(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    write_images(tmp_path / "elsewhere", 5)
+    for label in range(5):
+        (tmp_path / "tree" / f"class{label}").symlink_to(tmp_path / "elsewhere" / f"class{label}")
+    files, labels = labelled_images(tmp_path / "tree", 5)
+    assert len(files) == 10 and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    (tmp_path / "elsewhere" / "class3").rename(tmp_path / "away")
+    with pytest.raises(InputError, match="4 class folders, the model has 5 classes; links that lead nowhere: class3"):
+        labelled_images(tmp_path / "tree", 5)
+
+
+def test_names_in_any_encoding_become_tokens(tiny_model: Model, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 5)
+    making = Making(batch=3, seed=0, progress=SilentProgress(), path=tmp_path / "tokens.bin")
+    before = store_from_images(tiny_model, tmp_path / "images", 10, making)
+    for path in list_images(tmp_path / "images"):
+        path.rename(path.with_name(os.fsdecode(b"caf\xe9" + os.fsencode(path.name))))
+    after = store_from_images(tiny_model, tmp_path / "images", 10, making)
+    assert torch.equal(before.tokens, after.tokens)
+    assert len(list(tmp_path.glob("tokens-*.bin"))) == 1, "the content is the same, whatever it is called"
+
+
+def test_images_replaced_under_the_same_names_are_made_anew(tiny_model: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    write_images(folder, 5)
+    making = Making(batch=3, seed=0, progress=SilentProgress(), path=tmp_path / "tokens.bin")
+    first = store_from_images(tiny_model, folder, 10, making)
+    for path in list_images(folder):
+        before, pixels = path.stat(), np.asarray(Image.open(path))
+        Image.fromarray(255 - pixels).save(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = store_from_images(tiny_model, folder, 10, making)
+    assert not torch.equal(second.tokens, first.tokens)
+    alone = store_from_images(tiny_model, folder, 10, replace(making, path=None))
+    assert torch.equal(second.tokens, alone.tokens)
+
+
+def test_an_image_that_changes_under_way_ends_the_work(tiny_model: Model, tmp_path: Path) -> None:
+    write_images(tmp_path, 5)
+    (chosen,) = chosen_images(tmp_path, 5, [(10, 0)], SilentProgress())
+
+    class Replacing(SilentProgress):
+        """Replaces the last image when the first tokens are there."""
+
+        @contextmanager
+        def task(self, description: str, total: int | None = None) -> Iterator[Task]:
+            if description == "tokenising images":
+                shutil.copy(chosen.files[0], chosen.files[-1])
+            with super().task(description, total) as task:
+                yield task
+
+    making = Making(batch=3, seed=0, progress=Replacing(), path=tmp_path / "tokens.bin")
+    with pytest.raises(InputError, match=rf"{chosen.files[-1]}: the image was changed while it was in use"):
+        store_from_images(tiny_model, tmp_path, 10, making)
+
+
+def test_stored_pyramids_that_are_damaged_or_of_another_file_are_made_anew(tiny_model: Model, tmp_path: Path) -> None:
+    arguments = {"batch": 4, "seed": 3, "progress": SilentProgress()}
+    path, other = tmp_path / "whole.bin", tmp_path / "other.bin"
+    expected = store_from_teacher(tiny_model, 10, Making(path=path, **arguments)).tokens
+    store_from_teacher(tiny_model, 10, Making(path=other, batch=4, seed=4, progress=SilentProgress()))
+    good = path.read_bytes()
+    flipped = good[:300] + bytes([good[300] ^ 1]) + good[301:]
+    raw = np.random.default_rng(0).integers(0, 32, len(good), dtype=np.uint8).tobytes()
+    for damaged in (flipped, other.read_bytes(), raw, good + b"more", good[:-1] + b"\0", b"", bytes(len(good))):
+        path.write_bytes(damaged)
+        assert torch.equal(store_from_teacher(tiny_model, 10, Making(path=path, **arguments)).tokens, expected)
+        assert path.read_bytes() == good

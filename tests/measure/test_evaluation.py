@@ -223,7 +223,7 @@ def test_stored_features_are_reused_and_an_interruption_costs_one_group(
     stopped = Counting(extractor, stop_after=3 * BATCH)
     with pytest.raises(KeyboardInterrupt):
         evaluate(other, tiny_model, stopped, cache_dir=tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".kept"]
     resumed = Counting(extractor)
     assert evaluate(other, tiny_model, resumed, cache_dir=tmp_path) == plain
     assert resumed.seen == 2 * IMAGES - 2 * BATCH

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.atomic import read_checked, write_checked, write_whole
 
 
 def test_writes_text_and_bytes_into_a_new_folder(tmp_path: Path) -> None:
@@ -61,3 +61,15 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     assert os.read(reader, 99) == b"through it" and not (tmp_path / "pipe").is_file()
     os.close(reader)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "pipe", "real"]
+
+
+def test_intermediate_results_are_taken_if_they_are_whole_and_the_own_ones(tmp_path: Path) -> None:
+    path, other = tmp_path / "work" / "sums", tmp_path / "work" / "others"
+    assert read_checked(path) is None
+    write_checked(path, b"content")
+    write_checked(other, b"content")
+    good = path.read_bytes()
+    assert read_checked(path) == b"content"
+    for damaged in (b"", good[:10], good[:-1], good + b"x", good[:-1] + b"x", other.read_bytes(), b"content"):
+        path.write_bytes(damaged)
+        assert read_checked(path) is None
