@@ -65,6 +65,15 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
         assert _numbers(pins[name]) >= _numbers(least), f"{name} {pins[name]} is older than {least}"
 
 
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools" / "oldest.py"], capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert {line.partition("==")[0] for line in lines} == {
+        requirement.partition(">=")[0] for requirement in PROJECT["project"]["dependencies"]
+    }
+    assert "numpy==2.0" in lines and "torch==2.13.0" in lines
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
