@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
-from actvar_convert.errors import CheckpointError, InputError
+from actvar_convert.errors import CheckpointError, InputError, explain_os_errors
 from actvar_convert.files.bundled import bundled_config, bundled_names
 from actvar_convert.files.run_state import check_run_state, fingerprint_of
 from actvar_convert.files.source import load_any
@@ -23,10 +26,19 @@ from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import Recipe, deciding
 from actvar_convert.stores import require_images
+from actvar_convert.system import locks
+from actvar_convert.system.atomic import remove_leftovers
 from actvar_convert.system.device import DtypeLike, pick_device, pick_dtype
+from actvar_convert.system.processes import ALONE, Processes
 
 STATE = "state.safetensors"
 """File of an unfinished distillation in its ``work_folder``."""
+
+KEPT = (
+    *(".*", STATE, "metrics.jsonl", "converted", "evaluation", "calibration-*.bin", "search-*", "tokens-*.bin"),
+    "[0-9a-f]" * 40 + ".kept",
+)
+"""Glob patterns of all that is kept of unfinished work; the last are features of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,42 @@ class Work:
     folder: Path
 
     @classmethod
-    def beside(cls, out: Path) -> Work:
-        return cls(work_folder(out))
+    def of(cls, out: Path, named: str | Path | None = None) -> Work:
+        """The folder that is named, else ``OUT.work`` beside the result.
+
+        Raises:
+            InputError: what is named is no folder, or holds something else.
+        """
+        if named is None:
+            return cls(work_folder(out))
+        folder = Path(named)
+        with explain_os_errors("keep unfinished work in", folder):
+            entries = sorted(folder.iterdir()) if folder.exists() else []
+        other = [entry.name for entry in entries if not any(fnmatch(entry.name, pattern) for pattern in KEPT)]
+        if other:
+            raise InputError(
+                f"{folder} is to hold unfinished work alone, for all of it is removed at the end, and it holds "
+                f"{other[0]}. Name an empty folder, or one that is not there yet (--work)."
+            )
+        return cls(folder)
+
+    @contextmanager
+    def owned(self, out: Path, processes: Processes = ALONE) -> Iterator[bool]:
+        """Makes this process the one that works on a result; see ``locks.owned``."""
+        with locks.owned(self.folder, processes) as begins:
+            if begins and processes.main:
+                with explain_os_errors("write", out):
+                    remove_leftovers(out)
+            yield begins
+
+    def clear(self, run: Run) -> None:
+        """Removes everything, for the run is over, unless a training of another run waits there."""
+        if self.state.exists():
+            try:
+                check_run_state(self.state, run.key)
+            except CheckpointError:
+                return
+        locks.clear(self.folder, last=STATE)
 
     @property
     def state(self) -> Path:
@@ -190,15 +236,14 @@ def refuse_distilled(folder: Path) -> None:
         )
 
 
-def refuse_other_state(out: Path, fingerprint: str) -> None:
-    """Checks that an unfinished distillation beside a folder, if there is one, is the one with this fingerprint.
+def refuse_other_state(work: Work, fingerprint: str) -> None:
+    """Checks that an unfinished distillation, if there is one, is the one with this fingerprint.
 
     Raises:
         CheckpointError: it belongs to another recipe or teacher, or is damaged.
     """
-    state = Work.beside(out).state
-    if state.exists():
-        check_run_state(state, fingerprint)
+    if work.state.exists():
+        check_run_state(work.state, fingerprint)
 
 
 def finished_model(folder: Path, fingerprint: str, *, distilled: bool = True) -> Model | None:

@@ -6,7 +6,6 @@ samples, the state of the distillation, the features of the evaluation. The same
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -76,6 +75,7 @@ def run(
     recipe: verbs.RecipeLike,
     *,
     out: str | Path | None = None,
+    work: str | Path | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
     shard: bool = False,
@@ -89,14 +89,15 @@ def run(
         out: the folder to make; ``runs/NAME`` by default, in which a distilled model of another run is not replaced.
             One that holds the same run already is measured again only if a report is missing or was made with other
             settings.
+        work: folder in which steps leave their results until ``out`` is complete, ``OUT.work`` beside it by default.
         overrides: settings as ``a.b=value``.
         progress: told about every long step.
         shard: see ``distill``.
 
     Raises:
         RecipeError: everything that is wrong with the recipe, before any work.
-        InputError: the folder holds something else, or what the recipe names cannot be used.
-        Interrupted: after Ctrl-C; the same call goes on.
+        InputError: a folder holds something else, what the recipe names cannot be used, or another process is at it.
+        Interrupted: after Ctrl-C or SIGTERM; the same call goes on.
 
     The recipe's checks are evaluated, not enforced: ``result.checks.raise_if_failed()`` does.
     """
@@ -104,7 +105,7 @@ def run(
 
     def config_of(recipe: Recipe) -> TransformerConfig:
         place = Path(out) if out is not None else Path("runs") / recipe.name
-        begun = any((each / "config.json").exists() for each in (place, Work.beside(place).converted))
+        begun = any((each / "config.json").exists() for each in (place, Work.of(place, work).converted))
         due = None if begun else recipe  # what is converted already needs no memory for it
         made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, shape=recipe.shape)
         teachers.append(made)
@@ -123,14 +124,19 @@ def run(
     baseline = _baseline(chosen, teacher, extractor)
     recipe_plans(teacher.config, chosen)
     own = Run.of(teacher, chosen)
-    model = _finished(folder, own.key, teacher)
-    if model is None:
-        if out is None:
-            refuse_distilled(folder)
-        refuse_other_state(folder, own.key)
-        model = _make(teacher, own, folder, progress, processes)
-    measured = _measure(model, teacher, chosen, folder, extractor, baseline, progress) if processes.main else None
-    result = processes.from_main(measured)
+    keeping = Work.of(folder, work)
+    with keeping.owned(folder, processes):
+        model = _finished(folder, own.key, teacher)
+        if model is None:
+            if out is None:
+                refuse_distilled(folder)
+            refuse_other_state(keeping, own.key)
+            model = _make(teacher, own, folder, keeping, progress, processes)
+        measured = None
+        if processes.main:
+            measured = _measure(model, teacher, chosen, folder, keeping, extractor, baseline, progress)
+            keeping.clear(own)
+        result = processes.from_main(measured)
     assert result is not None
     return result
 
@@ -179,9 +185,9 @@ def _finished(folder: Path, fingerprint: str, teacher: Model, *, distilled: bool
     return None if found is None else found.to(teacher.device)
 
 
-def _make(teacher: Model, run: Run, folder: Path, progress: Progress, processes: Processes) -> Model:
+def _make(teacher: Model, run: Run, folder: Path, work: Work, progress: Progress, processes: Processes) -> Model:
     """Converts and distils."""
-    work, recipe = Work.beside(folder), run.recipe
+    recipe = run.recipe
     sparse = _finished(work.converted, run.key, teacher, distilled=False)
     require_memory(verbs.distillation_memory(teacher, recipe, processes), teacher.device)
     if sparse is None:
@@ -193,6 +199,7 @@ def _make(teacher: Model, run: Run, folder: Path, progress: Progress, processes:
         teacher=teacher,
         recipe=recipe,
         out=folder,
+        work=work.folder,
         progress=progress,
         run=run,
         shard=processes.shard,
@@ -228,12 +235,12 @@ def _measure(
     teacher: Model,
     recipe: Recipe,
     folder: Path,
+    work: Work,
     extractor: FeatureExtractor | None,
     baseline: QualityReport | None,
     progress: Progress,
 ) -> RunResult:
     """Reports, picture and card; each is written when it is ready, evaluation first since it takes longest."""
-    work = Work.beside(folder)
     flops = verbs.report_flops(model)
     update_file(folder, "flops.json", flops.to_json().encode())
     settings = recipe.evaluate
@@ -289,5 +296,4 @@ def _measure(
         provenance={key: getattr(value, "text", str(value)) for key, value in origin if value is not None},
     )
     update_file(folder, "README.md", card.encode())
-    shutil.rmtree(work.folder, ignore_errors=True)
     return RunResult(folder, flops, quality, benchmark, checks)

@@ -7,8 +7,8 @@ Every cut is converted on the same calibration pyramids and measured on the same
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,17 @@ from actvar_convert.measure.cuts import CutMeasurement, SweepPoint, SweepReport,
 from actvar_convert.measure.evaluation import Evaluation
 from actvar_convert.measure.image_features import model_fingerprint
 from actvar_convert.models.model import Model
-from actvar_convert.origins import require_dense, work_folder
+from actvar_convert.origins import Work, require_dense
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe
 from actvar_convert.show.charts import sweep_picture
 from actvar_convert.show.tables import sweep_figures
 from actvar_convert.stores import calibration_store
+from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.device import release_pages
+from actvar_convert.system.processes import join
 from actvar_convert.system.progress import Progress, SilentProgress
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -61,6 +63,7 @@ def sweep(
     images: int = 0,
     max_kl: float | None = None,
     out: str | Path | None = None,
+    work: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
     """Quality against cost of a dense model: one conversion per cut, none of them trained.
@@ -74,12 +77,15 @@ def sweep(
         images: generated per model for FID; 0 leaves FID out.
         max_kl: a limit in nats per token; the report names the largest cut that stays within it.
         out: folder for ``sweep.json``, ``sweep.csv`` and ``sweep.png``; points of the same sweep that are there already
-            are taken up. Calibration pyramids and features wait in ``OUT.work`` beside it until the end.
+            are taken up.
+        work: folder in which calibration pyramids and features wait until the end, ``OUT.work`` beside ``out`` by
+            default; without ``out`` nothing waits.
         progress: told about every long step.
 
     Raises:
         RecipeError: the recipe does not fit the model, all problems at once, before any work.
-        InputError: values that make no sense, another sweep or something else in ``out``, or too little memory.
+        InputError: values that make no sense, another sweep or something else in ``out``, too little memory, or another
+            process is at it.
     """
     require_dense(model)
     progress = progress or SilentProgress()
@@ -92,57 +98,57 @@ def sweep(
     sampling = tuple(model.sampling)
     fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{sampling}".encode()).hexdigest()
     folder = None if out is None else Path(out)
-    points = {} if folder is None else _stored(folder, fingerprint)
+    keeping = None if folder is None else Work.of(folder, work)
+    with nullcontext() if folder is None or keeping is None else keeping.owned(folder, join(model.device)):
+        points = {} if folder is None else _stored(folder, fingerprint)
 
-    def report() -> SweepReport:
-        best = largest_within(points.values(), max_kl)
-        return SweepReport(
-            model=model.origin.get("name") or model.origin.get("path") or chosen.model,
-            recipe=chosen.name,
-            fingerprint=fingerprint,
-            calibration_pyramids=chosen.calibration.pyramids,
-            held_out=held_out,
-            dense_flops=count_flops(model.config).dense.transformer.flops,
-            points=tuple(points[target] for target in sorted(points)),
-            max_kl=max_kl,
-            chosen=None if best is None else best.target,
-        )
+        def report() -> SweepReport:
+            best = largest_within(points.values(), max_kl)
+            return SweepReport(
+                model=model.origin.get("name") or model.origin.get("path") or chosen.model,
+                recipe=chosen.name,
+                fingerprint=fingerprint,
+                calibration_pyramids=chosen.calibration.pyramids,
+                held_out=held_out,
+                dense_flops=count_flops(model.config).dense.transformer.flops,
+                points=tuple(points[target] for target in sorted(points)),
+                max_kl=max_kl,
+                chosen=None if best is None else best.target,
+            )
 
-    targets = []
-    for target in sorted(set(reductions)):
-        if target not in points or not _complete(points[target], images):
-            try:
-                uniform_plan(model.config, chosen, target)
-                targets.append(target)
-            except RecipeError as error:
-                points[target] = SweepPoint(target=target, problem=str(error))
-    if targets:
-        require_memory(verbs.conversion_memory(model, _asking(chosen, targets)), model.device)
-        work = None if folder is None else work_folder(folder)
-        if work is not None:
-            work.mkdir(parents=True, exist_ok=True)
-        path = None if work is None else work / f"calibration-{fingerprint[:12]}.bin"
-        store = calibration_store(model, chosen, path=path, progress=progress)
-        settings = chosen.evaluate
-        evaluation = Evaluation(images, settings.seeds, settings.batch, held_out, dtype=chosen.dtype)
-        measurement = CutMeasurement(
-            model, evaluation, extractor, work=work, fingerprint=dense_print, progress=progress
-        )
-        planned = _planned(model, chosen, targets, store, progress)
-        for target in targets:
-            sparse = _converted(model, chosen, target, planned, store, progress)
-            points[target] = measurement.point(target, sparse, planned.damage.get(str(target)))
-            release_pages(model.transformer.state_dict().values())
-            if folder is not None:
-                write_whole(folder / REPORT, report().to_json())
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
-    made = report()
-    if folder is not None:
-        write_whole(folder / PICTURE, sweep_picture(made))
-        write_whole(folder / TABLE, sweep_figures(made).to_csv())
-        write_whole(folder / REPORT, made.to_json())
-    return made
+        targets = []
+        for target in sorted(set(reductions)):
+            if target not in points or not _complete(points[target], images):
+                try:
+                    uniform_plan(model.config, chosen, target)
+                    targets.append(target)
+                except RecipeError as error:
+                    points[target] = SweepPoint(target=target, problem=str(error))
+        if targets:
+            require_memory(verbs.conversion_memory(model, _asking(chosen, targets)), model.device)
+            kept = None if keeping is None else keeping.folder
+            path = None if kept is None else kept / f"calibration-{fingerprint[:12]}.bin"
+            store = calibration_store(model, chosen, path=path, progress=progress)
+            settings = chosen.evaluate
+            evaluation = Evaluation(images, settings.seeds, settings.batch, held_out, dtype=chosen.dtype)
+            measurement = CutMeasurement(
+                model, evaluation, extractor, work=kept, fingerprint=dense_print, progress=progress
+            )
+            planned = _planned(model, chosen, targets, store, progress)
+            for target in targets:
+                sparse = _converted(model, chosen, target, planned, store, progress)
+                points[target] = measurement.point(target, sparse, planned.damage.get(str(target)))
+                release_pages(model.transformer.state_dict().values())
+                if folder is not None:
+                    write_whole(folder / REPORT, report().to_json())
+        made = report()
+        if folder is not None:
+            write_whole(folder / PICTURE, sweep_picture(made))
+            write_whole(folder / TABLE, sweep_figures(made).to_csv())
+            write_whole(folder / REPORT, made.to_json())
+        if keeping is not None:
+            locks.clear(keeping.folder)
+        return made
 
 
 def _recipe(source: verbs.RecipeLike, model: Model) -> Recipe:

@@ -5,9 +5,8 @@ They return values and write files; nothing here prints. ``run``, which strings 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +21,11 @@ from actvar_convert.cost.flops import FlopsReport, count_flops
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.loop import Upkeep, distill_model, require_whole_student, student_print
 from actvar_convert.distillation.training_memory import estimate_distill
-from actvar_convert.errors import CheckpointError, InputError
+from actvar_convert.errors import InputError
 from actvar_convert.files.bundled import bundled_folder, bundled_names
 from actvar_convert.files.export import Exported, export_reference
 from actvar_convert.files.inspection import Inspection, inspect_file
 from actvar_convert.files.layout import official_names
-from actvar_convert.files.run_state import check_run_state
 from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
 from actvar_convert.files.tensors import size_of
@@ -54,6 +52,7 @@ from actvar_convert.recipe.schema import Recipe
 from actvar_convert.recipe.shape import ShapeLike, shape_of
 from actvar_convert.show.pictures import picture
 from actvar_convert.stores import calibration_store, distillation_store, require_images
+from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.device import DtypeLike, limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
 from actvar_convert.system.processes import ALONE, Processes, join
@@ -137,15 +136,16 @@ def convert(
         model: the dense model, left as it is.
         recipe: name, file or Recipe.
         out: folder to write the result to, whole or not at all.
-        work: folder in which pyramids and sums are kept as they are made, so an interrupted call goes on; the caller
-            removes it.
+        work: folder in which pyramids and sums are kept as they are made, so an interrupted call goes on. It goes when
+            ``out`` is whole; without ``out`` the caller removes it.
         progress: told about every long step.
         replace: a distilled model that ``out`` holds; else it is refused.
         run: what identifies the call, if it is known already.
 
     Raises:
         RecipeError: the recipe does not fit the model, all problems at once, before any work.
-        InputError: less memory is free than the conversion needs, or ``out`` holds something else.
+        InputError: less memory is free than the conversion needs, ``out`` holds something else, or another process
+            is at it.
     """
     processes = join(model.device)
     progress = progress if progress is not None and processes.main else SilentProgress()
@@ -153,8 +153,29 @@ def convert(
     chosen = load_recipe(recipe, config=model.config)
     if out is not None:
         refuse_foreign(out)
-        if not replace:
+    place = out if work is None else work
+    if place is None:
+        return _convert(model, chosen, None, None, progress, run, processes)
+    keeping = Work.of(Path(place), work)
+    with keeping.owned(Path(place) if out is None else Path(out), processes) as begins:
+        if out is not None and not replace:
             refuse_distilled(Path(out))
+        kept = None if work is None else keeping
+        sparse = _convert(model, chosen, out, kept, progress, run, processes)
+        if begins and out is not None and processes.main:
+            locks.clear(keeping.folder)
+    return sparse
+
+
+def _convert(
+    model: Model,
+    chosen: Recipe,
+    out: str | Path | None,
+    work: Work | None,
+    progress: Progress,
+    run: Run | None,
+    processes: Processes,
+) -> Model:
     config = model.config
     recipe_plans(config, chosen)
     require_images(chosen, model.family.classes(config), progress)
@@ -164,7 +185,7 @@ def convert(
     release_pages(model.tokenizer.state_dict().values())
     pyramids = sums = None
     if work is not None and run is not None:
-        pyramids, sums = Work(Path(work)).calibration(run), Work(Path(work)).search(run)
+        pyramids, sums = work.calibration(run), work.search(run)
     store = calibration_store(model, chosen, path=pyramids, progress=progress, processes=processes)
 
     calibration = Calibration(store.tokens, store.condition, chosen.calibration.batch)
@@ -210,6 +231,7 @@ def distill(
     teacher: Model | None = None,
     recipe: RecipeLike,
     out: str | Path,
+    work: str | Path | None = None,
     progress: Progress | None = None,
     run: Run | None = None,
     shard: bool = False,
@@ -225,18 +247,20 @@ def distill(
         model: the converted model.
         teacher: the dense model it came from; the recorded one by default.
         recipe: name, file or Recipe.
-        out: folder to write the result to. Samples and state wait in ``OUT.work`` beside it until it is whole.
+        out: folder to write the result to.
+        work: folder in which samples and state wait until ``out`` is whole, ``OUT.work`` beside it by default.
         progress: told about every long step.
         run: what identifies the call, if it is known already.
         shard: split the student over the processes while it trains, instead of a copy in each.
         replace: a distilled model of another call that ``out`` holds; else it is refused.
 
     Raises:
-        Interrupted: after Ctrl-C; the same call goes on.
+        Interrupted: after Ctrl-C or SIGTERM; the same call goes on.
         Diverged: a gradient is not finite; ``out`` is as it was.
-        CheckpointError: the state beside ``out`` belongs to another recipe, teacher or converted model.
+        CheckpointError: the state in ``work`` belongs to another recipe, teacher or converted model.
         InputError: the teacher has another shape, the student cannot be split, less memory is free than the
-            distillation needs, images are not there, weights are not in fp32, or ``out`` holds something else.
+            distillation needs, images are not there, weights are not in fp32, ``out`` or ``work`` holds something
+            else, or another process is at it.
     """
     processes = join(model.device, shard=shard)
     progress = progress if progress is not None and processes.main else SilentProgress()
@@ -258,20 +282,33 @@ def distill(
     folder = Path(out)
     refuse_foreign(folder)
     require_images(chosen, teacher.family.classes(teacher.config), progress)
-    work, run = Work.beside(folder), run or Run.of(teacher, chosen)
+    keeping, run = Work.of(folder, work), run or Run.of(teacher, chosen)
+    with keeping.owned(folder, processes):
+        _distill(model, teacher, run, folder, keeping, progress, processes, replace)
+    return model
+
+
+def _distill(
+    model: Model,
+    teacher: Model,
+    run: Run,
+    folder: Path,
+    work: Work,
+    progress: Progress,
+    processes: Processes,
+    replace: bool,
+) -> None:
+    chosen = run.recipe
     student = processes.from_main(student_print(model) if processes.main else "")
     if _take_finished(model, folder, run.key, student):
         progress.say(f"{folder} holds the result of this distillation already")
-        if processes.main and work.state.exists():
-            with suppress(CheckpointError):
-                check_run_state(work.state, run.key)
-                shutil.rmtree(work.folder, ignore_errors=True)
-        return model
+        if processes.main:
+            work.clear(run)
+        return
     if not replace:
         refuse_distilled(folder)
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
-    refuse_other_state(folder, run.key)
-    work.folder.mkdir(parents=True, exist_ok=True)
+    refuse_other_state(work, run.key)
     if chosen.distill.stage1.steps or chosen.distill.stage2.steps:
         store = distillation_store(teacher, chosen, path=work.tokens(run), progress=progress, processes=processes)
     else:
@@ -297,8 +334,7 @@ def distill(
         )
     processes.wait()
     if processes.main:
-        shutil.rmtree(work.folder, ignore_errors=True)
-    return model
+        work.clear(run)
 
 
 def _take_finished(model: Model, folder: Path, fingerprint: str, student: str) -> bool:
@@ -345,7 +381,8 @@ def evaluate(
         progress: told about every long step.
 
     Raises:
-        InputError: settings that contradict each other or cannot be measured, or a teacher that is not at hand.
+        InputError: settings that contradict each other or cannot be measured, a teacher that is not at hand, or a cache
+            that another process is filling.
     """
     settings = settings or Evaluation()
     images = settings.images
@@ -356,14 +393,9 @@ def evaluate(
         raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")
     if extractor is None and images:
         extractor = extractor_for(teacher, reference)
-    report = evaluate_models(
-        model,
-        teacher,
-        settings,
-        extractor=extractor,
-        progress=progress,
-        cache_dir=None if cache is None else Path(cache),
-    )
+    folder = None if cache is None else Path(cache)
+    with nullcontext() if folder is None else locks.owned(folder, join(model.device)):
+        report = evaluate_models(model, teacher, settings, extractor=extractor, progress=progress, cache_dir=folder)
     if not images or extractor is None or reference is not None or teacher.origin.get("name") in bundled_names():
         return report
     doubt = (

@@ -103,7 +103,8 @@ def _let_the_first_speak() -> None:
 def resumes(ctx: Any) -> bool:
     """Whether the command that was stopped keeps what it has done, so that the same line goes on from there."""
     command, line = ctx.invoked_subcommand, ctx.meta[LINE]
-    return command in ("run", "distill", "sweep") or (command == "evaluate" and " --cache" in line)
+    needed = {"evaluate": " --cache", "convert": " --work"}
+    return command in ("run", "distill", "sweep") or (command in needed and needed[command] in line)
 
 
 def _say_how_to_resume(ctx: Any) -> None:
@@ -122,6 +123,15 @@ def _say_peak_memory(ctx: Any) -> None:
 def be_quiet(ctx: typer.Context, wanted: bool) -> bool:
     """Callback of ``--quiet``: a command that has it ends with a line on its memory, unless it is to be quiet."""
     ctx.meta[MEASURED] = not wanted
+    return wanted
+
+
+def overrule(ctx: typer.Context, wanted: bool) -> bool:
+    """Callback of ``--take-over``: the command takes folders of owners on other hosts."""
+    if wanted:
+        from actvar_convert.system.locks import take_over
+
+        ctx.with_resource(take_over())
     return wanted
 
 

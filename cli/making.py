@@ -118,6 +118,8 @@ def convert(
     override: opt.Overrides = None,
     device: opt.Device = None,
     seed: opt.RecipeSeed = None,
+    work: opt.Work = None,
+    take_over: opt.TakeOver = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -133,7 +135,9 @@ def convert(
     dense = av.load(model, device=device or asked.device, recipe=asked.recipe, **asked.dense)
     resolved = load_recipe(source, settings, config=dense.transformer.config)
     folder = out or Path("runs") / resolved.name
-    sparse = av.convert(dense, recipe=resolved, out=folder, progress=reporter(quiet), replace=out is not None)
+    sparse = av.convert(
+        dense, recipe=resolved, out=folder, work=work, progress=reporter(quiet), replace=out is not None
+    )
     typer.echo(folder)
     if sparse.plan.guidance == "folded":
         typer.echo("guidance is folded in, and only distillation teaches it: until then images are unguided", err=True)
@@ -156,6 +160,8 @@ def distill(
     dtype: opt.Dtype = None,
     seed: opt.RecipeSeed = None,
     shard: opt.Shard = False,
+    work: opt.Work = None,
+    take_over: opt.TakeOver = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -185,6 +191,7 @@ def distill(
         teacher=dense,
         recipe=resolved,
         out=out or folder,
+        work=work,
         progress=reporter(quiet),
         shard=shard,
         replace=out is not None,
@@ -201,6 +208,8 @@ def run(
     dtype: opt.Dtype = None,
     seed: opt.RecipeSeed = None,
     shard: opt.Shard = False,
+    work: opt.Work = None,
+    take_over: opt.TakeOver = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -214,7 +223,7 @@ def run(
     from actvar_convert.show.terminal import render
 
     settings = overrides(override, seed=seed, device=device, dtype=dtype)
-    result = av.run(recipe, out=out, overrides=settings, progress=reporter(quiet), shard=shard)
+    result = av.run(recipe, out=out, work=work, overrides=settings, progress=reporter(quiet), shard=shard)
     show(render(summary_table(Reports(result.flops, result.quality, result.benchmark))))
     typer.echo(result.folder)
     if result.checks is not None:

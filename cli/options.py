@@ -12,7 +12,7 @@ import typer
 from actvar_convert.errors import InputError
 from actvar_convert.recipe.shape import Shape, parse_shape
 
-from .console import be_quiet, be_verbose
+from .console import be_quiet, be_verbose, overrule
 
 T = TypeVar("T")
 
@@ -74,6 +74,16 @@ Teacher = Annotated[
 ]
 Shard = Annotated[
     bool, typer.Option("--shard", help="Under torchrun: split the model in training over the GPUs, for the largest.")
+]
+Work = Annotated[
+    Path | None,
+    typer.Option("--work", metavar="DIR", help="Folder of unfinished work, empty or new. Default: OUT.work."),
+]
+TakeOver = Annotated[
+    bool,
+    typer.Option(
+        "--take-over", callback=overrule, help="Go on with work of another host, whose process is known to be dead."
+    ),
 ]
 OutputFormat = Annotated[Format, typer.Option("--format", help="How the result is printed.")]
 Quiet = Annotated[

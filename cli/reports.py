@@ -91,6 +91,7 @@ def evaluate(
             help="Keep features here as they are made: the same line goes on, others reuse those of the teacher.",
         ),
     ] = None,
+    take_over: opt.TakeOver = False,
     plan: opt.Plan = None,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,

@@ -53,6 +53,8 @@ def sweep(
     override: opt.Overrides = None,
     device: opt.Device = None,
     seed: opt.RecipeSeed = None,
+    work: opt.Work = None,
+    take_over: opt.TakeOver = False,
     form: opt.OutputFormat = opt.Format.table,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -85,6 +87,7 @@ def sweep(
         images=images,
         max_kl=max_kl,
         out=folder,
+        work=work,
         progress=reporter(quiet),
     )
     if form is opt.Format.json:

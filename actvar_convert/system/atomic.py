@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from actvar_convert.errors import CheckpointError, InputError, explain_os_errors
@@ -20,6 +21,9 @@ COMMIT = ".actvar-commit"
 STAGING = ".actvar-saving-"
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
+
+_TEMPORARY = ".{}." + "[0-9a-f]" * 8 + ".tmp"
+"""Glob pattern of what is not whole yet, by the name that it is to have."""
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -115,7 +119,7 @@ def replacing_files(folder: Path, owned: Sequence[str]) -> Iterator[Path]:
     """
     with explain_os_errors("write", folder):
         fresh = not folder.exists()
-        created = _make_folders(folder.parent)
+        created = make_folders(folder.parent)
         staging = (
             folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
             if fresh
@@ -139,11 +143,22 @@ def replacing_files(folder: Path, owned: Sequence[str]) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             for parent in created:
-                parent.rmdir()
+                with suppress(OSError):
+                    parent.rmdir()
             raise
 
 
-def _make_folders(folder: Path) -> list[Path]:
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed have left half-written, in a folder or of it. No other may be writing."""
+    left = [*folder.glob(_TEMPORARY.format("*")), *folder.glob(STAGING + "*")]
+    for entry in (*left, *folder.absolute().parent.glob(_TEMPORARY.format(glob.escape(folder.name)))):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def make_folders(folder: Path) -> list[Path]:
     """Creates a folder with its parents; returns those that did not exist, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +224,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def require_writable(folder: Path) -> None:
-    """Checks that a folder, which need not exist yet, can be written, by making and removing an empty one in it.
+    """Checks that a folder, which need not exist yet, can be written, by a file in it that goes at once.
 
     Raises:
         InputError: it cannot, with the reason.
@@ -217,7 +232,7 @@ def require_writable(folder: Path) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     with explain_os_errors("write", folder):
         try:
-            os.rmdir(tempfile.mkdtemp(prefix=".actvar-", dir=existing))
+            tempfile.TemporaryFile(dir=existing).close()
         except FileNotFoundError as error:
             raise InputError(
                 f"cannot write {folder}: {existing} takes no new folders. Choose another place."

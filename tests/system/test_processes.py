@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ from actvar_convert.recipe.schema import (
 )
 from actvar_convert.runs import run
 from actvar_convert.system.device import end_process
+from actvar_convert.system.locks import OWNER, Owner
 from actvar_convert.system.processes import ALONE, Processes, join
 from actvar_convert.system.progress import MetricsLog, SilentProgress
 
@@ -230,6 +232,15 @@ def main(folder: Path) -> None:
         with pytest.raises(InputError, match=r"no whole matrices.*\n.*distill\.stage2\.optimizer: given muon"):
             refuse(folder / "whole")
     assert not list(folder.glob("whole*"))
+    if both.main:
+        (folder / "held.work").mkdir()
+        owner = asdict(replace(Owner.here(), host="node7"))
+        (folder / "held.work" / OWNER).write_text(json.dumps(owner))
+    both.wait()
+    with pytest.raises(InputError, match="of the host node7"):
+        verbs.distill(given.student, teacher=given.teacher, recipe=given.recipe, out=folder / "held")
+    both.wait()
+    assert [entry.name for entry in (folder / "held.work").iterdir()] == [OWNER]
 
 
 @pytest.fixture(scope="module", autouse=True)
