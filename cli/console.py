@@ -6,9 +6,13 @@ import errno
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -34,7 +38,8 @@ class ActvarGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            result = super().invoke(ctx)
+            with _terminated_as_interrupted():
+                result = super().invoke(ctx)
             _say_peak_memory(ctx)
             return result
         except ActvarError as error:
@@ -48,7 +53,8 @@ class ActvarGroup(TyperGroup):
                 _say_how_to_resume(ctx)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            _explain(ctx, "stopped")
+            if first_process():
+                _explain(ctx, "stopped")
             if resumes(ctx):
                 _say_how_to_resume(ctx)
             raise typer.Exit(Interrupted.exit_code) from None
@@ -63,6 +69,22 @@ class ActvarGroup(TyperGroup):
         except (MemoryError, RuntimeError) as error:
             _explain_shortage(ctx, error)
             raise typer.Exit(ActvarError.exit_code) from None
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """While the block runs SIGTERM does what Ctrl-C does: batch systems and containers stop a process by it.
+
+    Afterwards it ends the process at once again, as a launcher wants it of processes that wait for their end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain_shortage(ctx: Any, error: BaseException) -> None:

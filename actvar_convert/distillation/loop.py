@@ -52,7 +52,7 @@ SAVE_PAUSE = 20
 
 
 class StopRequest:
-    """Turns the first Ctrl-C into a request that the loop honours after the step in hand; a second one is immediate.
+    """Turns the first Ctrl-C or SIGTERM into a request that is honoured after the step in hand; a second is immediate.
 
     A launcher repeats to its processes what the terminal has told them already: that is no second one.
     """
@@ -70,15 +70,16 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Listens for the signal while the block runs; elsewhere than in the main thread it does nothing."""
+        """Listens for the signals while the block runs; elsewhere than in the main thread it does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.signal(signal.SIGINT, self._handle)
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class StageRun:
@@ -234,7 +235,7 @@ def distill_model(
         stages: what runs, with its settings; by default both stages of the recipe.
 
     Raises:
-        Interrupted: after Ctrl-C, with everything done so far on disk.
+        Interrupted: after Ctrl-C or SIGTERM, with everything done so far on disk.
         Diverged: a gradient is not finite.
         CheckpointError: the state belongs to another recipe, teacher or converted model.
         InputError: a batch has fewer pyramids than there are processes, or Muon would train a student that is split.

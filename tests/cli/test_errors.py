@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,8 @@ def end(how: str, out: str = "", verbose: Verbose = False) -> None:
         raise Interrupted("stopped at step 3 of 9; all done so far is on disk")
     if how == "keys":
         raise KeyboardInterrupt
+    if how == "terminated":
+        signal.raise_signal(signal.SIGTERM)
     if how == "full":
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
     if how == "full, no name":
@@ -77,6 +80,7 @@ FULL = "the disk is full. Free some space, or choose a folder elsewhere."
         ("ENOENT", 2, "actvar: cannot use /somewhere/file: no such file or folder. Check the path.\n"),
         ("EIO", 2, "actvar: cannot use /somewhere/file: Input/output error. Check the path and the disk.\n"),
         ("keys", 130, "actvar: stopped\n"),
+        ("terminated", 130, "actvar: stopped\n"),
     ],
 )  # fmt: skip
 def test_exit_codes_and_messages(how: str, code: int, message: str) -> None:
@@ -136,6 +140,14 @@ def test_of_several_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPat
     for how, said in (("input", "cannot use it:\n"), ("full", "cannot use /somewhere/file: the disk is full")):
         assert CliRunner().invoke(app, ["end", how]).stderr.startswith(f"actvar, process 3: {said}")
     assert waited == [GRACE, GRACE]
+    assert CliRunner().invoke(app, ["end", "keys"]).stderr == "", "a launcher stops all of them"
+
+
+def test_a_launcher_still_ends_a_process_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: found.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setenv("RANK", "3")
+    assert CliRunner().invoke(app, ["end", "input"]).exit_code == 2 and found == [signal.SIG_DFL]
 
 
 def test_an_interrupted_run_says_how_it_goes_on() -> None:
