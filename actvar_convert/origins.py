@@ -25,7 +25,7 @@ from actvar_convert.files.sparse_folder import (
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import Recipe, deciding
-from actvar_convert.stores import require_images
+from actvar_convert.stores import RecipeImages, require_images
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import remove_leftovers
 from actvar_convert.system.device import DtypeLike, pick_device, pick_dtype
@@ -49,30 +49,36 @@ class Run:
         recipe: resolved.
         start: identifies the conversion. key: the conversion and the training.
         origin: where the result comes from: the recipe's name, the source's files by hash as they were before the work.
+        images: that the recipe chooses, if it names some, by their content as it was before the work.
     """
 
     recipe: Recipe
     start: str
     key: str
     origin: Provenance
+    images: RecipeImages | None = None
 
     @classmethod
-    def of(cls, teacher: Model, recipe: Recipe) -> Run:
+    def of(cls, teacher: Model, recipe: Recipe, images: RecipeImages | None = None) -> Run:
         """What both depend on: the teacher, its sampling, the settings that decide them, images by their content.
+
+        Args:
+            images: what ``require_images`` gave for the recipe, if that was asked already.
 
         Raises:
             InputError: the recipe names images that cannot be used.
         """
-        images = [each.fingerprint for each in require_images(recipe, teacher.family.classes(teacher.config))]
+        images = images or require_images(recipe, teacher.family.classes(teacher.config))
+        prints = [each.fingerprint for each in images or ()]
         weights = state_fingerprint(teacher)
         tokenizer = teacher.tokenizer.config.model_dump_json()
         around = (weights, tokenizer, json.dumps(teacher.sampling._asdict()), teacher.origin.get("shape", ""))
         start, key = (
-            fingerprint_of(*around, deciding(recipe, *phases), *images[: len(phases)])
+            fingerprint_of(*around, deciding(recipe, *phases), *prints[: len(phases)])
             for phases in (("convert",), ("convert", "train"))
         )
         origin = provenance_of(teacher.origin, recipe=recipe.name, teacher_fingerprint=weights, run=key)
-        return cls(recipe, start, key, origin)
+        return cls(recipe, start, key, origin, images)
 
 
 @dataclass(frozen=True)

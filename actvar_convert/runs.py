@@ -119,11 +119,11 @@ def run(
     progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
-    require_images(chosen, teacher.family.classes(teacher.config), progress)
+    images = require_images(chosen, teacher.family.classes(teacher.config), progress)
     extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
     recipe_plans(teacher.config, chosen)
-    own = Run.of(teacher, chosen)
+    own = Run.of(teacher, chosen, images)
     keeping = Work.of(folder, work)
     with keeping.owned(folder, processes):
         model = _finished(folder, own.key, teacher)

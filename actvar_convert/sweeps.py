@@ -33,7 +33,7 @@ from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe
 from actvar_convert.show.charts import sweep_picture
 from actvar_convert.show.tables import sweep_figures
-from actvar_convert.stores import calibration_store
+from actvar_convert.stores import calibration_store, require_images
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.device import release_pages
@@ -92,11 +92,17 @@ def sweep(
     chosen = _recipe(recipe, model)
     held_out = chosen.evaluate.held_out
     _check(reductions, images, max_kl)
+    given = require_images(chosen, model.family.classes(model.config), progress)
     extractor = verbs.extractor_for(model, chosen.evaluate.reference) if images else None
     dense_print = model_fingerprint(model)
     method = chosen.model_dump_json(exclude=_UNUSED)
     sampling = tuple(model.sampling)
-    fingerprint = hashlib.sha256(f"{dense_print}/{method}/{held_out}/{sampling}".encode()).hexdigest()
+    parts = [dense_print, method, held_out, sampling]
+    if given is not None:
+        parts.append(given.calibration.fingerprint)
+    if extractor is not None and chosen.evaluate.reference is not None:
+        parts.append(extractor.reference().fingerprint)
+    fingerprint = hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
     folder = None if out is None else Path(out)
     keeping = None if folder is None else Work.of(folder, work)
     with nullcontext() if folder is None or keeping is None else keeping.owned(folder, join(model.device)):
@@ -128,7 +134,7 @@ def sweep(
             require_memory(verbs.conversion_memory(model, _asking(chosen, targets)), model.device)
             kept = None if keeping is None else keeping.folder
             path = None if kept is None else kept / f"calibration-{fingerprint[:12]}.bin"
-            store = calibration_store(model, chosen, path=path, progress=progress)
+            store = calibration_store(model, chosen, given, path=path, progress=progress)
             settings = chosen.evaluate
             evaluation = Evaluation(images, settings.seeds, settings.batch, held_out, dtype=chosen.dtype)
             measurement = CutMeasurement(

@@ -178,15 +178,15 @@ def _convert(
 ) -> Model:
     config = model.config
     recipe_plans(config, chosen)
-    require_images(chosen, model.family.classes(config), progress)
+    images = require_images(chosen, model.family.classes(config), progress) if run is None else run.images
     require_memory(conversion_memory(model, chosen, processes), model.device)
     if run is None and (out is not None or work is not None):
-        run = Run.of(model, chosen)
+        run = Run.of(model, chosen, images)
     release_pages(model.tokenizer.state_dict().values())
     pyramids = sums = None
     if work is not None and run is not None:
         pyramids, sums = work.calibration(run), work.search(run)
-    store = calibration_store(model, chosen, path=pyramids, progress=progress, processes=processes)
+    store = calibration_store(model, chosen, images, path=pyramids, progress=progress, processes=processes)
 
     calibration = Calibration(store.tokens, store.condition, chosen.calibration.batch)
     planned = None
@@ -281,8 +281,9 @@ def distill(
         )
     folder = Path(out)
     refuse_foreign(folder)
-    require_images(chosen, teacher.family.classes(teacher.config), progress)
-    keeping, run = Work.of(folder, work), run or Run.of(teacher, chosen)
+    if run is None:
+        run = Run.of(teacher, chosen, require_images(chosen, teacher.family.classes(teacher.config), progress))
+    keeping = Work.of(folder, work)
     with keeping.owned(folder, processes):
         _distill(model, teacher, run, folder, keeping, progress, processes, replace)
     return model
@@ -310,7 +311,8 @@ def _distill(
     require_memory(distillation_memory(teacher, chosen, processes), model.device)
     refuse_other_state(work, run.key)
     if chosen.distill.stage1.steps or chosen.distill.stage2.steps:
-        store = distillation_store(teacher, chosen, path=work.tokens(run), progress=progress, processes=processes)
+        tokens = work.tokens(run)
+        store = distillation_store(teacher, chosen, run.images, path=tokens, progress=progress, processes=processes)
     else:
         nothing = teacher.family.balanced(teacher.config, 1)
         store = TokenStore(teacher, teacher.generate_tokens(nothing)[:0], nothing.rows(slice(0)))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from actvar_convert import stores
-from actvar_convert.distillation.data import Making
 from actvar_convert.models.alphabet import Bits, Codes
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
@@ -28,8 +28,8 @@ def recipe(dtype: str) -> Recipe:
 def test_the_teacher_samples_in_the_dtype_of_the_recipe(tiny_model: Model, tmp_path: Path, dtype: str) -> None:
     sampling = cast(tiny_model, torch.bfloat16) if dtype == "bf16" else tiny_model
     found = (
-        stores.calibration_store(tiny_model, recipe(dtype), progress=SilentProgress()),
-        stores.distillation_store(tiny_model, recipe(dtype), path=tmp_path / "tokens", progress=SilentProgress()),
+        stores.calibration_store(tiny_model, recipe(dtype), None, progress=SilentProgress()),
+        stores.distillation_store(tiny_model, recipe(dtype), None, path=tmp_path / "tokens", progress=SilentProgress()),
     )
     for store, seed, count in zip(found, (1, 2), (6, 7), strict=True):
         assert len(store) == count
@@ -42,8 +42,10 @@ def test_the_teacher_samples_in_the_dtype_of_the_recipe(tiny_model: Model, tmp_p
 
 def test_a_narrow_model_is_not_widened(tiny_model: Model) -> None:
     narrow = cast(tiny_model, torch.bfloat16)
-    wide = stores.calibration_store(narrow, recipe("fp32"), progress=SilentProgress())
-    assert torch.equal(wide.tokens, stores.calibration_store(narrow, recipe("bf16"), progress=SilentProgress()).tokens)
+    wide = stores.calibration_store(narrow, recipe("fp32"), None, progress=SilentProgress())
+    assert torch.equal(
+        wide.tokens, stores.calibration_store(narrow, recipe("bf16"), None, progress=SilentProgress()).tokens
+    )
 
 
 @pytest.mark.parametrize(("vocab", "size"), [(2, 1), (256, 1), (257, 2), (2**16, 2), (2**16 + 1, 3)])
@@ -70,24 +72,28 @@ def test_codes_beyond_two_bytes_are_stored_whole(tiny_model: Model, tmp_path: Pa
     torch.manual_seed(0)
     large = Model(VARTransformer(config), VQVAE(tokenizer)).eval().requires_grad_(False)
     large.transformer.head.bias[-1] = 20  # the code that two bytes do not hold
-    sampled = stores.distillation_store(large, recipe("fp32"), path=tmp_path / "tokens", progress=SilentProgress())
+    sampled = stores.distillation_store(
+        large, recipe("fp32"), None, path=tmp_path / "tokens", progress=SilentProgress()
+    )
     first = large.generate_tokens(
         sampled.condition.rows(slice(3)), seed=2 + 7_919, chunk=3, sampling=large.sampling_with(cfg=2.0)
     )
     assert int(first.max()) == vocab - 1 and torch.equal(sampled.tokens[:3], first)
-    again = stores.distillation_store(large, recipe("fp32"), path=tmp_path / "tokens", progress=SilentProgress())
+    again = stores.distillation_store(large, recipe("fp32"), None, path=tmp_path / "tokens", progress=SilentProgress())
     assert torch.equal(again.tokens, sampled.tokens)
 
 
-def test_images_serve_calibration_and_training(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Path, int, int]] = []
-
-    def from_images(model: Model, folder: Path, count: int, making: Making) -> None:
-        asked.append((folder, count, making.seed))
-
-    monkeypatch.setattr(stores, "store_from_images", from_images)
+def test_images_serve_calibration_and_training(tiny_model: Model, tmp_path: Path) -> None:
+    for label in range(5):
+        (tmp_path / str(label)).mkdir()
+        for i in range(3):
+            Image.new("RGB", (8, 8), (50 * label, 80 * i, 0)).save(tmp_path / str(label) / f"{i}.png")
     chosen = recipe("fp32")
-    chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"images": "there"})})
-    stores.calibration_store(tiny_model, chosen, progress=SilentProgress())
-    stores.distillation_store(tiny_model, chosen, path=None, progress=SilentProgress())
-    assert asked == [(Path("there"), 6, 1), (Path("there"), 7, 2)]
+    chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"images": str(tmp_path)})})
+    images = stores.require_images(chosen, 5)
+    assert images is not None and images.calibration.files[:6] != images.training.files[:6]
+    calibration = stores.calibration_store(tiny_model, chosen, images, progress=SilentProgress())
+    training = stores.distillation_store(tiny_model, chosen, images, path=None, progress=SilentProgress())
+    for store, given, count in ((calibration, images.calibration, 6), (training, images.training, 7)):
+        assert len(store) == len(given.files) == count and store.condition.values.tolist() == given.labels
+        assert [int(path.parent.name) for path in given.files] == given.labels

@@ -108,17 +108,17 @@ class ChosenImages:
     Attributes:
         files: N of them.
         digests: SHA-256 of the content of each.
-        labels: [N] int64, the class of each.
+        labels: the class of each.
     """
 
     files: list[Path]
     digests: list[str]
-    labels: Tensor
+    labels: list[int]
 
     @property
     def fingerprint(self) -> str:
         """Identifies the images by their content, with their classes, in their order."""
-        return fingerprint_of(*self.digests, json.dumps(self.labels.tolist()))
+        return fingerprint_of(*self.digests, json.dumps(self.labels))
 
 
 def chosen_images(
@@ -142,7 +142,7 @@ def chosen_images(
     ]
     looked_at = [files[i] for i in (range(len(files)) if len(files) <= CHECKED else sorted(set().union(*orders)))]
     digests, faults = check_images(looked_at, progress)
-    by_class = list(zip(files, labels.tolist(), strict=True))
+    by_class = list(zip(files, labels, strict=True))
     served = {label for file, label in by_class if file in digests}
     tried: dict[Path, str] = {}
     for file, label in by_class:
@@ -155,23 +155,20 @@ def chosen_images(
     if faults:
         raise unreadable(folder, looked_at, faults)
     return [
-        ChosenImages([files[i] for i in order], [digests[files[i]] for i in order], labels[order]) for order in orders
+        ChosenImages([files[i] for i in order], [digests[files[i]] for i in order], [labels[i] for i in order])
+        for order in orders
     ]
 
 
-def store_from_images(teacher: Model, folder: Path, count: int, making: Making) -> TokenStore:
-    """Pyramids of the images of a class-per-folder tree (``folder/class/image.png``), classes in sorted order.
+def store_from_images(teacher: Model, chosen: ChosenImages, making: Making) -> TokenStore:
+    """Pyramids of images, centre-cropped and resized to the model's size.
 
-    Images are centre-cropped and resized to the model's size; ``count`` of them are chosen without replacement, or all
-    if there are fewer. Those made are kept in a file named after the path and the content of the images that it is of.
+    Those made are kept in a file named after the path and the content of the images that it is of.
 
     Raises:
-        InputError: see ``chosen_images``; or an image was changed since it was checked.
+        InputError: an image was changed since it was chosen.
     """
-    classes, choice = teacher.family.classes(teacher.config), (count, making.seed)
-    processes = making.processes
-    found = chosen_images(folder, classes, [choice], making.progress) if processes.main else []
-    (chosen,) = processes.from_main(found)
+    chosen = making.processes.from_main(chosen)
     size = teacher.tokenizer.image_size(teacher.schedule)[0]
     if making.path is not None:
         own = making.path.with_name(f"{making.path.stem}-{chosen.fingerprint[:12]}{making.path.suffix}")
@@ -188,11 +185,11 @@ def store_from_images(teacher: Model, folder: Path, count: int, making: Making) 
 
     lengths = [min(making.batch, len(chosen.files) - begin) for begin in begins]
     tokens = _collect(teacher, lengths, encode, "tokenising images", making)
-    return TokenStore(teacher, tokens, chosen.labels)
+    return TokenStore(teacher, tokens, torch.tensor(chosen.labels))
 
 
-def labelled_images(folder: Path, classes: int | None) -> tuple[list[Path], Tensor]:
-    """Image files of a class-per-folder tree and the class index of each.
+def labelled_images(folder: Path, classes: int | None) -> tuple[list[Path], list[int]]:
+    """Image files of a class-per-folder tree (``folder/class/image.png``) and the class of each, in sorted order.
 
     Raises:
         InputError: no such folder, another number of classes than the model has, or classes without an image.
@@ -215,8 +212,7 @@ def labelled_images(folder: Path, classes: int | None) -> tuple[list[Path], Tens
             f"{folder}: no image in {len(empty)} of {classes} class folders; looked for {', '.join(IMAGE_ENDINGS)}",
             [f"{each}: {_instead(each)}" for each in empty],
         )
-    labels = torch.arange(classes).repeat_interleave(torch.tensor([len(own) for own in found]))
-    return [file for own in found for file in own], labels
+    return [file for own in found for file in own], [label for label, own in enumerate(found) for _ in own]
 
 
 def _instead(folder: Path) -> str:

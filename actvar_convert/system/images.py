@@ -36,9 +36,6 @@ _UPRIGHT = {
 }
 """What sets an image upright, by the orientation that its EXIF data name."""
 
-_known: dict[Path, tuple[tuple[int, ...], str]] = {}
-"""Files that this process has found readable: what told the file from others then, and the hash of its content."""
-
 
 def list_images(folder: Path) -> list[Path]:
     """All image files below a folder, in sorted order; hidden ones, and those in hidden folders, are none.
@@ -72,29 +69,17 @@ def list_images(folder: Path) -> list[Path]:
 def check_images(paths: Sequence[Path], progress: Progress | None = None) -> tuple[dict[Path, str], dict[Path, str]]:
     """Reads and decodes image files, several at a time.
 
-    Files that this process has checked before, and that are unchanged by size, times and place, are not read again.
-
     Returns:
         SHA-256 of the content of those that can be read; what is wrong with each of the others.
     """
     digests: dict[Path, str] = {}
     faults: dict[Path, str] = {}
-    new = []
-    for path in paths:
-        before = _known.get(path)
-        if before is not None and before[0] == _state_of(path):
-            digests[path] = before[1]
-        else:
-            new.append(path)
-    if not new:
-        return digests, faults
     pool = ThreadPoolExecutor()
     try:
-        with (progress or SilentProgress()).task("checking images", len(new)) as task:
-            for path, (state, digest, fault) in zip(new, pool.map(_check, new), strict=True):
+        with (progress or SilentProgress()).task("checking images", len(paths)) as task:
+            for path, (digest, fault) in zip(paths, pool.map(_check, paths), strict=True):
                 if fault is None:
                     digests[path] = digest
-                    _known[path] = (state, digest)
                 else:
                     faults[path] = fault
                 task.advance()
@@ -132,7 +117,7 @@ def read_image(path: Path, size: int, digest: str | None = None) -> Tensor:
         InputError: the file is no readable image, or its content is not the expected one.
     """
     try:
-        content, _ = _content(path)
+        content = _content(path)
         if digest is not None and hashlib.sha256(content).hexdigest() != digest:
             raise InputError(
                 f"{path}: the image was changed while it was in use; run the command again when nothing changes the "
@@ -153,40 +138,26 @@ class _Unreadable(Exception):
     """Why a file is no image that can be used."""
 
 
-def _check(path: Path) -> tuple[tuple[int, ...], str, str | None]:
-    """What tells the file from others, the hash of its content, and what is wrong with it, if anything."""
+def _check(path: Path) -> tuple[str, str | None]:
+    """The hash of a file's content, and what is wrong with it, if anything."""
     try:
-        content, state = _content(path)
+        content = _content(path)
         _decode(content, small=True)
     except _Unreadable as fault:
-        return (), "", str(fault)
-    return state, hashlib.sha256(content).hexdigest(), None
+        return "", str(fault)
+    return hashlib.sha256(content).hexdigest(), None
 
 
-def _state_of(path: Path) -> tuple[int, ...] | None:
-    try:
-        return _state(path.stat())
-    except OSError:
-        return None
-
-
-def _state(status: os.stat_result) -> tuple[int, ...]:
-    """What differs if a file was written to or replaced; the time of the last change cannot be set back by hand."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _content(path: Path) -> tuple[bytes, tuple[int, ...]]:
-    """The bytes of a file as they were at one moment, and what tells that file from others."""
+def _content(path: Path) -> bytes:
+    """The bytes of a file as they were at one moment."""
     try:
         for _ in range(2):
             if not stat.S_ISREG(path.stat().st_mode):
                 raise _Unreadable("it is no file but a pipe, a device or the like")
             with path.open("rb") as file:
-                before = os.fstat(file.fileno())
-                content = file.read()
-                after = os.fstat(file.fileno())
-            if _state(before) == _state(after) and len(content) == after.st_size:
-                return content, _state(after)
+                before, content, after = os.fstat(file.fileno()), file.read(), os.fstat(file.fileno())
+            if (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, len(content)):
+                return content
     except OSError as error:
         raise _Unreadable(error.strerror or str(error)) from error
     raise _Unreadable("something is writing to it")

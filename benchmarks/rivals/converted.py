@@ -23,7 +23,7 @@ from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.stores import calibration_store
+from actvar_convert.stores import calibration_store, require_images
 from actvar_convert.system.progress import Progress
 from rivals.clusterings import by_chance, by_weights
 from rivals.method import Built, Level, Method, OutOfReach
@@ -77,7 +77,8 @@ class Conversion(Method):
 
 def clustered(teacher: Model, recipe: Recipe, clustering: Clustering, progress: Progress) -> Model:
     """What ``actvar_convert.convert`` makes, with neurons grouped by ``clustering``."""
-    store = calibration_store(teacher, recipe, progress=progress)
+    images = require_images(recipe, teacher.family.classes(teacher.config), progress)
+    store = calibration_store(teacher, recipe, images, progress=progress)
     calibration = Calibration(store.tokens, store.condition, recipe.calibration.batch)
     found = measure_sensitivity(teacher, recipe, calibration, clustering=clustering)
     plan, _ = search_plan(teacher.config, recipe, found, recipe.budget.reduction)

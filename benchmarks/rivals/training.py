@@ -18,6 +18,7 @@ from actvar_convert.files.run_state import RunState, fingerprint_of, load_run_st
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.stores import require_images
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 from rivals.method import CODE, Built, Level, Method
 
@@ -122,8 +123,9 @@ class Workshop:
             path = self.folder / f"tokens-{key}.bin"
             path.parent.mkdir(parents=True, exist_ok=True)
             making = Making(data.batch, seed, self.progress, path)
-            if data.images is not None:
-                self._stores[key] = store_from_images(self.teacher, Path(data.images), data.pyramids, making)
+            images = require_images(recipe, self.teacher.family.classes(self.teacher.config), self.progress)
+            if images is not None:
+                self._stores[key] = store_from_images(self.teacher, images.training, making)
             else:
                 self._stores[key] = store_from_teacher(self.teacher, data.pyramids, making, cfg=data.cfg)
         return self._stores[key]

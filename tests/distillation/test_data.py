@@ -2,8 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
 from actvar_convert.system.images import list_images, read_image
-from actvar_convert.system.progress import SilentProgress, Task
+from actvar_convert.system.progress import SilentProgress
 
 
 def test_an_epoch_visits_every_pyramid_once(tiny_model: Model) -> None:
@@ -50,6 +48,12 @@ def test_sampling_goes_on_where_it_stopped(tiny_model: Model, tmp_path: Path) ->
     assert resumed.condition.values.tolist() == [i % 5 for i in range(10)]
 
 
+def tokens_of(model: Model, folder: Path, count: int, making: Making) -> TokenStore:
+    """Pyramids of images that are chosen now."""
+    (chosen,) = chosen_images(folder, 5, [(count, making.seed)], making.progress)
+    return store_from_images(model, chosen, making)
+
+
 def write_images(folder: Path, classes: int) -> None:
     random = np.random.default_rng(0)
     for label in range(classes):
@@ -61,7 +65,7 @@ def write_images(folder: Path, classes: int) -> None:
 
 def test_images_become_their_tokens(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
-    store = store_from_images(tiny_model, tmp_path, 8, Making(batch=3, seed=0, progress=SilentProgress()))
+    store = tokens_of(tiny_model, tmp_path, 8, Making(batch=3, seed=0, progress=SilentProgress()))
     assert store.tokens.shape == (8, 30) and set(store.condition.values.tolist()) <= set(range(5))
     assert int(store.tokens.long().max()) < 32
 
@@ -69,27 +73,27 @@ def test_images_become_their_tokens(tiny_model: Model, tmp_path: Path) -> None:
 def test_images_that_changed_are_made_anew(tiny_model: Model, tmp_path: Path) -> None:
     folder, arguments = tmp_path / "images", {"batch": 3, "seed": 0, "progress": SilentProgress()}
     write_images(folder, 5)
-    first = store_from_images(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
-    again = store_from_images(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
+    first = tokens_of(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
+    again = tokens_of(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
     assert torch.equal(first.tokens, again.tokens) and len(list(tmp_path.glob("tokens-*.bin"))) == 1
     shutil.copy(folder / "class3" / "1.png", folder / "class0" / "00.png")
-    more = store_from_images(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
-    whole = store_from_images(tiny_model, folder, 8, Making(path=None, **arguments))
+    more = tokens_of(tiny_model, folder, 8, Making(path=tmp_path / "tokens.bin", **arguments))
+    whole = tokens_of(tiny_model, folder, 8, Making(path=None, **arguments))
     assert torch.equal(more.tokens, whole.tokens) and torch.equal(more.condition.values, whole.condition.values)
 
 
 def test_images_are_tokenised_for_a_model_in_half_precision(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 5)
     arguments = {"path": None, "batch": 3, "seed": 0, "progress": SilentProgress()}
-    whole = store_from_images(tiny_model, tmp_path, 8, Making(**arguments))
-    half = store_from_images(cast(tiny_model, torch.bfloat16), tmp_path, 8, Making(**arguments))
+    whole = tokens_of(tiny_model, tmp_path, 8, Making(**arguments))
+    half = tokens_of(cast(tiny_model, torch.bfloat16), tmp_path, 8, Making(**arguments))
     assert torch.equal(whole.tokens, half.tokens)
 
 
 def test_another_number_of_classes_is_refused(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path, 4)
     with pytest.raises(InputError, match="4 class folders, the model has 5"):
-        store_from_images(tiny_model, tmp_path, 8, Making(batch=3, seed=0, progress=SilentProgress()))
+        tokens_of(tiny_model, tmp_path, 8, Making(batch=3, seed=0, progress=SilentProgress()))
 
 
 def test_hidden_folders_are_no_classes_and_hold_no_images(tiny_model: Model, tmp_path: Path) -> None:
@@ -99,7 +103,7 @@ def test_hidden_folders_are_no_classes_and_hold_no_images(tiny_model: Model, tmp
         (place / ".ipynb_checkpoints").mkdir()
         shutil.copy(tmp_path / "class0" / "0.png", place / ".ipynb_checkpoints" / "0-checkpoint.png")
     again, same = labelled_images(tmp_path, 5)
-    assert seen == again and torch.equal(labels, same) and list_images(tmp_path) == seen
+    assert seen == again and labels == same and list_images(tmp_path) == seen
 
 
 def test_an_image_beyond_reason_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +119,7 @@ def test_every_broken_image_is_named_with_a_count_per_class(tiny_model: Model, t
     for path in broken:
         path.write_bytes(b"not an image")
     with pytest.raises(InputError, match=r"3 of 10 images .*\(class2: 1 of 2, class4: 2 of 2\)") as caught:
-        store_from_images(tiny_model, tmp_path, 2, Making(batch=3, seed=0, progress=SilentProgress()))
+        tokens_of(tiny_model, tmp_path, 2, Making(batch=3, seed=0, progress=SilentProgress()))
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [str(path) for path in broken]
 
 
@@ -153,7 +157,7 @@ def test_class_folders_may_be_links(tmp_path: Path) -> None:
     for label in range(5):
         (tmp_path / "tree" / f"class{label}").symlink_to(tmp_path / "elsewhere" / f"class{label}")
     files, labels = labelled_images(tmp_path / "tree", 5)
-    assert len(files) == 10 and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert len(files) == 10 and labels == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     (tmp_path / "elsewhere" / "class3").rename(tmp_path / "away")
     with pytest.raises(InputError, match="4 class folders, the model has 5 classes; links that lead nowhere: class3"):
         labelled_images(tmp_path / "tree", 5)
@@ -162,10 +166,10 @@ def test_class_folders_may_be_links(tmp_path: Path) -> None:
 def test_names_in_any_encoding_become_tokens(tiny_model: Model, tmp_path: Path) -> None:
     write_images(tmp_path / "images", 5)
     making = Making(batch=3, seed=0, progress=SilentProgress(), path=tmp_path / "tokens.bin")
-    before = store_from_images(tiny_model, tmp_path / "images", 10, making)
+    before = tokens_of(tiny_model, tmp_path / "images", 10, making)
     for path in list_images(tmp_path / "images"):
         path.rename(path.with_name(os.fsdecode(b"caf\xe9" + os.fsencode(path.name))))
-    after = store_from_images(tiny_model, tmp_path / "images", 10, making)
+    after = tokens_of(tiny_model, tmp_path / "images", 10, making)
     assert torch.equal(before.tokens, after.tokens)
     assert len(list(tmp_path.glob("tokens-*.bin"))) == 1, "the content is the same, whatever it is called"
 
@@ -174,34 +178,28 @@ def test_images_replaced_under_the_same_names_are_made_anew(tiny_model: Model, t
     folder = tmp_path / "images"
     write_images(folder, 5)
     making = Making(batch=3, seed=0, progress=SilentProgress(), path=tmp_path / "tokens.bin")
-    first = store_from_images(tiny_model, folder, 10, making)
+    first = tokens_of(tiny_model, folder, 10, making)
     for path in list_images(folder):
         before, pixels = path.stat(), np.asarray(Image.open(path))
         Image.fromarray(255 - pixels).save(path)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    second = store_from_images(tiny_model, folder, 10, making)
+    second = tokens_of(tiny_model, folder, 10, making)
     assert not torch.equal(second.tokens, first.tokens)
-    alone = store_from_images(tiny_model, folder, 10, replace(making, path=None))
+    alone = tokens_of(tiny_model, folder, 10, replace(making, path=None))
     assert torch.equal(second.tokens, alone.tokens)
 
 
 def test_an_image_that_changes_under_way_ends_the_work(tiny_model: Model, tmp_path: Path) -> None:
-    write_images(tmp_path, 5)
-    (chosen,) = chosen_images(tmp_path, 5, [(10, 0)], SilentProgress())
-
-    class Replacing(SilentProgress):
-        """Replaces the last image when the first tokens are there."""
-
-        @contextmanager
-        def task(self, description: str, total: int | None = None) -> Iterator[Task]:
-            if description == "tokenising images":
-                shutil.copy(chosen.files[0], chosen.files[-1])
-            with super().task(description, total) as task:
-                yield task
-
-    making = Making(batch=3, seed=0, progress=Replacing(), path=tmp_path / "tokens.bin")
+    write_images(tmp_path / "images", 5)
+    making = Making(batch=3, seed=0, progress=SilentProgress(), path=tmp_path / "tokens.bin")
+    (chosen,) = chosen_images(tmp_path / "images", 5, [(10, 0)], SilentProgress())
+    before = chosen.files[-1].read_bytes()
+    shutil.copy(chosen.files[0], chosen.files[-1])
     with pytest.raises(InputError, match=rf"{chosen.files[-1]}: the image was changed while it was in use"):
-        store_from_images(tiny_model, tmp_path, 10, making)
+        store_from_images(tiny_model, chosen, making)
+    chosen.files[-1].write_bytes(before)
+    whole = store_from_images(tiny_model, chosen, making)
+    assert torch.equal(whole.tokens, store_from_images(tiny_model, chosen, replace(making, path=None)).tokens)
 
 
 def test_stored_pyramids_that_are_damaged_or_of_another_file_are_made_anew(tiny_model: Model, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,6 @@ def test_folder_of_images_is_cropped_resized_and_ordered(tmp_path: Path) -> None
     assert float(image[1].max()) == 0
     assert torch.allclose(image[2], torch.tensor(128 / 255))
     before = real_images(tmp_path)
-    time.sleep(0.02)  # clocks of file systems are coarse
     Image.fromarray(np.ones((5, 4, 3), np.uint8)).save(tmp_path / "c.png")
     after = real_images(tmp_path)
     assert list(before) == list(after) and [name.name for name in before if before[name] != after[name]] == ["c.png"]
