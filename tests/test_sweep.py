@@ -227,5 +227,22 @@ def test_fid_joins_the_points_if_images_are_asked_for(
     assert again.done == 0 and kept.at(0.3) == judged, "figures that are there already stay"
 
 
+def test_a_sweep_is_one_of_the_content_of_its_images(tiny_model: Model, tmp_path: Path) -> None:
+    paths = [tmp_path / "images" / str(label) / f"{i}.png" for label in range(5) for i in range(3)]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (9 * number, 0, 0)).save(path)
+    given = recipe(data={"images": str(tmp_path / "images")})
+    first = av.sweep(tiny_model, recipe=given, reductions=(0.3,), out=tmp_path / "out")
+    assert av.sweep(tiny_model, recipe=given, reductions=(0.3,), out=tmp_path / "out") == first
+    for path in paths:
+        Image.new("RGB", (8, 8), (0, 99, 0)).save(path)
+    with pytest.raises(InputError, match="another sweep"):
+        av.sweep(tiny_model, recipe=given, reductions=(0.3,), out=tmp_path / "out")
+    paths[0].write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"data\.images: .*1 of 15 images"):
+        av.sweep(tiny_model, recipe=given, reductions=(0.4,))
+
+
 def test_the_verb_is_public() -> None:
     assert sweep_verb is av.sweep and callable(av.sweep)
