@@ -197,8 +197,8 @@ def _stored(folder: Path, fingerprint: str) -> dict[float, SweepPoint]:
             found = None
         if found is None or found.fingerprint != fingerprint:
             raise InputError(
-                f"{path} is a sweep of another model, with other settings, or by another version. Move it away, or "
-                "choose another folder with --out."
+                f"{path} is a sweep of another model, with other settings or images, or by another version. Move it "
+                "away, or choose another folder with --out."
             )
         return {point.target: point for point in found.points}
     if folder.exists() and not (folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())):

@@ -237,7 +237,7 @@ def test_a_sweep_is_one_of_the_content_of_its_images(tiny_model: Model, tmp_path
     assert av.sweep(tiny_model, recipe=given, reductions=(0.3,), out=tmp_path / "out") == first
     for path in paths:
         Image.new("RGB", (8, 8), (0, 99, 0)).save(path)
-    with pytest.raises(InputError, match="another sweep"):
+    with pytest.raises(InputError, match="with other settings or images"):
         av.sweep(tiny_model, recipe=given, reductions=(0.3,), out=tmp_path / "out")
     paths[0].write_bytes(b"broken")
     with pytest.raises(InputError, match=r"data\.images: .*1 of 15 images"):
