@@ -80,8 +80,8 @@ def check_run_state(path: str | Path, fingerprint: str) -> dict[str, Scalar]:
         raise CheckpointError(f"{path} is not the state of a run, or was cut short. {over}")
     try:
         metadata = read_metadata(path)
-        scalars: dict[str, Scalar] = json.loads(metadata.get("scalars", ""))
-    except (CheckpointError, ValueError) as error:
+        scalars: dict[str, Scalar] = dict(json.loads(metadata.get("scalars", "")))
+    except (CheckpointError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}, the state of an unfinished run, is damaged. {over}") from error
     if metadata.get("content") != _FORMAT:
         raise CheckpointError(f"{path} is not the state of a run that this version can continue. {over}")

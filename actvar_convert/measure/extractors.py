@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import math
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,18 +299,32 @@ def read_statistics(path: Path, feature_dim: int) -> Reference:
         InputError: the file is missing, is no such archive, has other shapes, or holds no finite numbers.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            mean, covariance = torch.from_numpy(archive["mu"]).double(), torch.from_numpy(archive["sigma"]).double()
-    except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+            mean = _array(archive, "mu", (feature_dim,))
+            covariance = _array(archive, "sigma", (feature_dim, feature_dim))
+    except Exception as error:  # of a damaged file the readers of archives and headers raise whatever they stumble over
         raise InputError(f"{path}: no readable .npz with the arrays mu and sigma ({error})") from error
-    if mean.shape != (feature_dim,) or covariance.shape != (feature_dim, feature_dim):
-        raise InputError(
-            f"{path}: mu of shape {tuple(mean.shape)} and sigma of shape {tuple(covariance.shape)}; "
-            f"{feature_dim} features need [{feature_dim}] and [{feature_dim}, {feature_dim}]"
-        )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise InputError(f"{path}: mu or sigma holds values that are infinite or no numbers; make the file anew")
     return Reference(mean, covariance)
+
+
+def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> Tensor:
+    """One array of an .npz in fp64. Its header has to say this shape, and no more than that is unpacked.
+
+    Raises:
+        ValueError: another shape, or no real numbers.
+    """
+    with archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        found, by_columns, dtype = read_header(file)
+        if found != shape:
+            raise ValueError(f"{name} has shape {found}, {shape} is needed")
+        if dtype.kind not in "fiu":
+            raise ValueError(f"{name} holds {dtype}, real numbers are needed")
+        values = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype)
+    return torch.from_numpy(values.reshape(shape, order="F" if by_columns else "C").astype(np.float64))
 
 
 def real_images(folder: Path) -> dict[Path, str]:

@@ -101,7 +101,7 @@ def _read(source: RecipeSource) -> tuple[str, dict[str, Any]]:
             raise RecipeError(f"recipe {path} cannot be read: {reason}") from error
     try:
         data = read_yaml(text)
-        json.dumps(data)
+        json.dumps(data, ensure_ascii=False).encode()  # half of a letter cannot be
     except (ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"recipe {where} is not a valid YAML file: {error}") from error
     if not isinstance(data, dict):
@@ -137,7 +137,7 @@ def _override(data: dict[str, Any], text: str) -> str | None:
         return f"{key.strip()}: {_unknown(parts, 'setting')}"
     try:
         value = read_yaml(raw)
-        json.dumps(value)
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, TypeError) as error:
         return f"{key.strip()}: the value {raw!r} is not valid YAML: {error}"
     node: Any = data

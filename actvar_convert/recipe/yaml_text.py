@@ -6,6 +6,7 @@ PyYAML follows YAML 1.1, which reads ``1e-4`` as text, ``no`` as false and ``1:3
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -22,16 +23,43 @@ _FLOAT = (
 
 MAX_VALUES = 200_000
 """Values of a text with its aliases written out; a plan of VAR-d36 takes about 1,500."""
+MAX_LETTERS = 2**19
+"""Of a text; PyYAML reads some 100,000 a second."""
+MAX_NESTING = 64
+"""Sections within sections; recipes have four. PyYAML takes the square of the nesting in time."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader with the value rules of YAML 1.2 that also refuses a key given twice."""
+    """Safe loader with the value rules and kinds of YAML 1.2 that also refuses a key given twice, and deep nesting.
+
+    A kind can be written before any text (``!!bool maybe``), so what makes a value checks the text by the same rule.
+    """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (the name and the kind are PyYAML's)
+    yaml_constructors = {  # noqa: RUF012
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        self._go_deeper()
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        self._go_deeper()
+        return bool(super().add_indent(column))
+
+    def _go_deeper(self) -> None:
+        if self.flow_level + len(self.indents) >= MAX_NESTING:
+            raise yaml.scanner.ScannerError(None, None, f"more than {MAX_NESTING} levels of nesting", self.get_mark())
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """YAML 1.2 has no keys that merge another section."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
@@ -48,22 +76,38 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(node.value)
+def _of(pattern: re.Pattern[str], make: Callable[[str], Any]) -> Callable[[_Loader, yaml.Node], Any]:
+    def construct(loader: _Loader, node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.ScalarNode) or not pattern.match(node.value):
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"this is no {kind}", node.start_mark)
+        return make(node.value)
+
+    return construct
 
 
-for _tag, (_pattern, _first) in {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}.items():
+_MAKE: dict[str, tuple[tuple[re.Pattern[str], list[str]], Callable[[str], Any]]] = {
+    "null": (_NULL, lambda text: None),
+    "bool": (_BOOL, lambda text: text.lower() == "true"),
+    "int": (_INT, int),
+    "float": (_FLOAT, lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))),
+}
+
+for _tag, ((_pattern, _first), _make) in _MAKE.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _of(_pattern, _make))
 
 
 def read_yaml(text: str) -> Any:
     """The value that a YAML text stands for.
 
     Raises:
-        ValueError: text that is not YAML, with line and column, or one whose aliases (``*name``) grow beyond all use.
+        ValueError: text that is not YAML, with line and column, or one that is too long, nested too deep, or whose
+            aliases (``*name``) grow beyond all use.
     """
+    if len(text) > MAX_LETTERS:
+        raise ValueError(f"it has {len(text):,} letters; at most {MAX_LETTERS:,} are read")
     try:
         loader = _Loader(text)
         try:

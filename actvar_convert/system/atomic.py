@@ -208,7 +208,7 @@ def _listed(manifest: Path) -> tuple[list[str], list[str]]:
         content = json.loads(manifest.read_bytes())
         files, stale = content["files"], content["stale"]
         plain = all(is_plain_name(name) for name in (*files, *stale)) and not manifest.parent.is_symlink()
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         plain = False
     if not plain:
         raise CheckpointError(
@@ -219,8 +219,10 @@ def _listed(manifest: Path) -> tuple[list[str], list[str]]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether something names a file in a folder, neither hidden nor elsewhere."""
-    return isinstance(name, str) and Path(name).name == name and not name.startswith(".")
+    """Whether something names a file in a folder, neither hidden nor elsewhere, that a file system can hold."""
+    if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 255:
+        return False
+    return Path(name).name == name and not name.startswith(".")
 
 
 def require_writable(folder: Path) -> None:

@@ -24,6 +24,9 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _KINDS = ("PNG", "JPEG", "WEBP", "BMP")
 """What may be in such a file, whichever of the endings it has: nothing in 32 bits, whose white is not known."""
 
+MAX_PIXELS = 2**26
+"""Of an image, decoded or resized; a file of a few kilobytes can claim any number. About half a gigabyte in memory."""
+
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -128,6 +131,9 @@ def read_image(path: Path, size: int, digest: str | None = None) -> Tensor:
         raise InputError(f"{path}: cannot be read as an image ({fault}); remove it or replace it") from fault
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
+    if width * height > MAX_PIXELS:
+        shape = f"{image.width} x {image.height}"
+        raise InputError(f"{path}: cannot be read as an image ({shape} pixels are too narrow); remove it or replace it")
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - size) // 2, (height - size) // 2
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
@@ -169,6 +175,8 @@ def _decode(content: bytes, *, small: bool = False) -> Image.Image:
         raise _Unreadable("it is empty")
     try:
         with Image.open(io.BytesIO(content), formats=_KINDS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise _Unreadable(f"{opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}")
             if small:
                 opened.draft(None, (8, 8))
             opened.load()

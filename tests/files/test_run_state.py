@@ -10,6 +10,7 @@ import torch
 
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.run_state import RunState, fingerprint_of, load_run_state, save_run_state
+from actvar_convert.files.tensors import write_tensors
 
 
 def _train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator, steps: int) -> None:
@@ -98,3 +99,12 @@ def test_random_bytes_and_foreign_files(tmp_path: Path) -> None:
             load_run_state(tmp_path / name, "f")
     with pytest.raises(InputError, match="no such file"):
         load_run_state(tmp_path / "absent", "f")
+
+
+@pytest.mark.parametrize("scalars", ["[" * 100_000, "[1, 2]", "3", "null", '"a"'])
+def test_scalars_that_are_no_mapping_are_damage(tmp_path: Path, scalars: str) -> None:
+    path = tmp_path / "state"
+    metadata = {"content": "actvar-run-state/1", "fingerprint": "f", "scalars": scalars}
+    write_tensors(path, {"a": torch.zeros(1)}, metadata)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_run_state(path, "f")

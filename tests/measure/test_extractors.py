@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from actvar_convert.measure.extractors import ClassifierExtractor, QuadrantExtractor, Reference
+from actvar_convert.errors import InputError
+from actvar_convert.measure.extractors import ClassifierExtractor, QuadrantExtractor, Reference, read_statistics
 from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import Model
 
@@ -89,3 +94,25 @@ def test_the_real_images_have_a_fingerprint() -> None:
     assert len({known.fingerprint, Reference.of(2 * features).fingerprint, alone.fingerprint, shifted.fingerprint}) == 4
     computed = [Reference.of(features * scale, "one folder") for scale in (1, 1 + 1e-6)]
     assert computed[0].fingerprint == computed[1].fingerprint, "whatever the device makes of the last digits"
+
+
+def test_statistics_are_read_in_any_real_dtype_and_order(tmp_path: Path) -> None:
+    sigma = np.asfortranarray(np.arange(9, dtype=np.float32).reshape(3, 3))
+    np.savez_compressed(tmp_path / "s.npz", mu=np.arange(3), sigma=sigma)
+    read = read_statistics(tmp_path / "s.npz", 3)
+    assert read.mean_F.tolist() == [0, 1, 2] and read.covariance_FF.tolist() == sigma.tolist()
+
+
+@pytest.mark.parametrize(
+    "shape", ["(3,)", "(100000000, 3)", "(3, 3, 3)", "(-1,)", "[" * 5000, "__import__('os').getcwd()"]
+)
+def test_statistics_are_unpacked_no_further_than_needed(tmp_path: Path, shape: str) -> None:
+    """Ten million zeros, packed into little; the header of sigma says anything."""
+    path, mean = tmp_path / "s.npz", io.BytesIO()
+    np.save(mean, np.zeros(3))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("mu.npy", mean.getvalue())
+        header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+        archive.writestr("sigma.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(10**7))
+    with pytest.raises(InputError, match=r"no readable \.npz with the arrays mu and sigma"):
+        read_statistics(path, 3)

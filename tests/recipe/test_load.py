@@ -92,7 +92,14 @@ def test_overrides_reach_into_plans() -> None:
         ("experts.count.x=1", "experts.count.x: unknown setting; did you mean experts.count?"),
         ("evaluate.seeds.5=1", "evaluate.seeds.5: there is no such entry in the recipe"),
         ("seed=[", "seed: the value '[' is not valid YAML: line 1, column 2"),
-        ("description=!!binary aGk=", "description: the value '!!binary aGk=' is not valid YAML: Object of type bytes"),
+        (
+            "description=!!binary aGk=",
+            "description: the value '!!binary aGk=' is not valid YAML: line 1, column 1: ",
+        ),
+        (
+            'description="\\ud800"',
+            "description: the value '\"\\\\ud800\"' is not valid YAML: 'utf-8' codec can't encode",
+        ),
         ("evaluate.images=19", "evaluate.images: given 19, allowed: a whole number of at least 20"),
         ("seed=-1", "seed: given -1, allowed: a whole number of at least 0"),
         ("seed=1.5", "seed: given 1.5, allowed: a whole number of at least 0"),

@@ -7,7 +7,7 @@ import math
 import pytest
 import yaml
 
-from actvar_convert.recipe.yaml_text import MAX_VALUES, read_yaml, write_yaml
+from actvar_convert.recipe.yaml_text import MAX_NESTING, MAX_VALUES, read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,29 @@ def test_words_stay_words_for_both_versions_of_yaml(word: str) -> None:
 def test_shared_values_are_written_out() -> None:
     shared = [1, 2]
     assert "&" not in write_yaml({"a": shared, "b": shared})
+
+
+@pytest.mark.parametrize("kind", ["bool", "int", "float", "null"])
+def test_a_kind_that_is_written_has_to_fit_its_text(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"line 2, column 4: this is no {kind}"):
+        read_yaml(f"a: 1\nb: !!{kind} maybe")
+    with pytest.raises(ValueError, match=f"line 1, column 4: this is no {kind}"):
+        read_yaml(f"b: !!{kind} [1]")
+    assert read_yaml("[!!bool True, !!int +3, !!float -.inf, !!null ~, !!str 1]") == [True, 3, float("-inf"), None, "1"]
+
+
+@pytest.mark.parametrize("kind", ["timestamp x", "binary aGk=", "set {a}", "omap [a: 1]", "python/name:os.system"])
+def test_kinds_beyond_yaml_1_2_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        read_yaml(f"a: !!{kind}")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "- " * 100_000, '{"a":' * 50_000, "? " * 50_000])
+def test_deep_nesting_is_refused_at_once(text: str) -> None:
+    with pytest.raises(ValueError, match=f"more than {MAX_NESTING} levels of nesting"):
+        read_yaml(text)
+
+
+def test_long_texts_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="600,000 letters; at most 524,288 are read"):
+        read_yaml("a" * 600_000)

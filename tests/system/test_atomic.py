@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from actvar_convert.system.atomic import read_checked, write_checked, write_whole
+from actvar_convert.errors import CheckpointError
+from actvar_convert.system.atomic import COMMIT, finish_commit, read_checked, write_checked, write_whole
 
 
 def test_writes_text_and_bytes_into_a_new_folder(tmp_path: Path) -> None:
@@ -73,3 +75,14 @@ def test_intermediate_results_are_taken_if_they_are_whole_and_the_own_ones(tmp_p
     for damaged in (b"", good[:10], good[:-1], good + b"x", good[:-1] + b"x", other.read_bytes(), b"content"):
         path.write_bytes(damaged)
         assert read_checked(path) is None
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[" * 100_000, '{"files": ["a\\u0000b"], "stale": []}', '{"files": [], "stale": ["\\ud800"]}',
+                 json.dumps({"files": ["x" * 300], "stale": []})]
+)  # fmt: skip
+def test_a_manifest_with_names_of_no_file_moves_nothing(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / COMMIT).mkdir()
+    (tmp_path / COMMIT / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match="is damaged or names files elsewhere"):
+        finish_commit(tmp_path)

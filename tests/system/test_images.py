@@ -219,3 +219,14 @@ def test_a_file_that_is_being_written_to_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fstat", growing)
     assert check_images([path])[1] == {path: "something is writing to it"}
     assert list(check_images([path])[0]) == [path], "when it is over"
+
+
+def test_images_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    huge, narrow = tmp_path / "huge.png", tmp_path / "narrow.png"
+    Image.new("1", (9_000, 9_000)).save(huge)
+    with pytest.raises(InputError, match="9000 x 9000 pixels are more than 67,108,864"):
+        read_image(huge, 8)
+    assert "pixels are more" in check_images([huge])[1][huge]
+    Image.new("1", (1, 100_000)).save(narrow)
+    with pytest.raises(InputError, match="1 x 100000 pixels are too narrow"):
+        read_image(narrow, 256)
