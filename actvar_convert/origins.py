@@ -83,8 +83,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Work:
-    """Where unfinished work is kept, file by file."""
+    """Where the unfinished work on a result is kept, file by file.
 
+    Attributes:
+        out: the folder that is to hold the result.
+        folder: where the work is kept until then.
+    """
+
+    out: Path
     folder: Path
 
     @classmethod
@@ -95,7 +101,7 @@ class Work:
             InputError: what is named is no folder, or holds something else.
         """
         if named is None:
-            return cls(work_folder(out))
+            return cls(out, work_folder(out))
         folder = Path(named)
         with explain_os_errors("keep unfinished work in", folder):
             entries = sorted(folder.iterdir()) if folder.exists() else []
@@ -105,15 +111,15 @@ class Work:
                 f"{folder} is to hold unfinished work alone, for all of it is removed at the end, and it holds "
                 f"{other[0]}. Name an empty folder, or one that is not there yet (--work)."
             )
-        return cls(folder)
+        return cls(out, folder)
 
     @contextmanager
-    def owned(self, out: Path, processes: Processes = ALONE) -> Iterator[bool]:
+    def owned(self, processes: Processes = ALONE) -> Iterator[bool]:
         """Makes this process the one that works on a result; see ``locks.owned``."""
         with locks.owned(self.folder, processes) as begins:
             if begins and processes.main:
-                with explain_os_errors("write", out):
-                    remove_leftovers(out)
+                with explain_os_errors("write", self.out):
+                    remove_leftovers(self.out)
             yield begins
 
     def clear(self, run: Run) -> None:

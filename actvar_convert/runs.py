@@ -125,16 +125,16 @@ def run(
     recipe_plans(teacher.config, chosen)
     own = Run.of(teacher, chosen, images)
     keeping = Work.of(folder, work)
-    with keeping.owned(folder, processes):
+    with keeping.owned(processes):
         model = _finished(folder, own.key, teacher)
         if model is None:
             if out is None:
                 refuse_distilled(folder)
             refuse_other_state(keeping, own.key)
-            model = _make(teacher, own, folder, keeping, progress, processes)
+            model = _make(teacher, own, keeping, progress, processes)
         measured = None
         if processes.main:
-            measured = _measure(model, teacher, chosen, folder, keeping, extractor, baseline, progress)
+            measured = _measure(model, teacher, chosen, keeping, extractor, baseline, progress)
             keeping.clear(own)
         result = processes.from_main(measured)
     assert result is not None
@@ -185,7 +185,7 @@ def _finished(folder: Path, fingerprint: str, teacher: Model, *, distilled: bool
     return None if found is None else found.to(teacher.device)
 
 
-def _make(teacher: Model, run: Run, folder: Path, work: Work, progress: Progress, processes: Processes) -> Model:
+def _make(teacher: Model, run: Run, work: Work, progress: Progress, processes: Processes) -> Model:
     """Converts and distils."""
     recipe = run.recipe
     sparse = _finished(work.converted, run.key, teacher, distilled=False)
@@ -198,7 +198,7 @@ def _make(teacher: Model, run: Run, folder: Path, work: Work, progress: Progress
         sparse,
         teacher=teacher,
         recipe=recipe,
-        out=folder,
+        out=work.out,
         work=work.folder,
         progress=progress,
         run=run,
@@ -234,14 +234,13 @@ def _measure(
     model: Model,
     teacher: Model,
     recipe: Recipe,
-    folder: Path,
     work: Work,
     extractor: FeatureExtractor | None,
     baseline: QualityReport | None,
     progress: Progress,
 ) -> RunResult:
     """Reports, picture and card; each is written when it is ready, evaluation first since it takes longest."""
-    flops = verbs.report_flops(model)
+    folder, flops = work.out, verbs.report_flops(model)
     update_file(folder, "flops.json", flops.to_json().encode())
     settings = recipe.evaluate
     quality = _stored(folder / "eval.json", QualityReport)

@@ -105,7 +105,7 @@ def sweep(
     fingerprint = hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
     folder = None if out is None else Path(out)
     keeping = None if folder is None else Work.of(folder, work)
-    with nullcontext() if folder is None or keeping is None else keeping.owned(folder, join(model.device)):
+    with nullcontext() if keeping is None else keeping.owned(join(model.device)):
         points = {} if folder is None else _stored(folder, fingerprint)
 
         def report() -> SweepReport:

@@ -153,11 +153,11 @@ def convert(
     chosen = load_recipe(recipe, config=model.config)
     if out is not None:
         refuse_foreign(out)
-    place = out if work is None else work
+    place = work if out is None else out
     if place is None:
         return _convert(model, chosen, None, None, progress, run, processes)
     keeping = Work.of(Path(place), work)
-    with keeping.owned(Path(place) if out is None else Path(out), processes) as begins:
+    with keeping.owned(processes) as begins:
         if out is not None and not replace:
             refuse_distilled(Path(out))
         kept = None if work is None else keeping
@@ -284,8 +284,8 @@ def distill(
     if run is None:
         run = Run.of(teacher, chosen, require_images(chosen, teacher.family.classes(teacher.config), progress))
     keeping = Work.of(folder, work)
-    with keeping.owned(folder, processes):
-        _distill(model, teacher, run, folder, keeping, progress, processes, replace)
+    with keeping.owned(processes):
+        _distill(model, teacher, run, keeping, progress, processes, replace)
     return model
 
 
@@ -293,13 +293,12 @@ def _distill(
     model: Model,
     teacher: Model,
     run: Run,
-    folder: Path,
     work: Work,
     progress: Progress,
     processes: Processes,
     replace: bool,
 ) -> None:
-    chosen = run.recipe
+    chosen, folder = run.recipe, work.out
     student = processes.from_main(student_print(model) if processes.main else "")
     if _take_finished(model, folder, run.key, student):
         progress.say(f"{folder} holds the result of this distillation already")
