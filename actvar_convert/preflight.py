@@ -1,28 +1,164 @@
-"""Proving a recipe against the model that it names: everything that can be wrong with it is found without weights."""
+"""Everything that is checked before work, in one list that every verb asks, with or without weights.
+
+``validate_recipe`` asks it of a recipe whose model is known by its shape alone, and says what the recipe amounts to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from actvar_convert.conversion.budget import recipe_plans
-from actvar_convert.conversion.conversion_memory import estimate_convert
+from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert
 from actvar_convert.cost.flops import count_flops
 from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.errors import InputError, RecipeError, counted
 from actvar_convert.files.source import model_shape
+from actvar_convert.files.tensors import size_of
 from actvar_convert.measure.extractors import require_reference
 from actvar_convert.measure.quality_report import load_quality
 from actvar_convert.models.families import family_of
+from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.load import RecipeSource, load_recipe
-from actvar_convert.recipe.schema import Recipe
-from actvar_convert.stores import require_images
-from actvar_convert.system.device import free_memory_bytes, named_device, pick_device
+from actvar_convert.recipe.schema import Phase, Recipe
+from actvar_convert.stores import RecipeImages, require_images
+from actvar_convert.system.device import bf16_is_emulated, free_memory_bytes, mapped_bytes, named_device, pick_device
+from actvar_convert.system.processes import ALONE, Processes
+from actvar_convert.system.progress import Progress, SilentProgress
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is about to be done, as far as a check looks at it.
+
+    Attributes:
+        recipe: resolved, and checked against the shape of the model.
+        config: shape of the dense transformer.
+        processes: how many share the training.
+        sharded: whether the student is split over them.
+        progress: told about checks that take long.
+    """
+
+    recipe: Recipe
+    config: TransformerConfig
+    processes: int = 1
+    sharded: bool = False
+    progress: Progress = field(default_factory=SilentProgress)
+
+    @classmethod
+    def of(cls, model: Model, recipe: Recipe, processes: Processes, progress: Progress) -> Job:
+        """A recipe on a loaded model."""
+        return cls(recipe, model.config, processes.count, processes.shard, progress)
+
+
+def require_ready(job: Job, *phases: Phase) -> RecipeImages | None:
+    """Asks all of ``CHECKS`` that concern one of the phases, and then the images, of which every one is opened.
+
+    Returns:
+        the images that the recipe chooses, all of them readable; None if it names none.
+
+    Raises:
+        RecipeError: everything that is wrong, all problems at once.
+    """
+    problems = [problem for own, check in CHECKS if set(own) & set(phases) for problem in check(job)]
+    images = None
+    if {"convert", "train"} & set(phases):
+        try:
+            images = require_images(job.recipe, family_of(job.config).classes(job.config), job.progress)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(f"recipe {job.recipe.name!r}: {counted(len(problems), 'problem')}", problems)
+    if job.recipe.dtype == "bf16" and bf16_is_emulated(_device_here(job.recipe.device)):
+        job.progress.say("this CPU has no instructions for bf16, which takes several times as long: --set dtype=fp32")
+    return images
+
+
+def _device(job: Job) -> Iterator[str]:
+    if job.recipe.device is not None:
+        yield from _said("device", lambda: named_device(str(job.recipe.device)))
+
+
+def _rows_for_all(job: Job) -> Iterator[str]:
+    for name, stage in (("stage1", job.recipe.distill.stage1), ("stage2", job.recipe.distill.stage2)):
+        if stage.steps and stage.batch < job.processes:
+            yield (
+                f"distill.{name}.batch: given {stage.batch}, for {job.processes} processes at least {job.processes}, "
+                "one for each"
+            )
+
+
+def _split(job: Job) -> Iterator[str]:
+    if job.sharded:
+        yield from split_problems(job.recipe)
+
+
+def _reference(job: Job) -> Iterator[str]:
+    reference = job.recipe.evaluate.reference
+    if reference is not None:
+        yield from _said("evaluate.reference", lambda: require_reference(Path(reference)))
+
+
+def _baseline(job: Job) -> Iterator[str]:
+    baseline = None if job.recipe.checks is None else job.recipe.checks.baseline
+    if baseline is not None:
+        yield from _said("checks.baseline", lambda: load_quality(Path(baseline)))
+
+
+def _budget(job: Job) -> Iterator[str]:
+    try:
+        recipe_plans(job.config, job.recipe)
+    except RecipeError as error:
+        yield str(error)
+
+
+def _said(where: str, look: Callable[[], object]) -> Iterator[str]:
+    try:
+        look()
+    except InputError as error:
+        yield f"{where}: {error.message}"
+        yield from error.problems
+
+
+CHECKS: tuple[tuple[tuple[Phase, ...], Callable[[Job], Iterator[str]]], ...] = (
+    (("convert", "train", "measure"), _device),
+    (("train",), _rows_for_all),
+    (("train",), _split),
+    (("measure",), _reference),
+    (("measure",), _baseline),
+    (("convert",), _budget),
+)
+"""What is checked before work beside a recipe against itself and its model (``recipe/check.py``), and for which phases.
+
+Memory comes after it, since it is asked of the machine: ``conversion_memory`` and ``distillation_memory``.
+"""
+
+
+def conversion_memory(model: Model, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
+    """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
+    transformer, weights = model.transformer, list(model.transformer.state_dict().values())
+    config, tokenizer, device = transformer.config, model.tokenizer.config, model.device.type
+    size = size_of(model.transformer.state_dict())
+    held = size - mapped_bytes(weights)
+    return estimate_convert(config, tokenizer, recipe, held=held, itemsize=model.dtype.itemsize, device=device)
+
+
+def distillation_memory(teacher: Model, recipe: Recipe, processes: Processes) -> MemoryEstimate:
+    """What each of the processes that share a distillation will need."""
+    return estimate_distill(
+        teacher.config,
+        teacher.tokenizer.config,
+        recipe,
+        processes=processes.count,
+        sharded=processes.shard,
+        device=teacher.device.type,
+    )
 
 
 class PlanFigures(BaseModel):
@@ -99,20 +235,9 @@ def validate_recipe(
         return shape.transformer
 
     chosen = load_recipe(recipe, overrides, config=config_of)
-    wrong = [
-        f"distill.{name}.batch: given {stage.batch}, for {processes} processes at least {processes}, one for each"
-        for name, stage in (("stage1", chosen.distill.stage1), ("stage2", chosen.distill.stage2))
-        if stage.steps and stage.batch < processes
-    ]
-    wrong += split_problems(chosen) if sharded else []
     config, tokenizer, line = shapes[-1]
-    wrong += _not_at_hand(chosen, family_of(config).classes(config))
-    if wrong:
-        raise RecipeError(f"recipe {chosen.name!r}: {counted(len(wrong), 'problem')}", wrong)
-    try:
-        plans, default = recipe_plans(config, chosen)
-    except RecipeError as error:
-        raise RecipeError(f"recipe {chosen.name!r}: 1 problem", [str(error)]) from error
+    require_ready(Job(chosen, config, processes, sharded), "convert", "train", "measure")
+    plans, default = recipe_plans(config, chosen)
     reports = {name: count_flops(config, None, {name: plan}, name) for name, plan in plans.items()}
     figures = {}
     for name, report in reports.items():
@@ -133,28 +258,6 @@ def validate_recipe(
         device=device.type,
         device_free_bytes=free_memory_bytes(device),
     )
-
-
-def _not_at_hand(recipe: Recipe, classes: int | None) -> list[str]:
-    """What a recipe names beside its model and that no machine has, or that is not there, or no such thing."""
-    baseline = None if recipe.checks is None else recipe.checks.baseline
-    named: list[tuple[str, Callable[[str], object], str | None]] = [
-        ("device", named_device, recipe.device),
-        ("evaluate.reference", lambda path: require_reference(Path(path)), recipe.evaluate.reference),
-        ("checks.baseline", lambda path: load_quality(Path(path)), baseline),
-    ]
-    problems = []
-    for where, look, given in named:
-        if given is not None:
-            try:
-                look(given)
-            except InputError as error:
-                problems += [f"{where}: {error.message}", *error.problems]
-    try:
-        require_images(recipe, classes)
-    except InputError as error:
-        problems += error.problems
-    return problems
 
 
 def _device_here(name: str | None) -> torch.device:

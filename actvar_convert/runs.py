@@ -16,10 +16,8 @@ import torch
 from pydantic import BaseModel
 
 from actvar_convert import verbs
-from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import require_memory
 from actvar_convert.cost.flops import FlopsReport
-from actvar_convert.distillation.loop import require_whole_student
 from actvar_convert.errors import InputError
 from actvar_convert.files.layout import official_names
 from actvar_convert.files.source import REPOSITORY
@@ -40,13 +38,13 @@ from actvar_convert.origins import (
     refuse_distilled,
     refuse_other_state,
 )
+from actvar_convert.preflight import Job, distillation_memory, require_ready
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.show.card import model_card
 from actvar_convert.show.html import report_html
 from actvar_convert.show.pictures import samples_picture
 from actvar_convert.show.tables import Reports
-from actvar_convert.stores import require_images
 from actvar_convert.system.device import DTYPES
 from actvar_convert.system.processes import Processes, join
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
@@ -115,14 +113,12 @@ def run(
     chosen = load_recipe(recipe, overrides, config=config_of)
     teacher = teachers[-1]
     processes = join(teacher.device, shard=shard)
-    require_whole_student(chosen, processes)
     progress = progress if progress is not None and processes.main else SilentProgress()
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
-    images = require_images(chosen, teacher.family.classes(teacher.config), progress)
+    images = require_ready(Job.of(teacher, chosen, processes, progress), "convert", "train", "measure")
     extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
-    recipe_plans(teacher.config, chosen)
     own = Run.of(teacher, chosen, images)
     keeping = Work.of(folder, work)
     with keeping.owned(processes):
@@ -189,7 +185,7 @@ def _make(teacher: Model, run: Run, work: Work, progress: Progress, processes: P
     """Converts and distils."""
     recipe = run.recipe
     sparse = _finished(work.converted, run.key, teacher, distilled=False)
-    require_memory(verbs.distillation_memory(teacher, recipe, processes), teacher.device)
+    require_memory(distillation_memory(teacher, recipe, processes), teacher.device)
     if sparse is None:
         sparse = verbs.convert(teacher, recipe=recipe, work=work.folder, progress=progress, run=run)
         if processes.main:

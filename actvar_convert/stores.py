@@ -71,10 +71,8 @@ def require_images(recipe: Recipe, classes: int | None, progress: Progress | Non
             *chosen_images(Path(recipe.data.images), classes, list(choices), progress or SilentProgress())
         )
     except InputError as error:
-        raise InputError(
-            "the recipe's images cannot be used; give the root of a class-per-folder tree:",
-            [f"data.images: {error.message}", *error.problems],
-        ) from error
+        problem = f"data.images: {error.message}; give the root of a class-per-folder tree"
+        raise InputError("the recipe's images cannot be used:", [problem, *error.problems]) from error
 
 
 def _seeds(recipe: Recipe) -> tuple[int, int]:

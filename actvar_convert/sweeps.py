@@ -28,6 +28,7 @@ from actvar_convert.measure.evaluation import Evaluation
 from actvar_convert.measure.image_features import model_fingerprint
 from actvar_convert.models.model import Model
 from actvar_convert.origins import Work, require_dense
+from actvar_convert.preflight import conversion_memory
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe
@@ -131,7 +132,7 @@ def sweep(
                 except RecipeError as error:
                     points[target] = SweepPoint(target=target, problem=str(error))
         if targets:
-            require_memory(verbs.conversion_memory(model, _asking(chosen, targets)), model.device)
+            require_memory(conversion_memory(model, _asking(chosen, targets)), model.device)
             kept = None if keeping is None else keeping.folder
             path = None if kept is None else kept / f"calibration-{fingerprint[:12]}.bin"
             store = calibration_store(model, chosen, given, path=path, progress=progress)

@@ -13,14 +13,12 @@ from typing import Literal
 import torch
 
 from actvar_convert.conversion.activations import Calibration
-from actvar_convert.conversion.budget import recipe_plans
-from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, require_memory
+from actvar_convert.conversion.conversion_memory import estimate_convert, require_memory
 from actvar_convert.conversion.converter import conversion_steps, convert_model, made_by_main
 from actvar_convert.conversion.search import measure_metrics, plan_model, search_steps, searches
 from actvar_convert.cost.flops import FlopsReport, count_flops
 from actvar_convert.distillation.data import TokenStore
-from actvar_convert.distillation.loop import Upkeep, distill_model, require_whole_student, student_print
-from actvar_convert.distillation.training_memory import estimate_distill
+from actvar_convert.distillation.loop import Upkeep, distill_model, student_print
 from actvar_convert.errors import InputError
 from actvar_convert.files.bundled import bundled_folder, bundled_names
 from actvar_convert.files.export import Exported, export_reference
@@ -28,7 +26,6 @@ from actvar_convert.files.inspection import Inspection, inspect_file
 from actvar_convert.files.layout import official_names
 from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
-from actvar_convert.files.tensors import size_of
 from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import FeatureExtractor, bundled_extractor
 from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_models
@@ -46,16 +43,17 @@ from actvar_convert.origins import (
     require_dense,
 )
 from actvar_convert.plan import SparsityPlan
+from actvar_convert.preflight import Job, conversion_memory, distillation_memory, require_ready
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.recipe.shape import ShapeLike, shape_of
 from actvar_convert.show.pictures import picture
-from actvar_convert.stores import calibration_store, distillation_store, require_images
+from actvar_convert.stores import calibration_store, distillation_store
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
-from actvar_convert.system.device import DtypeLike, limit_threads, mapped_bytes, pick_device, pick_dtype, release_pages
-from actvar_convert.system.processes import ALONE, Processes, join
+from actvar_convert.system.device import DtypeLike, limit_threads, pick_device, pick_dtype, release_pages
+from actvar_convert.system.processes import Processes, join
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 
 RecipeLike = str | Path | Recipe
@@ -140,7 +138,7 @@ def convert(
             ``out`` is whole; without ``out`` the caller removes it.
         progress: told about every long step.
         replace: a distilled model that ``out`` holds; else it is refused.
-        run: what identifies the call, if it is known already.
+        run: what identifies the call, if it is known and everything checked already.
 
     Raises:
         RecipeError: the recipe does not fit the model, all problems at once, before any work.
@@ -177,8 +175,7 @@ def _convert(
     processes: Processes,
 ) -> Model:
     config = model.config
-    recipe_plans(config, chosen)
-    images = require_images(chosen, model.family.classes(config), progress) if run is None else run.images
+    images = require_ready(Job.of(model, chosen, processes, progress), "convert") if run is None else run.images
     require_memory(conversion_memory(model, chosen, processes), model.device)
     if run is None and (out is not None or work is not None):
         run = Run.of(model, chosen, images)
@@ -216,15 +213,6 @@ def _convert(
     return sparse
 
 
-def conversion_memory(model: Model, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
-    """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
-    transformer, weights = model.transformer, list(model.transformer.state_dict().values())
-    config, tokenizer, device = transformer.config, model.tokenizer.config, model.device.type
-    size = size_of(model.transformer.state_dict())
-    held = size - mapped_bytes(weights)
-    return estimate_convert(config, tokenizer, recipe, held=held, itemsize=model.dtype.itemsize, device=device)
-
-
 def distill(
     model: Model,
     *,
@@ -250,7 +238,7 @@ def distill(
         out: folder to write the result to.
         work: folder in which samples and state wait until ``out`` is whole, ``OUT.work`` beside it by default.
         progress: told about every long step.
-        run: what identifies the call, if it is known already.
+        run: what identifies the call, if it is known and everything checked already.
         shard: split the student over the processes while it trains, instead of a copy in each.
         replace: a distilled model of another call that ``out`` holds; else it is refused.
 
@@ -268,7 +256,6 @@ def distill(
         raise InputError("this model is dense; convert it first (actvar convert MODEL --out DIR)")
     chosen = load_recipe(recipe)
     check_recipe(chosen, model.config)
-    require_whole_student(chosen, processes)
     teacher = recorded_teacher(model) if teacher is None else teacher
     require_dense(teacher)
     unlike = differences(model.config, teacher.config)
@@ -282,7 +269,7 @@ def distill(
     folder = Path(out)
     refuse_foreign(folder)
     if run is None:
-        run = Run.of(teacher, chosen, require_images(chosen, teacher.family.classes(teacher.config), progress))
+        run = Run.of(teacher, chosen, require_ready(Job.of(teacher, chosen, processes, progress), "train"))
     keeping = Work.of(folder, work)
     with keeping.owned(processes):
         _distill(model, teacher, run, keeping, progress, processes, replace)
@@ -345,18 +332,6 @@ def _take_finished(model: Model, folder: Path, fingerprint: str, student: str) -
         return False
     model.transformer.load_state_dict(found.transformer.state_dict())
     return True
-
-
-def distillation_memory(teacher: Model, recipe: Recipe, processes: Processes) -> MemoryEstimate:
-    """What each of the processes that share a distillation will need."""
-    return estimate_distill(
-        teacher.config,
-        teacher.tokenizer.config,
-        recipe,
-        processes=processes.count,
-        sharded=processes.shard,
-        device=teacher.device.type,
-    )
 
 
 def evaluate(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 BASE = ("errors", "_version", "system")
 FOLDERS = (
     *("kernels", "plan", "models", "recipe", "files", "cost", "conversion", "distillation", "measure", "show"),
-    *("stores", "origins", "verbs", "preflight", "sweeps", "runs"),
+    *("stores", "origins", "preflight", "verbs", "sweeps", "runs"),
 )
 """In the order of imports; each may import the base, itself and what stands before it."""
 COMMAND_MAY = ("actvar_convert", "_version", "errors", "system", "recipe", "measure", "show")

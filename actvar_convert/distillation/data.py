@@ -195,7 +195,7 @@ def labelled_images(folder: Path, classes: int | None) -> tuple[list[Path], list
         InputError: no such folder, another number of classes than the model has, or classes without an image.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the root of a class-per-folder tree of images")
+        raise InputError(f"{folder}: no such folder")
     if classes is None:
         raise InputError(f"{folder}: images of classes given, and the model is conditioned on no classes")
     with explain_os_errors("read", folder):

@@ -42,7 +42,8 @@ ECHO = 5.0
 """Seconds within which a launcher passes a signal on."""
 
 GRADIENT_CLIP = 1.0
-"""Largest norm of the gradient; a longer one is shortened to it."""
+"""Largest norm of the gradient; a longer one is shortened to it. Routers and gates have a norm of their own: their
+regressions are ten times as steep as the losses of the weights, which would be shortened by a factor that jumps."""
 
 SAVE_EVERY = 30.0
 """Seconds between two saves of the state, at least."""
@@ -116,7 +117,13 @@ class StageRun:
         if self.processes.shard:
             self.objective = shard_student(model.transformer, stage.objective, self.processes)
         self.parameters = trainable_parameters(model.transformer, recipe)
-        self.optimizers = Optimizers(self.parameters, recipe, added(model.transformer))
+        role = added(model.transformer)
+        self.optimizers = Optimizers(self.parameters, recipe, role)
+        scorers = {name for name in self.parameters if role.get(name) in ("router", "gate")}
+        self.clipped = {
+            "gradient_norm": [own for name, own in self.parameters.items() if name not in scorers],
+            "score_norm": [own for name, own in self.parameters.items() if name in scorers],
+        }
         for block in gated_blocks(model.transformer):
             block.straight_through = trains_gates(recipe)
         self.step = 0
@@ -126,7 +133,7 @@ class StageRun:
     def train_step(
         self, teacher: Model, tokens: Tensor, condition: Any, autocast: AbstractContextManager[object]
     ) -> dict[str, float]:
-        """One optimiser step on this process's rows; returns losses, learning rate and gradient norm of all rows.
+        """One optimiser step on this process's rows; returns losses, learning rate and gradient norms of all rows.
 
         A step whose plan gives nothing to train changes nothing. It counts if other plans take their turns.
         """
@@ -142,8 +149,8 @@ class StageRun:
         self.optimizers.zero_grad()
         torch.autograd.backward(shares.sum())
         processes.add_gradients(self.parameters.values())
-        norm = float(processes.clip_gradients(self.parameters.values(), GRADIENT_CLIP))
-        if not math.isfinite(norm):
+        norms = {name: float(processes.clip_gradients(own, GRADIENT_CLIP)) for name, own in self.clipped.items() if own}
+        if not all(map(math.isfinite, norms.values())):
             raise Diverged(
                 f"{self.stage.name} diverged: the gradient of step {self.step + 1} is not finite, and nothing of that "
                 f"step was kept. Lower {self.stage.section}.learning_rate (given {recipe.learning_rate:g}), give a "
@@ -153,7 +160,7 @@ class StageRun:
         self.step += 1
         totals = processes.total(shares)
         values = dict(zip(losses, totals.tolist(), strict=True))
-        return {"loss": float(totals.sum()), **values, "learning_rate": rate, "gradient_norm": norm}
+        return {"loss": float(totals.sum()), **values, "learning_rate": rate, **norms}
 
     def choose(self) -> dict[str, str]:
         """Activates the plan of the step; returns its name as ``plan`` if there was a choice."""
@@ -245,7 +252,7 @@ def distill_model(
     names = [stage.name for stage, _ in stages]
     processes = processes or Processes(device=model.device)
     _require_rows(stages, store, processes)
-    require_whole_student(recipe, processes)
+    _require_whole_student(recipe, processes)
     plan = plans_of(model).name
     state_path, log = upkeep.state_path, upkeep.log
     found = processes.from_main(state_path is not None and state_path.exists())
@@ -298,7 +305,7 @@ def _require_rows(stages: Sequence[tuple[Stage, StageRecipe]], store: TokenStore
         )
 
 
-def require_whole_student(recipe: Recipe, processes: Processes) -> None:
+def _require_whole_student(recipe: Recipe, processes: Processes) -> None:
     """Raises InputError if a student that is split over the processes would have to be whole."""
     problems = split_problems(recipe)
     if processes.shard and problems:

@@ -1,18 +1,16 @@
-"""What a run takes from the machine: device, dtype, threads, random state, memory readings."""
+"""What a run takes from the machine: device, dtype, threads, memory readings."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-import random
 import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -89,11 +87,12 @@ def autocast_dtype(name: str) -> torch.dtype | None:
     return None if name == "fp32" else DTYPES[name]
 
 
-def seed_everything(seed: int) -> None:
-    """Sets the global random state of Python, NumPy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def bf16_is_emulated(device: torch.device) -> bool:
+    """Whether a device is an x86 CPU without instructions for bf16, which it emulates; False if torch cannot say."""
+    if device.type != "cpu":
+        return False
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return has.get("architecture") == "x86_64" and not (has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def limit_threads() -> int:

@@ -119,6 +119,8 @@ def test_a_report_of_other_images_or_another_machine_is_made_anew(
     monkeypatch.setattr(verbs, "extractor_for", lambda model, reference=None: judges[reference])
     settings = "experts: {count: 8}\ngate: {rank: 4}\nbudget: {reduction: 0.1}\n"
     Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\n{settings}")
+    for name in judges:
+        Path(name).mkdir()
 
     def run(reference: str, *more: str) -> tuple[int, str, dict[str, Any]]:
         given = shrunk(f"evaluate.reference={reference}", *more)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -15,6 +13,7 @@ from actvar_convert.errors import InputError
 from actvar_convert.system import device as runtime
 from actvar_convert.system.device import (
     autocast_dtype,
+    bf16_is_emulated,
     free_memory_bytes,
     largest_memory_bytes,
     limit_threads,
@@ -25,7 +24,6 @@ from actvar_convert.system.device import (
     pick_dtype,
     release_pages,
     reset_peak_memory,
-    seed_everything,
 )
 
 
@@ -50,13 +48,22 @@ def test_dtypes_by_their_names() -> None:
         pick_dtype("float8", cpu)
 
 
-def test_equal_seeds_give_equal_numbers() -> None:
-    def draw(seed: int) -> tuple[float, float, float]:
-        seed_everything(seed)
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-    assert draw(7) == draw(7)
-    assert all(a != b for a, b in zip(draw(7), draw(8), strict=True))
+@pytest.mark.parametrize(
+    ("has", "emulated"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        ({"architecture": "x86_64"}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_a_cpu_without_instructions_for_bf16(
+    has: dict[str, object], emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert bf16_is_emulated(torch.device("cpu")) is emulated
+    assert not bf16_is_emulated(torch.device("cuda"))
 
 
 def test_peak_memory_sees_what_was_freed() -> None:
