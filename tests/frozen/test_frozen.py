@@ -1,8 +1,8 @@
 """What must not move while the house is rebuilt: plans, images and trained weights of the bundled models.
 
 The values come from the code before it was rebuilt, on two cores with AVX-512; ``values.py`` measures them anew.
-Weights are those since gradients of routers and gates are clipped apart; until then those of that code, with the constants
-of inactive experts held at zero, were met.
+Weights are those since gradients of routers and gates are clipped apart; until then those of that code, with the
+constants of inactive experts held at zero, were met.
 """
 
 from __future__ import annotations
