@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import actvar_convert as av
 from actvar_convert.errors import InputError
@@ -18,6 +21,7 @@ from actvar_convert.models.classifier import FashionClassifier
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.network import VARTransformer
 from actvar_convert.models.var.tokenizer import VQVAE
+from actvar_convert.origins import Run
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.progress import SilentProgress, Task
 
@@ -221,3 +225,71 @@ def test_an_interrupted_conversion_goes_on_from_what_is_kept(tiny_model: Model, 
     expected = whole.transformer.state_dict()
     assert resumed.plans == whole.plans
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.transformer.state_dict().items())
+
+
+class Stopping(Listener):
+    """Stops the work in one of its tasks."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Task]:
+        with super().task(description, total) as task:
+            if self.where in description:
+                raise KeyboardInterrupt
+            yield task
+
+
+def test_images_replaced_after_an_interruption_are_not_taken_for_the_old_ones(
+    tiny_model: Model, tmp_path: Path
+) -> None:
+    """By the same names, size and time: pyramids, sums of the search and training start anew."""
+    folder, work = tmp_path / "images", tmp_path / "work"
+
+    def draw(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for label in range(5):
+            for i in range(3):
+                path = folder / str(label) / f"{i}.bmp"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
+                os.utime(path, (1, 1))
+
+    settings = TINY | {
+        "budget": {"reduction": 0.1, "pyramids": 4},
+        "data": {"pyramids": 6, "batch": 4, "images": str(folder)},
+    }
+    recipe = Recipe.model_validate(settings)
+    draw(0)
+    with pytest.raises(KeyboardInterrupt):
+        av.convert(tiny_model, recipe=recipe, work=work, progress=Stopping("converting"))
+    draw(1)
+    resumed = av.convert(tiny_model, recipe=recipe, work=work)
+    fresh = av.convert(tiny_model, recipe=recipe)
+    expected = fresh.transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.transformer.state_dict().items())
+
+    draw(0)
+    with pytest.raises(KeyboardInterrupt):
+        av.distill(resumed, teacher=tiny_model, recipe=recipe, out=tmp_path / "out", progress=Stopping("stage"))
+    draw(1)
+    for out in ("out", "other"):
+        av.distill(resumed if out == "out" else fresh, teacher=tiny_model, recipe=recipe, out=tmp_path / out)
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "other")]
+    assert weights[0] == weights[1]
+
+
+def test_images_that_change_between_the_check_and_the_work_end_it(tiny_model: Model, tmp_path: Path) -> None:
+    for label in range(5):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (50 * label, 0, 0)).save(tmp_path / "images" / str(label) / "0.png")
+    settings = TINY | {"data": {"pyramids": 5, "batch": 4, "images": str(tmp_path / "images")}}
+    recipe = Recipe.model_validate(settings)
+    run = Run.of(tiny_model, recipe)
+    student = av.convert(tiny_model, recipe=recipe, run=run)
+    Image.new("RGB", (8, 8), (0, 99, 0)).save(tmp_path / "images" / "2" / "0.png")
+    with pytest.raises(InputError, match=r"2/0\.png: the image was changed while it was in use; run the command again"):
+        av.distill(student, teacher=tiny_model, recipe=recipe, out=tmp_path / "out", run=run)
+    assert not (tmp_path / "out").exists()
