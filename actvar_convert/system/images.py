@@ -25,7 +25,10 @@ _KINDS = ("PNG", "JPEG", "WEBP", "BMP")
 """What may be in such a file, whichever of the endings it has: nothing in 32 bits, whose white is not known."""
 
 MAX_PIXELS = 2**26
-"""Of an image, decoded or resized; a file of a few kilobytes can claim any number. About half a gigabyte in memory."""
+"""Of an image; a file of a few kilobytes can claim any number. About half a gigabyte in memory."""
+
+_LONGEST = 64
+"""Longer side over shorter: of a longer strip the middle is taken before it is resized, which saves memory."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -129,15 +132,16 @@ def read_image(path: Path, size: int, digest: str | None = None) -> Tensor:
         image = _decode(content)
     except _Unreadable as fault:
         raise InputError(f"{path}: cannot be read as an image ({fault}); remove it or replace it") from fault
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if width * height > MAX_PIXELS:
-        shape = f"{image.width} x {image.height}"
-        raise InputError(f"{path}: cannot be read as an image ({shape} pixels are too narrow); remove it or replace it")
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    short = min(image.size)
+    image = _centre(image, *(min(side, _LONGEST * short) for side in image.size))
+    width, height = (max(size, round(side * size / short)) for side in image.size)
+    image = _centre(image.resize((width, height), Image.Resampling.LANCZOS), size, size)
+    return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 class _Unreadable(Exception):

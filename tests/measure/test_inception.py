@@ -27,7 +27,7 @@ def test_statistics_are_read(tmp_path: Path) -> None:
     reference = read_statistics(path, 3)
     assert reference.mean_F.tolist() == [0, 1, 2] and reference.covariance_FF[2, 2] == 3
     assert reference.features_NF is None
-    with pytest.raises(InputError, match=r"4 features need \[4\]"):
+    with pytest.raises(InputError, match=r"mu has shape \(3,\), \(4,\) is needed"):
         read_statistics(path, 4)
 
 
