@@ -29,6 +29,7 @@ from actvar_convert.stores import RecipeImages, require_images
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import remove_leftovers
 from actvar_convert.system.device import DtypeLike, pick_device, pick_dtype
+from actvar_convert.system.paths import path_of
 from actvar_convert.system.processes import ALONE, Processes
 
 STATE = "state.safetensors"
@@ -102,7 +103,7 @@ class Work:
         """
         if named is None:
             return cls(out, work_folder(out))
-        folder = Path(named)
+        folder = path_of(named)
         with explain_os_errors("keep unfinished work in", folder):
             entries = sorted(folder.iterdir()) if folder.exists() else []
         other = [entry.name for entry in entries if not any(fnmatch(entry.name, pattern) for pattern in KEPT)]

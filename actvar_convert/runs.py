@@ -46,6 +46,7 @@ from actvar_convert.show.html import report_html
 from actvar_convert.show.pictures import samples_picture
 from actvar_convert.show.tables import Reports
 from actvar_convert.system.device import DTYPES
+from actvar_convert.system.paths import path_of
 from actvar_convert.system.processes import Processes, join
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 
@@ -102,7 +103,7 @@ def run(
     teachers: list[Model] = []
 
     def config_of(recipe: Recipe) -> TransformerConfig:
-        place = Path(out) if out is not None else Path("runs") / recipe.name
+        place = path_of(out) if out is not None else Path("runs") / recipe.name
         begun = any((each / "config.json").exists() for each in (place, Work.of(place, work).converted))
         due = None if begun else recipe  # what is converted already needs no memory for it
         made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, shape=recipe.shape)
@@ -114,7 +115,7 @@ def run(
     teacher = teachers[-1]
     processes = join(teacher.device, shard=shard)
     progress = progress if progress is not None and processes.main else SilentProgress()
-    folder = Path(out) if out is not None else Path("runs") / chosen.name
+    folder = path_of(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
     images = require_ready(Job.of(teacher, chosen, processes, progress), "convert", "train", "measure")
     extractor = _extractor(chosen, teacher, progress)

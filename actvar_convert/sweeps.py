@@ -38,6 +38,7 @@ from actvar_convert.stores import calibration_store, require_images
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.device import release_pages
+from actvar_convert.system.paths import path_of
 from actvar_convert.system.processes import join
 from actvar_convert.system.progress import Progress, SilentProgress
 
@@ -104,7 +105,7 @@ def sweep(
     if extractor is not None and chosen.evaluate.reference is not None:
         parts.append(extractor.reference().fingerprint)
     fingerprint = hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
-    folder = None if out is None else Path(out)
+    folder = None if out is None else path_of(out)
     keeping = None if folder is None else Work.of(folder, work)
     with nullcontext() if keeping is None else keeping.owned(join(model.device)):
         points = {} if folder is None else _stored(folder, fingerprint)

@@ -53,6 +53,7 @@ from actvar_convert.stores import calibration_store, distillation_store
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.device import DtypeLike, limit_threads, pick_device, pick_dtype, release_pages
+from actvar_convert.system.paths import expanded, path_of
 from actvar_convert.system.processes import Processes, join
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
 
@@ -88,6 +89,7 @@ def load(
     Raises:
         InputError, CheckpointError: what cannot be read, with all problems at once.
     """
+    source, vae = expanded(source), expanded(vae)
     target = pick_device(device)
     limit_threads()
     if recipe is not None:
@@ -150,14 +152,15 @@ def convert(
     require_dense(model)
     chosen = load_recipe(recipe, config=model.config)
     if out is not None:
+        out = path_of(out)
         refuse_foreign(out)
     place = work if out is None else out
     if place is None:
         return _convert(model, chosen, None, None, progress, run, processes)
-    keeping = Work.of(Path(place), work)
+    keeping = Work.of(path_of(place), work)
     with keeping.owned(processes) as begins:
         if out is not None and not replace:
-            refuse_distilled(Path(out))
+            refuse_distilled(out)
         kept = None if work is None else keeping
         sparse = _convert(model, chosen, out, kept, progress, run, processes)
         if begins and out is not None and processes.main:
@@ -266,7 +269,7 @@ def distill(
             f"the weights are {model.dtype} (teacher: {teacher.dtype}), and a training moves them in fp32; load both "
             "without a dtype. The recipe's dtype is that of the computing."
         )
-    folder = Path(out)
+    folder = path_of(out)
     refuse_foreign(folder)
     if run is None:
         run = Run.of(teacher, chosen, require_ready(Job.of(teacher, chosen, processes, progress), "train"))
@@ -369,7 +372,7 @@ def evaluate(
         raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")
     if extractor is None and images:
         extractor = extractor_for(teacher, reference)
-    folder = None if cache is None else Path(cache)
+    folder = None if cache is None else path_of(cache)
     with nullcontext() if folder is None else locks.owned(folder, join(model.device)):
         report = evaluate_models(model, teacher, settings, extractor=extractor, progress=progress, cache_dir=folder)
     if not images or extractor is None or reference is not None or teacher.origin.get("name") in bundled_names():
@@ -391,7 +394,7 @@ def extractor_for(model: Model, reference: str | Path | None = None) -> FeatureE
         from actvar_convert.measure.extractors import InceptionExtractor
 
         size = model.tokenizer.config.image_size
-        return InceptionExtractor(Path(reference), image_size=size, device=str(model.device))
+        return InceptionExtractor(path_of(reference), image_size=size, device=str(model.device))
     problems = []
     for name in bundled_names():
         extractor = bundled_extractor(name)
@@ -438,7 +441,7 @@ def report_flops(
         guidance: with classifier-free guidance.
     """
     if not isinstance(model, Model):
-        found = model_shape(model, vae, shape=shape)
+        found = model_shape(expanded(model), expanded(vae), shape=shape)
         return count_flops(found.transformer, found.tokenizer, found.plans, found.default_plan, guidance=guidance)
     plans: Mapping[str, SparsityPlan] | None = None
     default = None
@@ -462,6 +465,7 @@ def inspect(
         shape: see ``load``.
         values: also read every value and count those that are NaN or infinite.
     """
+    path, vae = expanded(path), expanded(vae)
     name = path if isinstance(path, str) else ""
     refuse_unneeded(path, vae, shape_of(shape))
     if name in official_names():
@@ -511,7 +515,7 @@ def sample(
         ).cpu()
     if out is not None:
         names = class_names(model)
-        write_whole(Path(out), picture({"": images}, [names[label] for label in columns]))
+        write_whole(path_of(out), picture({"": images}, [names[label] for label in columns]))
     return images
 
 
@@ -538,4 +542,4 @@ def export(
     if format != "reference":
         raise InputError(f"format {format!r} is unknown; give reference")
     loaded = model if isinstance(model, Model) else load(model, device="cpu")
-    return export_reference(loaded, Path(out), None if vae_out is None else Path(vae_out))
+    return export_reference(loaded, path_of(out), None if vae_out is None else path_of(vae_out))

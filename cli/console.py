@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -12,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import typer
@@ -20,10 +22,15 @@ from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
 from actvar_convert.errors import ActvarError, InputError, Interrupted, explained
+from actvar_convert.system.launch import Launch, launched
 from actvar_convert.system.progress import Progress, SilentProgress, TerminalProgress
 
-LINE, VERBOSE, MEASURED = "actvar.line", "actvar.verbose", "actvar.measured"
-"""Keys in the context's meta: the command line as typed, whether tracebacks are wanted, whether memory is reported."""
+LINE, VERBOSE, MEASURED, LAUNCH = "actvar.line", "actvar.verbose", "actvar.measured", "actvar.launch"
+"""Keys in the context's meta: the command line as typed, whether tracebacks are wanted, whether memory is reported, and
+which of several processes this is."""
+
+SHARED = ("convert", "distill", "run")
+"""Commands whose work several processes share, so that the first of them prints the result for all."""
 
 GRACE = 1.0
 """Seconds within which a launcher notices that a process has failed, and ends the others."""
@@ -34,18 +41,32 @@ class ActvarGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[LINE] = shlex.join(["actvar", *args])
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except OSError as error:  # what --help prints finds no room
+            _explain(ctx, explained("use", error.filename, error.errno, str(error.strerror)).message)
+            raise typer.Exit(ActvarError.exit_code) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        if found[0] in SHARED and not _launch(ctx).first:
+            ctx.with_resource(_unprinted())
+        return found
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            ctx.meta[LAUNCH] = launch = launched()
+            if launch.leftover:
+                typer.echo(f"{launch.leftover} in the environment is ignored: WORLD_SIZE names no others", err=True)
             with _terminated_as_interrupted():
                 result = super().invoke(ctx)
             _say_peak_memory(ctx)
+            sys.stdout.flush()
             return result
         except ActvarError as error:
             if not isinstance(error, Interrupted):
-                _let_the_first_speak()
-            if first_process() or not isinstance(error, Interrupted):
+                _let_the_first_speak(ctx)
+            if _launch(ctx).first or not isinstance(error, Interrupted):
                 _explain(ctx, str(error))
             if not isinstance(error, InputError):
                 _say_peak_memory(ctx)
@@ -53,7 +74,7 @@ class ActvarGroup(TyperGroup):
                 _say_how_to_resume(ctx)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            if first_process():
+            if _launch(ctx).first:
                 _explain(ctx, "stopped")
             if resumes(ctx):
                 _say_how_to_resume(ctx)
@@ -63,7 +84,7 @@ class ActvarGroup(TyperGroup):
         except OSError as error:
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            _let_the_first_speak()
+            _let_the_first_speak(ctx)
             _explain(ctx, explained("use", error.filename, error.errno, str(error.strerror)).message)
             raise typer.Exit(ActvarError.exit_code) from None
         except (MemoryError, RuntimeError) as error:
@@ -104,21 +125,30 @@ def _explain_shortage(ctx: Any, error: BaseException) -> None:
 def _explain(ctx: Any, message: str) -> None:
     if ctx.meta.get(VERBOSE):
         traceback.print_exc()
-    who = "actvar" if first_process() else f"actvar, process {os.environ['RANK']}"
+    launch = _launch(ctx)
+    who = "actvar" if launch.first else f"actvar, process {launch.rank}"
     typer.echo(f"{who}: {message}", err=True)
 
 
-def first_process() -> bool:
-    """Whether this process is the only one, or the first of those that a launcher started together: it alone speaks."""
-    return os.environ.get("RANK", "0") == "0"
+def _launch(ctx: Any) -> Launch:
+    """Which of several processes this is; alone if the environment is faulty, which is said then."""
+    launch: Launch = ctx.meta.get(LAUNCH, Launch())
+    return launch
 
 
-def _let_the_first_speak() -> None:
+@contextmanager
+def _unprinted() -> Iterator[None]:
+    """Nothing is printed on stdout while the block runs."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _let_the_first_speak(ctx: Any) -> None:
     """Waits, in all processes but the first one, for a launcher to end them because of the same error there.
 
     What is wrong with a file or a recipe all of them find, and it is to be said once; what goes on is wrong here alone.
     """
-    if not first_process():
+    if not _launch(ctx).first:
         time.sleep(GRACE)
 
 
@@ -130,13 +160,13 @@ def resumes(ctx: Any) -> bool:
 
 
 def _say_how_to_resume(ctx: Any) -> None:
-    if not first_process():
+    if not _launch(ctx).first:
         return
     typer.echo(f"To go on, give the same line again:\n  {ctx.meta[LINE]}", err=True)
 
 
 def _say_peak_memory(ctx: Any) -> None:
-    if ctx.meta.get(MEASURED) and first_process():
+    if ctx.meta.get(MEASURED) and _launch(ctx).first:
         from actvar_convert.system.device import peak_memory_line
 
         typer.echo(peak_memory_line(), err=True)
@@ -180,6 +210,18 @@ def show(renderable: RenderableType) -> None:
 def show_text(text: str) -> None:
     """Prints text on stdout as it is."""
     typer.echo(text.rstrip("\n"))
+
+
+def show_json(text: str) -> None:
+    """Prints JSON on stdout; where the encoding might lack a character, all but ASCII as JSON escapes it."""
+    if not sys.stdout.encoding.lower().startswith("utf"):
+        text = re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)
+    show_text(text)
+
+
+def show_html(text: str) -> None:
+    """Prints a page on stdout: in ASCII, for a page says that it is UTF-8, and stdout may be anything."""
+    show_text(text.encode("ascii", "xmlcharrefreplace").decode())
 
 
 def closing(example: str, then: str) -> str:

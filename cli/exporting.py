@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import actvar_convert as av
+from actvar_convert.system.paths import path_of
 
 from . import options as opt
 from .console import closing
@@ -30,10 +31,14 @@ class Layout(StrEnum):
 def export(
     model: opt.Model,
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="The transformer's file, ending in .safetensors or .pth.")
+        Path,
+        typer.Option(
+            "--out", parser=path_of, metavar="FILE", help="The transformer's file, ending in .safetensors or .pth."
+        ),
     ],
     vae_out: Annotated[
-        Path | None, typer.Option("--vae-out", metavar="FILE", help="Write the tokenizer too, to this file.")
+        Path | None,
+        typer.Option("--vae-out", parser=path_of, metavar="FILE", help="Write the tokenizer too, to this file."),
     ] = None,
     form: Annotated[Layout, typer.Option("--format", help="The official layout of VAR files.")] = Layout.reference,
     vae: opt.Vae = None,

@@ -8,15 +8,17 @@ import os
 # down wherever another process needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import sys
 from typing import Annotated
 
 import typer
 
 from actvar_convert._version import __version__
+from actvar_convert.errors import InputError
+from actvar_convert.system.launch import launched
 
 from . import exporting, making, pictures, recipes, reports, sweeping
-from .console import ActvarGroup, first_process
+from .console import ActvarGroup
+from .streams import prepare_streams
 
 ORDER = """The usual order:
 
@@ -62,14 +64,20 @@ for _group in (making.app, sweeping.app, reports.app, pictures.app, exporting.ap
 app.add_typer(recipes.app, name="recipes")
 
 
+def _one_of_several() -> bool:
+    try:
+        return launched().count > 1
+    except InputError:
+        return False
+
+
 def main() -> None:
     """Entry point of the console script."""
-    if not first_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    prepare_streams()
     try:
         app(prog_name="actvar")
     except SystemExit as end:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _one_of_several():
             from actvar_convert.system.device import end_process
 
             end_process(end.code if isinstance(end.code, int) else int(end.code is not None))

@@ -12,6 +12,7 @@ import typer
 import actvar_convert as av
 from actvar_convert.errors import ActvarError, InputError, RecipeError
 from actvar_convert.recipe import Recipe, load_recipe, settled, shipped_recipes
+from actvar_convert.system.paths import path_of
 
 from . import options as opt
 from .console import closing, reporter, show
@@ -145,10 +146,13 @@ def convert(
 
 @app.command(epilog=closing("actvar distill runs/fashion", "actvar evaluate runs/fashion"))
 def distill(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse model folder, as written by convert.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=path_of, metavar="DIR", help="Sparse model folder, as written by convert.")
+    ],
     teacher: opt.Teacher = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Output folder. Default: the model's own folder.")
+        Path | None,
+        typer.Option("--out", parser=path_of, metavar="DIR", help="Output folder. Default: the model's own folder."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Default: the recipe in the model's folder.")

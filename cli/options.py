@@ -11,6 +11,7 @@ import typer
 
 from actvar_convert.errors import InputError
 from actvar_convert.recipe.shape import Shape, parse_shape
+from actvar_convert.system.paths import path_of
 
 from .console import be_quiet, be_verbose, overrule
 
@@ -40,7 +41,8 @@ Model = Annotated[
     ),
 ]
 Vae = Annotated[
-    Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file, if the model does not bring its own.")
+    Path | None,
+    typer.Option("--vae", parser=path_of, metavar="FILE", help="Tokenizer file, if the model does not bring its own."),
 ]
 ShapeText = Annotated[
     str | None,
@@ -50,7 +52,9 @@ ShapeText = Annotated[
         help="What a dense file does not tell: heads=16,sides=1-2-3-4,residual_ratio=0.5, or some of these.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder. Default: runs/NAME.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", parser=path_of, metavar="DIR", help="Output folder. Default: runs/NAME.")
+]
 RecipeSource = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Name of a shipped recipe, or a YAML file.")
 ]
@@ -77,7 +81,9 @@ Shard = Annotated[
 ]
 Work = Annotated[
     Path | None,
-    typer.Option("--work", metavar="DIR", help="Folder of unfinished work, empty or new. Default: OUT.work."),
+    typer.Option(
+        "--work", parser=path_of, metavar="DIR", help="Folder of unfinished work, empty or new. Default: OUT.work."
+    ),
 ]
 TakeOver = Annotated[
     bool,

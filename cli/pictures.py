@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import actvar_convert as av
+from actvar_convert.system.paths import path_of
 
 from . import options as opt
 from .console import closing, reporter
@@ -28,7 +29,9 @@ class Noise(StrEnum):
 )
 def sample(
     model: opt.Model,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The picture, a PNG file.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option("--out", parser=path_of, metavar="FILE", help="The picture, a PNG file.")] = Path(
+        "samples.png"
+    ),
     labels: Annotated[
         str | None,
         typer.Option("--labels", metavar="N,N,...", help="Classes, one column each. Default: the first ten."),

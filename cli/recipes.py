@@ -13,6 +13,7 @@ from rich.table import Table
 import actvar_convert as av
 from actvar_convert.errors import RecipeError
 from actvar_convert.recipe import copy_recipe, dump_recipe, load_recipe, shipped_recipes
+from actvar_convert.system.paths import path_of
 
 from . import options as opt
 from .console import closing, show, show_text
@@ -51,7 +52,8 @@ def show_recipe(
 def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")],
     target: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="The copy. Default: NAME.yaml in this folder.")
+        Path | None,
+        typer.Argument(parser=path_of, metavar="FILE", help="The copy. Default: NAME.yaml in this folder."),
     ] = None,
     verbose: opt.Verbose = False,
 ) -> None:

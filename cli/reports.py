@@ -9,9 +9,10 @@ import typer
 
 import actvar_convert as av
 from actvar_convert.errors import InputError
+from actvar_convert.system.paths import path_of
 
 from . import options as opt
-from .console import closing, reporter, show, show_text
+from .console import closing, reporter, show, show_html, show_json, show_text
 
 app = typer.Typer()
 
@@ -52,11 +53,11 @@ def report_flops(
     if form is opt.FlopsFormat.table:
         show(render(*flops_tables(report)))
     elif form is opt.FlopsFormat.json:
-        show_text(report.to_json())
+        show_json(report.to_json())
     elif form is opt.FlopsFormat.csv:
         show_text(flops_figures(report).to_csv())
     else:
-        show_text(flops_html(report))
+        show_html(flops_html(report))
 
 
 @app.command(
@@ -73,6 +74,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--reference",
+            parser=path_of,
             metavar="PATH",
             help="Real images (folder, or .npz with mu and sigma) for Inception features. Default: bundled classifier.",
         ),
@@ -87,6 +89,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--cache",
+            parser=path_of,
             metavar="DIR",
             help="Keep features here as they are made: the same line goes on, others reuse those of the teacher.",
         ),
@@ -118,7 +121,7 @@ def evaluate(
         progress=reporter(quiet),
     )
     if form is opt.Format.json:
-        show_text(report.to_json())
+        show_json(report.to_json())
     else:
         show(render(*quality_tables(report)))
 
@@ -164,7 +167,7 @@ def benchmark(
         progress=reporter(quiet),
     )
     if form is opt.Format.json:
-        show_text(report.to_json())
+        show_json(report.to_json())
     else:
         show(render(*benchmark_tables(report)))
 
@@ -172,7 +175,9 @@ def benchmark(
 @app.command(epilog=closing("actvar inspect var_d16.pth", "actvar report-flops var_d16.pth"))
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A model file or folder, or the name of a model.")],
-    vae: Annotated[Path | None, typer.Option("--vae", metavar="FILE", help="Tokenizer file: does it fit?")] = None,
+    vae: Annotated[
+        Path | None, typer.Option("--vae", parser=path_of, metavar="FILE", help="Tokenizer file: does it fit?")
+    ] = None,
     shape: opt.ShapeText = None,
     values: Annotated[bool, typer.Option("--values", help="Read all values too, and count NaN and infinite ones.")] = (
         False
@@ -191,7 +196,7 @@ def inspect(
 
     inspection = av.inspect(path, values=values, **opt.dense_flags(vae, shape))
     if form is opt.Format.json:
-        show_text(inspection.to_json())
+        show_json(inspection.to_json())
     else:
         show(render(inspection_table(inspection)))
     if inspection.kind == "other":

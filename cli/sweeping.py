@@ -9,9 +9,10 @@ import typer
 
 import actvar_convert as av
 from actvar_convert.recipe import Recipe, load_recipe, shipped_recipes
+from actvar_convert.system.paths import path_of
 
 from . import options as opt
-from .console import closing, reporter, show, show_text
+from .console import closing, reporter, show, show_json
 from .making import asked_by, flag_settings, model_setting, overrides, recipe_for
 
 app = typer.Typer()
@@ -46,7 +47,8 @@ def sweep(
     ] = None,
     images: Annotated[int, typer.Option("--images", min=0, help="Images per model for FID; 0: no FID.")] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Output folder. Default: runs/NAME-sweep.")
+        Path | None,
+        typer.Option("--out", parser=path_of, metavar="DIR", help="Output folder. Default: runs/NAME-sweep."),
     ] = None,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
@@ -91,7 +93,7 @@ def sweep(
         progress=reporter(quiet),
     )
     if form is opt.Format.json:
-        show_text(report.to_json())
+        show_json(report.to_json())
     else:
         show(render(sweep_table(report)))
         typer.echo(folder)

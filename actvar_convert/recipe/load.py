@@ -20,6 +20,7 @@ from actvar_convert.recipe.removed import drop_removed, replacement
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.recipe.shipped import shipped_recipes
 from actvar_convert.recipe.yaml_text import read_yaml, write_yaml
+from actvar_convert.system.paths import expanded
 
 RecipeSource = str | os.PathLike[str] | Recipe
 ConfigSource = Config | Callable[[Recipe], Config]
@@ -79,6 +80,7 @@ def _read(source: RecipeSource) -> tuple[str, dict[str, Any]]:
     """What the source is called, and its content."""
     if isinstance(source, Recipe):
         return repr(source.name), source.model_dump(mode="json")
+    source = expanded(source)
     name, path = os.fspath(source), Path(source)
     shipped = shipped_recipes()
     if isinstance(source, str) and name in shipped:
@@ -223,6 +225,8 @@ def _describe(place: Place, kind: str, given: object, message: str) -> str:
     if kind == "missing":
         return f"{path}: missing, needed: {setting.allowed} ({setting.info.description})"
     text = f"{path}: given {_shown(given)}, allowed: {setting.allowed}"
+    if kind == "value_error":
+        return f"{path}: {message.removeprefix('Value error, ')}"
     if kind == "literal_error":
         close = difflib.get_close_matches(str(given), _options(setting.info.annotation), 1)
         return text + (f"; did you mean {close[0]}?" if close else "")

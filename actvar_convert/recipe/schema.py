@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from actvar_convert.errors import InputError
 from actvar_convert.plan import GuidanceKind, SparsityPlan
 from actvar_convert.recipe.shape import Shape
 from actvar_convert.system.dtype_names import short_dtype
+from actvar_convert.system.paths import expanded
 
+
+def _written(path: str) -> str:
+    """A path as the writer of a recipe means it."""
+    try:
+        return expanded(path)
+    except InputError as error:
+        raise ValueError(error.message) from error
+
+
+PathText = Annotated[str, AfterValidator(_written)]
 Dtype = Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)]
 TimedDtype = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(short_dtype)]
 WARMUP = "steps over which the learning rate rises; in a stage that is shorter it does not get to its full value"
@@ -95,7 +107,7 @@ class BudgetRecipe(Section):
 class DataRecipe(Section):
     """The token pyramids that distillation replays, and what they are made of."""
 
-    images: str | None = Field(
+    images: PathText | None = Field(
         None,
         min_length=1,
         description="folder of images with one sub-folder per class, for the calibration too; null: the teacher's own "
@@ -156,7 +168,7 @@ class EvaluateRecipe(Section):
     seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="seed of every set of images")
     held_out: int = Field(512, ge=2, description="teacher pyramids, apart from the training data, for KL and agreement")
     batch: int = Field(64, ge=1, description="images generated at once")
-    reference: str | None = Field(
+    reference: PathText | None = Field(
         None, description="real images for Inception features, a folder or an .npz; null: the bundled classifier judges"
     )
 
@@ -176,7 +188,7 @@ class ChecksRecipe(Section):
     max_fid_increase: float | None = Field(
         None, ge=0, description="largest rise of the FID, relative to the dense model's"
     )
-    baseline: str | None = Field(
+    baseline: PathText | None = Field(
         None,
         description="an eval.json of an earlier run: neither the rise of the FID nor the KL may be worse than there "
         "beyond the measured noise",
@@ -190,8 +202,8 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe and, under runs/, of the output folder"
     )
     description: str = Field("", description="what the recipe is for, in one line")
-    model: str = Field(min_length=1, description="dense model: a bundled name, an official name, or a path")
-    vae: str | None = Field(None, description="tokenizer file, if the model's file does not bring its own")
+    model: PathText = Field(min_length=1, description="dense model: a bundled name, an official name, or a path")
+    vae: PathText | None = Field(None, description="tokenizer file, if the model's file does not bring its own")
     shape: Shape = Field(Shape(), description="what the model's files do not tell of its shape")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of calibration, clustering and distillation")
     device: str | None = Field(None, description="cpu, cuda, cuda:N or mps; null: the GPU if there is one")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from actvar_convert.errors import RecipeError
 from actvar_convert.system.atomic import write_whole
+from actvar_convert.system.paths import path_of
 
 
 def shipped_recipes() -> dict[str, Traversable]:
@@ -37,7 +38,7 @@ def copy_recipe(name: str, target: str | os.PathLike[str] | None = None) -> Path
         close = difflib.get_close_matches(name, list(shipped), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise RecipeError(f"recipe {name!r} is not shipped{hint} Shipped are {', '.join(shipped)}")
-    path = Path(target) if target is not None else Path(f"{name}.yaml")
+    path = path_of(target) if target is not None else Path(f"{name}.yaml")
     if path.is_dir():
         path = path / f"{name}.yaml"
     if path.exists():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from actvar_convert.errors import InputError
 from actvar_convert.system.dtype_names import short_dtype
+from actvar_convert.system.launch import launched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes by the names that recipes and flags use."""
@@ -46,8 +47,9 @@ def pick_device(name: str | None = None) -> torch.device:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
             raise InputError(f"device {name!r} asked for, torch sees {found} CUDA devices; give cpu, or leave it out")
-        if device.index is None and "LOCAL_RANK" in os.environ:
-            return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % found)
+        local = launched().local
+        if device.index is None and local is not None:
+            return torch.device("cuda", local % found)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps' asked for, this machine has none; give cpu, or leave it out")
     return device
@@ -121,7 +123,7 @@ def end_process(code: int) -> NoReturn:
     others outlive it now and then and abort the process, work long done, with a code that a launcher takes for failure.
     After a failure the connection is left as it is: the others may never come to its end.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched().count > 1:
         if code == 0 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         sys.stdout.flush()

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object, re
 from torch import Tensor, nn
 
 from actvar_convert.errors import InputError
+from actvar_convert.system.launch import launched
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -142,15 +143,18 @@ def join(device: torch.device, *, shard: bool = False) -> Processes:
         shard: see ``Processes``; ``accelerate launch --use_fsdp`` asks for it too.
 
     Raises:
-        InputError: ``shard`` without a launcher.
+        InputError: ``shard`` without a launcher, or an environment that no launcher leaves.
     """
-    if shard and "WORLD_SIZE" not in os.environ:
+    launch = launched()
+    if shard and not os.environ.get("WORLD_SIZE"):
         raise InputError(
             "--shard splits the model in training over several processes, and this one is alone. Start it under "
             "torchrun (torchrun --nproc-per-node N -m actvar_convert_cli ...), or leave --shard out."
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launch.count == 1:
         return Processes(device=device)
+    if launch.local is None:
+        os.environ["LOCAL_RANK"] = "0"  # a launcher of one process a machine need not say it, and Accelerate asks
     state = PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)
     shard = shard or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     return Processes(state.process_index, state.num_processes, device, shard and state.num_processes > 1)

@@ -130,13 +130,43 @@ def test_other_errors_of_torch_are_not_taken_for_it() -> None:
     assert isinstance(result.exception, RuntimeError) and "memory" not in result.stderr
 
 
+def launch(monkeypatch: pytest.MonkeyPatch, rank: int, processes: int = 4) -> None:
+    """The environment of one of several processes, as torchrun leaves it."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", processes), ("MASTER_ADDR", "x"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("name", ["run", "sample"])
+def test_the_result_of_shared_work_is_printed_once_and_all_else_by_everyone(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    commands = typer.Typer(cls=ActvarGroup)
+    commands.command(name)(lambda: show_text("data"))
+    commands.command("other")(lambda: None)
+    for rank, said in ((0, "data\n"), (1, "" if name == "run" else "data\n")):
+        launch(monkeypatch, rank)
+        assert CliRunner().invoke(commands, [name]).stdout == said
+
+
+def test_a_rank_without_a_launch_is_ignored_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(app, ["end", "well"])
+    assert (result.exit_code, result.stdout) == (0, "data\n") and result.stderr.startswith(
+        "RANK=1 in the environment is"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    result = CliRunner().invoke(app, ["end", "well"])
+    assert (result.exit_code, result.stdout) == (2, "") and result.stderr.startswith("actvar: WORLD_SIZE=abc")
+
+
 def test_of_several_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait for the launcher to end them, and speak only if it does not: then the trouble is theirs alone."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setenv("RANK", "0")
+    launch(monkeypatch, 0)
     assert CliRunner().invoke(app, ["end", "input"]).stderr.startswith("actvar: cannot use it:") and not waited
-    monkeypatch.setenv("RANK", "3")
+    launch(monkeypatch, 3)
     for how, said in (("input", "cannot use it:\n"), ("full", "cannot use /somewhere/file: the disk is full")):
         assert CliRunner().invoke(app, ["end", how]).stderr.startswith(f"actvar, process 3: {said}")
     assert waited == [GRACE, GRACE]
@@ -146,7 +176,7 @@ def test_of_several_processes_the_first_one_speaks(monkeypatch: pytest.MonkeyPat
 def test_a_launcher_still_ends_a_process_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[object] = []
     monkeypatch.setattr(time, "sleep", lambda seconds: found.append(signal.getsignal(signal.SIGTERM)))
-    monkeypatch.setenv("RANK", "3")
+    launch(monkeypatch, 3)
     assert CliRunner().invoke(app, ["end", "input"]).exit_code == 2 and found == [signal.SIG_DFL]
 
 
@@ -175,8 +205,8 @@ def test_one_of_several_processes_ends_without_clean_up(
     ended: list[int] = []
     monkeypatch.setattr(runtime, "end_process", ended.append)
     monkeypatch.setattr(sys, "argv", ["actvar", *arguments])
-    for processes, expected in (("1", []), ("2", [code])):
-        monkeypatch.setenv("WORLD_SIZE", processes)
+    for processes, expected in ((1, []), (4, [code])):
+        launch(monkeypatch, 0, processes)
         with pytest.raises(SystemExit) as caught:
             main()
         assert (caught.value.code or 0, ended) == (code, expected)
