@@ -32,6 +32,7 @@ from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_mo
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model, NoiseSource, differences
+from actvar_convert.models.sampling import whole_number, whole_numbers
 from actvar_convert.origins import (
     Run,
     Work,
@@ -496,13 +497,22 @@ def sample(
     Args:
         model: dense or sparse.
         out: PNG to write, a column per label.
-        labels: classes; the first ten by default.
+        labels: classes, -1 for no class; the first ten by default.
         cfg, top_k, top_p: see Sampling; the model's own values by default.
         per_class, seed, chunk, compile, noise: see ``Model.generate``.
         progress: told about the images.
+
+    Raises:
+        InputError: a value that makes no sense, or a file that is no place for a PNG; before any work.
     """
     classes = model.family.classes(model.config) or 1
-    columns = list(range(min(classes, 10))) if labels is None else list(labels)
+    columns = list(range(min(classes, 10))) if labels is None else whole_numbers("labels", labels, -1, classes)
+    per_class = whole_number("per_class", per_class, 1)
+    if not columns:
+        raise InputError("labels: none given. Give at least one class, or leave labels out.")
+    place = None if out is None else path_of(out)
+    if place is not None and (place.is_dir() or place.suffix.lower() not in ("", ".png")):
+        raise InputError(f"{place} is no name for the picture, a PNG file. Give a name that ends in .png.")
     with (progress or SilentProgress()).task("generating", len(columns) * per_class) as task:
         images = model.generate(
             columns * per_class,
@@ -513,9 +523,9 @@ def sample(
             noise=noise,
             on_images=task.advance,
         ).cpu()
-    if out is not None:
+    if place is not None:
         names = class_names(model)
-        write_whole(path_of(out), picture({"": images}, [names[label] for label in columns]))
+        write_whole(place, picture({"": images}, [names[label] for label in columns]))
     return images
 
 

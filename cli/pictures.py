@@ -34,7 +34,9 @@ def sample(
     ),
     labels: Annotated[
         str | None,
-        typer.Option("--labels", metavar="N,N,...", help="Classes, one column each. Default: the first ten."),
+        typer.Option(
+            "--labels", metavar="N,N,...", help="Classes, a column each; -1: no class. Default: the first ten."
+        ),
     ] = None,
     per_class: Annotated[int, typer.Option("--per-class", min=1, help="Images of every class.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Equal seeds give equal images.")] = 0,

@@ -36,7 +36,7 @@ from actvar_convert.measure.routing import watched_routing
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model, differences
-from actvar_convert.models.sampling import balanced_labels
+from actvar_convert.models.sampling import balanced_labels, whole_number, whole_numbers
 from actvar_convert.recipe.schema import FEWEST_IMAGES
 from actvar_convert.system.device import DtypeLike, pick_dtype
 from actvar_convert.system.progress import Progress, SilentProgress
@@ -68,6 +68,11 @@ class Evaluation:
     held_out: int = 512
     plans: Sequence[str] = ()
     dtype: DtypeLike | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "held_out"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "seeds", tuple(whole_numbers("seeds", self.seeds)))
 
 
 class _Generations:

@@ -126,7 +126,7 @@ class ClassifierExtractor:
         self._reference = Reference.of(reference_NF)
         self._tokenizer_distances = dict(tokenizer_distances or {})
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         self.classifier.to(image_B3HW.device)
         features = self.classifier.features(image_B3HW.float().contiguous(memory_format=torch.channels_last))
@@ -186,7 +186,7 @@ class QuadrantExtractor(ClassifierExtractor):
         self.feature_dim, self.classes = 4 * classifier.feature_dim, len(self.labels_K4)
         self.fingerprint = state_fingerprint(classifier, quadrants=self.labels_K4.tolist())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         B, C, H, W = image_B3HW.shape
         tiles = image_B3HW.reshape(B, C, 2, H // 2, 2, W // 2).permute(0, 2, 4, 1, 3, 5)
@@ -266,7 +266,7 @@ class InceptionExtractor:
         else:
             self._reference = read_statistics(reference, self.feature_dim)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         self.network.to(image_B3HW.device)
         features, logits = self.network(image_B3HW.mul(255).round().clamp(0, 255).to(torch.uint8))

@@ -21,6 +21,7 @@ from actvar_convert.errors import InputError
 from actvar_convert.measure.components import ComponentTimes, split_components
 from actvar_convert.models.casting import cast
 from actvar_convert.models.model import Model
+from actvar_convert.models.sampling import whole_number, whole_numbers
 from actvar_convert.system.device import (
     DTYPES,
     DtypeLike,
@@ -128,6 +129,10 @@ class Timing:
     with_decoder: Sequence[bool] = (False, True)
     split: bool = False
     compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "repeats", whole_number("repeats", self.repeats))
+        object.__setattr__(self, "batches", tuple(whole_numbers("batches", self.batches)))
 
     @property
     def names(self) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from actvar_convert.models.base import Alphabet, Call, Guidance, Sampling, Sched
 from actvar_convert.models.families import family_of
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import Recordings
-from actvar_convert.models.sampling import Noise, chunk_seed
+from actvar_convert.models.sampling import Noise, chunk_seed, whole_number
 from actvar_convert.models.split import split
 from actvar_convert.plan import Plans, SparsityPlan
 
@@ -55,6 +56,11 @@ class _Draws(NamedTuple):
     seed: int
     chunk: int
     device: torch.device
+
+    @classmethod
+    def checked(cls, seed: object, chunk: object, device: torch.device) -> _Draws:
+        """Raises InputError for a seed or a chunk that is no such whole number."""
+        return cls(whole_number("seed", seed, 0, 2**63), whole_number("chunk", chunk, 1), device)
 
 
 class Model(nn.Module):
@@ -181,7 +187,6 @@ class Model(nn.Module):
         strength = strengths.repeat_interleave(torch.tensor(schedule.lengths[:scales])).unsqueeze(-1)
         return guided(logits_2BLV, strength.to(logits_2BLV.device))
 
-    @torch.inference_mode()
     def generate(
         self,
         condition: Any,
@@ -196,7 +201,7 @@ class Model(nn.Module):
         """Images of the given classes, or of whatever the family is conditioned on.
 
         Args:
-            condition: VAR: class indices [B]; ``classes`` (or -1) for no class.
+            condition: VAR: class indices [B] of any integer type; ``classes`` (or -1) for no class.
             sampling: the model's own by default; ``sampling_with(cfg=3.0)`` changes one value of it. cfg is fixed if
                 guidance is folded.
             seed: every chunk samples with a generator of its own derived from it.
@@ -212,7 +217,7 @@ class Model(nn.Module):
                 memory cuts a chunk.
 
         Returns:
-            images [B, 3, H, W] in [0, 1], fp32, on the model's device.
+            images [B, 3, H, W] in [0, 1], fp32, on the model's device, without a gradient.
 
         Raises:
             InputError: a condition or a value that makes no sense, or ``compile`` if there are no CUDA graphs, or for a
@@ -220,14 +225,14 @@ class Model(nn.Module):
         """
         given = self.family.condition(self.config, condition).to(self.device)
         images, done = self._no_images(len(given)), 0
-        draws = _Draws(seed, chunk, self._noise_device(noise))
-        for piece in self._pieces(given, self._allowed(sampling), draws, compile, decoded=True):
-            images[done : done + len(piece)] = piece
-            done += len(piece)
-            on_images(len(piece))
+        draws = _Draws.checked(seed, chunk, self._noise_device(noise))
+        with torch.inference_mode():  # what it fills was made before, and so can be used like any other tensor
+            for piece in self._pieces(given, self._allowed(sampling), draws, compile, decoded=True):
+                images[done : done + len(piece)] = piece
+                done += len(piece)
+                on_images(len(piece))
         return images
 
-    @torch.inference_mode()
     def generate_tokens(
         self,
         condition: Any,
@@ -240,8 +245,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """Token pyramids [B, L, ...] int64, all scales in one row; arguments as in ``generate``."""
         given = self.family.condition(self.config, condition).to(self.device)
-        draws = _Draws(seed, chunk, self._noise_device(noise))
-        pieces = self._pieces(given, self._allowed(sampling), draws, compile, decoded=False)
+        draws = _Draws.checked(seed, chunk, self._noise_device(noise))
+        with torch.inference_mode():
+            pieces = list(self._pieces(given, self._allowed(sampling), draws, compile, decoded=False))
         none = torch.zeros(0, self.schedule.total, *self.alphabet.outcomes[:-1], dtype=torch.int64, device=self.device)
         return torch.cat([none, *pieces])
 
@@ -250,12 +256,12 @@ class Model(nn.Module):
         rows = self.guidance().rows
         return images_at_once(self.config, self.tokenizer.config, self.dtype.itemsize, self.device, rows)
 
-    @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, of pyramids [B, L, ...]; as many at a time as memory is meant for."""
         images, limit = self._no_images(len(tokens)), self.images_at_once()
-        for begin in range(0, len(tokens), limit):
-            images[begin : begin + limit] = self.decoded(tokens[begin : begin + limit])
+        with torch.inference_mode():
+            for begin in range(0, len(tokens), limit):
+                images[begin : begin + limit] = self.decoded(tokens[begin : begin + limit])
         return images
 
     def decoded(self, tokens: Tensor) -> Tensor:
@@ -292,11 +298,12 @@ class Model(nn.Module):
                 f"guidance of strength {self.sampling.cfg:g} is folded into this model's predictions, so cfg "
                 f"{chosen.cfg:g} is out of reach; leave cfg out, or convert with budget.guidance paired"
             )
-        if not math.isfinite(chosen.cfg):
-            raise InputError(f"cfg must be a number, got {chosen.cfg}")
-        if chosen.top_k < 0 or not 0 <= chosen.top_p <= 1:
-            raise InputError(f"top_k must be at least 0 and top_p within 0 to 1, got {chosen.top_k} and {chosen.top_p}")
-        return chosen
+        for name, value in (("cfg", chosen.cfg), ("top_p", chosen.top_p)):
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise InputError(f"{name} must be a number, got {value!r}")
+        if not 0 <= chosen.top_p <= 1:
+            raise InputError(f"top_p must be within 0 to 1 (0: all tokens), got {chosen.top_p}")
+        return Sampling(float(chosen.cfg), whole_number("top_k", chosen.top_k, 0), float(chosen.top_p))
 
     def _noise_device(self, source: NoiseSource) -> torch.device:
         if source not in ("device", "cpu"):
@@ -309,8 +316,6 @@ class Model(nn.Module):
         """Pyramids [b, L, ...], or decoded images [b, 3, H, W], of as many images at a time as memory is meant for; a
         piece may be overwritten by the next."""
         limit, chunk = self.images_at_once(), draws.chunk
-        if chunk < 1:
-            raise InputError(f"chunk must be at least 1, got {chunk}")
         for index, begin in enumerate(range(0, len(condition), chunk)):
             own = condition.rows(slice(begin, begin + chunk))
             noise = Noise(chunk_seed(draws.seed, index), len(own), keep=len(own) > limit, device=draws.device)

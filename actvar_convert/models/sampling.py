@@ -6,10 +6,41 @@ Shapes: B images, L tokens of one scale, V codebook size.
 from __future__ import annotations
 
 import hashlib
+import operator
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from actvar_convert.errors import InputError
+
+
+def whole_number(name: str, given: object, least: int | None = None, end: int | None = None) -> int:
+    """A whole number of any integer type (Python's, NumPy's, a tensor's), from ``least`` to before ``end``.
+
+    Raises:
+        InputError: another kind of value, or out of range; the message begins with the name.
+    """
+    boolean = isinstance(given, bool | np.bool_) or getattr(given, "dtype", None) == torch.bool
+    try:
+        value = None if boolean else operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        value = None
+    if value is None or (least is not None and value < least) or (end is not None and value >= end):
+        within = "" if least is None else f" of at least {least}" if end is None else f" within {least} to {end - 1}"
+        raise InputError(f"{name} must be a whole number{within}, got {given!r}")
+    return value
+
+
+def whole_numbers(name: str, given: Any, least: int | None = None, end: int | None = None) -> list[int]:
+    """The same of one number or several."""
+    try:
+        several = list(given)
+    except TypeError:
+        several = [given]
+    return [whole_number(name, each, least, end) for each in several]
 
 
 def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -264,3 +264,19 @@ def test_all_problems_of_a_recipe_are_named(actvar: Actvar) -> None:
     assert result.exit_code == 2 and result.stdout == ""
     for said in ("did you mean distill.stage2.steps?", "seed: given -1", "data.images: given"):
         assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--labels", "10"), "labels must be a whole number within -1 to 9, got 10"),
+        (("--labels", "0,-2"), "labels must be a whole number within -1 to 9, got -2"),
+        (("--out", "q.txt"), "q.txt is no name for the picture, a PNG file. Give a name that ends in .png."),
+        (("--out", "."), ". is no name for the picture"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_refused_before_work(
+    actvar: Actvar, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    result = actvar("sample", "fashion", *arguments, "-q")
+    assert result.exit_code == 2 and result.stderr.startswith(f"actvar: {said}") and not any(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from actvar_convert.measure.agreement import HELD_OUT_SEED
 from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import ClassifierExtractor
 from actvar_convert.measure.image_features import chunks, model_fingerprint
+from actvar_convert.measure.latency import Timing
 from actvar_convert.measure.quality_report import QualityReport, load_quality
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.casting import cast
@@ -57,8 +59,8 @@ def other(tiny_model: Model) -> Model:
 def evaluate(model: Model, teacher: Model, extractor: ClassifierExtractor | None, **changes: object) -> QualityReport:
     given: dict[str, object] = {"images": IMAGES, "batch": BATCH, "held_out": HELD_OUT, **changes}
     others = {name: given.pop(name) for name in ("sampling", "cache_dir") if name in given}
-    settings = Evaluation(**given)  # type: ignore[arg-type]
-    return evaluate_models(model, teacher, settings, extractor=extractor, **others)  # type: ignore[arg-type]
+    settings = Evaluation(**given)
+    return evaluate_models(model, teacher, settings, extractor=extractor, **others)
 
 
 class Counting(ClassifierExtractor):
@@ -339,3 +341,11 @@ def test_few_labels_lie_spread_over_all_classes(count: int, classes: int) -> Non
 
 def test_enough_labels_are_balanced() -> None:
     assert balanced_labels(25, 10).bincount().tolist() == [3] * 5 + [2] * 5
+
+
+def test_numbers_of_an_evaluation_and_a_timing_are_whole_numbers_of_any_type() -> None:
+    assert Evaluation(images=np.int64(20), seeds=np.arange(2)).seeds == (0, 1)
+    assert Timing(batches=np.array([1, 4]), repeats=np.int8(2)) == Timing(batches=(1, 4), repeats=2)
+    for make in (lambda: Evaluation(images=20.5), lambda: Evaluation(seeds=(0, 1.5)), lambda: Timing(batches=(2.5,))):
+        with pytest.raises(InputError, match="must be a whole number, got"):
+            make()

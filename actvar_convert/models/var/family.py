@@ -9,10 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from actvar_convert.errors import InputError
 from actvar_convert.models.alphabet import Codes
 from actvar_convert.models.base import Guidance, Sampling
 from actvar_convert.models.sampling import balanced_labels
@@ -44,19 +42,9 @@ class VARFamily:
         strengths = tuple(sampling.cfg * scale / max(1, scales - 1) for scale in range(scales))
         return Guidance(strengths, 1 if folded else 2)
 
-    def condition(self, config: TransformerConfig, given: Labels | Tensor | Sequence[int]) -> Labels:
+    def condition(self, config: TransformerConfig, given: Labels | Tensor | Sequence[int] | int) -> Labels:
         """Class indices; -1 or the number of classes says no class. They are checked where they are."""
-        if isinstance(given, Labels):
-            return given
-        none = config.classes
-        try:
-            labels = torch.as_tensor(given, dtype=torch.int64).flatten()
-        except (OverflowError, ValueError, RuntimeError, TypeError) as error:
-            raise InputError(f"labels must be whole numbers within 0 to {none - 1}, or -1 for no class") from error
-        labels = torch.where(labels == -1, none, labels)
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > none):
-            raise InputError(f"labels must be within 0 to {none - 1}, or -1 for no class")
-        return Labels.of(labels, none)
+        return given if isinstance(given, Labels) else Labels.given(given, config.classes)
 
     def balanced(self, config: TransformerConfig, count: int) -> Labels:
         return Labels.of(balanced_labels(count, config.classes), config.classes)
