@@ -13,8 +13,8 @@ Convention, the only place that states it:
 - Guidance runs every row twice, with the condition and without, and doubles all of the transformer but what is the same
   for both, such as VAR's word embedding. A plan that folds guidance into the predictions runs one row. The decoder sees
   one row either way.
-- A token that a block skips pays for its share of the gate and for the low-rank map of the reconstruction. It has no
-  key and value: the context of that block is shorter by it, at this scale and at all later ones.
+- A token that a block skips pays for its share of the gate, if there is something to choose, and for the low-rank map of
+  the reconstruction. It has no key and value: the context of that block is shorter by it, at this scale and later.
 - Left out: what ``NOT_COUNTED`` lists. Elementwise are also the alpha product and the bilinear upsampling of the
   reconstruction; table look-ups are free.
 """
@@ -57,7 +57,7 @@ def block_macs(config: Config, plan: SparsityPlan, block: int, scale: int) -> di
     """MACs of one block at one scale for one row, by component: the family's, then those of the method.
 
     With C the width, F the family's price of a token in the whole FFN, a of E experts active, k of L tokens kept: FFN
-    F k a / E, router C E_r k over E_r routed experts, gate C L, reconstruction 2 C r (L - k).
+    F k a / E, router C E_r k over E_r routed experts, gate C L unless k is 0 or L, reconstruction 2 C r (L - k).
     """
     costs, C, length = family_of(config).costs(config), config.width, config.schedule.lengths[scale]
     kept = plan.blocks[block].kept(scale, length)
@@ -66,7 +66,7 @@ def block_macs(config: Config, plan: SparsityPlan, block: int, scale: int) -> di
         **costs.block(kept, context_tokens(config, plan, block, scale)),
         "ffn": round(kept * plan.active(block, scale) * costs.ffn() / plan.experts),
         "router": kept * C * plan.router_experts(block) if plan.routes(block, scale) else 0,
-        "gate": length * C if skipped else 0,
+        "gate": length * C if 0 < kept < length else 0,
         "reconstruction": 2 * C * plan.reconstruction_rank * skipped,
     }
 

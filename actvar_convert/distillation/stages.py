@@ -189,7 +189,7 @@ def _hidden_error(step: Compared) -> Tensor | None:
 
 def _gate_error(step: Compared) -> Tensor | None:
     """The regression of the gates that train."""
-    gated = [block for block in gated_blocks(step.model.transformer) if _skipping_scales(block)]
+    gated = [block for block in gated_blocks(step.model.transformer) if _choosing_scales(block)]
     if not gated or not trains_gates(step.recipe):
         return None
     return torch.stack([gate_regression(block, step.teacher, step.total) for block in gated]).mean()
@@ -204,17 +204,17 @@ JOINT: dict[str, tuple[float, Callable[[Compared], Tensor | None]]] = {
 not apply. A new one is a function and a line here; the metrics name it."""
 
 
-def _skipping_scales(block: GatedBlock) -> list[int]:
-    """Scales at which the active plan has a block skip tokens."""
+def _choosing_scales(block: GatedBlock) -> list[int]:
+    """Scales at which the active plan has a block compute some of the tokens, so that a gate picks them."""
     plan, lengths = block.plans.current.blocks[block.index], block.schedule.lengths
-    return [scale for scale, length in enumerate(lengths) if plan.kept(scale, length) < length]
+    return [scale for scale, length in enumerate(lengths) if 0 < plan.kept(scale, length) < length]
 
 
 def gate_regression(block: GatedBlock, seen: Trace, total: Total = alone) -> Tensor:
     """Gate scores against the teacher's relative update norms, at the gated scales; at least one."""
     before, after = seen.hidden[block.index].float(), seen.hidden[block.index + 1].float()
     losses = []
-    for scale in _skipping_scales(block):
+    for scale in _choosing_scales(block):
         part = block.schedule.slice(scale)
         size = relative_update(before[:, part], after[:, part])
         losses.append(regression(block.gate(before[:, part]), size, total=total))

@@ -170,10 +170,10 @@ class GatedBlock(nn.Module):
 
     def _choose(self, x_BLC: Tensor, count: int) -> TokenChoice:
         B, L, _ = x_BLC.shape
-        if count < L:
+        if 0 < count < L:  # else there is nothing to choose
             return self.gate.choose(x_BLC, count)
         everything = torch.arange(L, device=x_BLC.device).expand(B, -1)
-        return TokenChoice(everything, everything[:, :0], x_BLC.new_zeros(B, L))
+        return TokenChoice(everything[:, :count], everything[:, count:], x_BLC.new_zeros(B, L))
 
     def _reconstruct(self, x_BLC: Tensor, up_BLC: Tensor | None, position_BM: Tensor, scale: int) -> Tensor:
         up = None if up_BLC is None else take(up_BLC, position_BM)

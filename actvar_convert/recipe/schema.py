@@ -99,7 +99,11 @@ class BudgetRecipe(Section):
         0.5, ge=0, le=1, description="share of the active experts that every token runs; of a search, the least share"
     )
     gate_keep: float = Field(
-        1.0, gt=0, le=1, description="share of the tokens computed at gated scales; of a search, the least; 1: no gate"
+        1.0,
+        ge=0,
+        le=1,
+        description="share of the tokens computed at gated scales; of a search, the least; 0: it may leave out whole "
+        "blocks there; 1: no gate",
     )
     gate_scales: int = Field(1, ge=0, description="how many of the last scales are gated, or may be")
 

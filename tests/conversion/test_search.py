@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import actvar_convert as av
 from actvar_convert.conversion.activations import NULL_EVERY, Wanted, record_blocks
 from actvar_convert.conversion.budget import (
     Choice,
@@ -352,6 +353,25 @@ def test_what_only_gates_everywhere_reach_is_not_refused_beforehand(
     beyond = recipe(budget=BudgetRecipe(reduction=most + 0.01, gate_keep=0.1, gate_scales=4))
     with pytest.raises(RecipeError, match=f"{most:.3f} is what removing every expert"):
         recipe_plans(config, beyond)
+
+
+def test_a_search_may_leave_out_whole_blocks(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:
+    config = tiny_model.config
+    chosen = recipe(budget=BudgetRecipe(reduction=0.6, gate_keep=0, gate_scales=4), gate=GateRecipe(rank=4))
+    plan = planned_for(tiny_model, chosen, *calibration).plans["default"]
+    assert reduction(config, plan) >= 0.6
+    left_out = [(b, s) for b, block in enumerate(plan.blocks) for s, keep in enumerate(block.keep) if keep == 0]
+    assert left_out
+    sparse = av.convert(tiny_model, recipe=chosen)
+    images = sparse.generate([0, 1], seed=0)
+    assert torch.equal(images, sparse.generate([0, 1], seed=0)) and images.isfinite().all()
+
+
+def test_the_price_of_a_block_that_is_left_out_is_its_reconstruction(tiny_model: Model) -> None:
+    config, chosen = tiny_model.config, recipe(gate=GateRecipe(rank=4))
+    nothing, some = (setting_price(config, chosen, Setting(Choice(8, 0), keep), 3) for keep in (0.0, 0.5))
+    assert nothing == 16 * 2 * 64 * 4  # the low-rank map of 16 tokens, and no gate
+    assert some > 8 * 2 * 64 * 4 + 16 * 64
 
 
 def test_stated_plans_are_not_searched(tiny_model: Model, calibration: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -92,9 +92,10 @@ def test_a_gate_learns_only_where_tokens_are_skipped(tiny_model: Model, rows: in
     assert 0 < float(found["gate"]) < 10
 
 
-def test_a_gate_that_never_skips_is_left_at_its_start(tiny_model: Model) -> None:
+@pytest.mark.parametrize("keep", [(0.5, 1.0, 1.0, 0.99), (1.0, 0.0, 1.0, 0.0)], ids=["all tokens", "all or none"])
+def test_a_gate_that_never_chooses_is_left_at_its_start(tiny_model: Model, keep: tuple[float, ...]) -> None:
     config = tiny_model.config
-    block = BlockPlan(prefix=(8, 8, 4, 4), routed=(0,) * 4, keep=(0.5, 1.0, 1.0, 0.99))
+    block = BlockPlan(prefix=(8, 8, 4, 4), routed=(0,) * 4, keep=keep)
     plans = {"one": SparsityPlan(experts=8, blocks=(block,) * config.depth, reconstruction_rank=4)}
     calibration = {"pyramids": 8, "batch": 8}
     chosen = {"name": "tiny", "model": "tiny", "experts": {"count": 8}, "calibration": calibration, "plans": plans}
