@@ -13,8 +13,8 @@ Convention, the only place that states it:
 - Guidance runs every row twice, with the condition and without, and doubles all of the transformer but what is the same
   for both, such as VAR's word embedding. A plan that folds guidance into the predictions runs one row. The decoder sees
   one row either way.
-- A token that a block skips pays for its share of the gate, if there is something to choose, and for the low-rank map of
-  the reconstruction. It has no key and value: the context of that block is shorter by it, at this scale and later.
+- A token that a block skips pays for its share of the gate, if there is something to choose, and for the low-rank map
+  of the reconstruction. It has no key and value: the context of that block is shorter by it, at this scale and later.
 - Left out: what ``NOT_COUNTED`` lists. Elementwise are also the alpha product and the bilinear upsampling of the
   reconstruction; table look-ups are free.
 """
