@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from actvar_convert.measure.cuts import SweepReport
     from actvar_convert.measure.evaluation import Evaluation
     from actvar_convert.measure.latency import Timing
+    from actvar_convert.models.infinity.text import TextRows
     from actvar_convert.preflight import ValidationResult, validate_recipe
     from actvar_convert.recipe.shape import Shape
     from actvar_convert.runs import RunResult, run
@@ -45,6 +46,7 @@ _VERBS = {
     "Shape": "actvar_convert.recipe.shape",
     "SweepReport": "actvar_convert.measure.cuts",
     "sweep": "actvar_convert.sweeps",
+    "TextRows": "actvar_convert.models.infinity.text",
     "Timing": "actvar_convert.measure.latency",
     "ValidationResult": "actvar_convert.preflight",
     "validate_recipe": "actvar_convert.preflight",
@@ -55,6 +57,7 @@ __all__ = [
     "RunResult",
     "Shape",
     "SweepReport",
+    "TextRows",
     "Timing",
     "ValidationResult",
     "__version__",

@@ -73,7 +73,7 @@ class Run:
         prints = [each.fingerprint for each in images or ()]
         weights = state_fingerprint(teacher)
         tokenizer = teacher.tokenizer.config.model_dump_json()
-        around = (weights, tokenizer, json.dumps(teacher.sampling._asdict()), teacher.origin.get("shape", ""))
+        around = (weights, tokenizer, json.dumps(teacher.sampling.settings), teacher.origin.get("shape", ""))
         start, key = (
             fingerprint_of(*around, deciding(recipe, *phases), *prints[: len(phases)])
             for phases in (("convert",), ("convert", "train"))

@@ -160,7 +160,7 @@ def _measured_by(recipe: Recipe, teacher: Model, extractor: FeatureExtractor | N
     settings = recipe.evaluate
     return {
         "images": 0 if extractor is None else settings.images,
-        "sampling": SamplingSettings(**teacher.sampling._asdict(), chunk=settings.batch),
+        "sampling": SamplingSettings(**teacher.sampling.settings, chunk=settings.batch),
         "dtype": str(DTYPES[recipe.dtype]).removeprefix("torch."),
         "extractor": None if extractor is None else extractor.name,
         "reference": None if extractor is None else extractor.reference().fingerprint,

@@ -98,7 +98,7 @@ def sweep(
     extractor = verbs.extractor_for(model, chosen.evaluate.reference) if images else None
     dense_print = model_fingerprint(model)
     method = chosen.model_dump_json(exclude=_UNUSED)
-    sampling = tuple(model.sampling)
+    sampling = tuple(model.sampling.settings.values())
     parts = [dense_print, method, held_out, sampling]
     if given is not None:
         parts.append(given.calibration.fingerprint)

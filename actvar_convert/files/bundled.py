@@ -133,7 +133,7 @@ def write_bundle(
     """
     content = {
         **config,
-        "sampling": Sampling(**config["sampling"])._asdict(),
+        "sampling": Sampling(**config["sampling"]).settings,
         "transformer": transformer.config.model_dump(),
         "tokenizer": tokenizer.config.model_dump(),
     }

@@ -7,10 +7,20 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_serializer,
+)
 from torch import Tensor, nn
 
 from actvar_convert._version import __version__
@@ -80,14 +90,25 @@ class Provenance(BaseModel):
     recipe_sha256: str | None = Field(None, description="SHA-256 of recipe.yaml, with line ends as \\n")
 
 
+_Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_ByScale = _Strength | tuple[_Strength, ...]
+
+
 class SamplingConfig(BaseModel):
     """The sampling that the model was measured with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cfg: float = Field(ge=0, allow_inf_nan=False)
+    cfg: _ByScale
     top_k: int = Field(ge=0)
     top_p: float = Field(ge=0, le=1)
+    tau: _ByScale | None = None
+    guidance_layer: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _said(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not given."""
+        return {name: value for name, value in plain(self).items() if value is not None}
 
 
 class SparseConfig(BaseModel):
@@ -211,7 +232,7 @@ def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dty
         )
     assign(transformer, weights, dtype or torch.float32)
     assign(tokenizer, vae_weights, torch.float32)
-    sampling = Sampling(config.sampling.cfg, config.sampling.top_k, config.sampling.top_p)
+    sampling = Sampling(**config.sampling.model_dump())
     model = Model(transformer, tokenizer, sampling, plans)
     model.eval()
     model.origin = {"path": str(folder.absolute())}
@@ -435,7 +456,7 @@ def _config(model: Model, provenance: Provenance | Mapping[str, Any] | None, rec
         family=model.family.name,
         transformer=model.config,
         tokenizer=model.tokenizer.config,
-        sampling=SamplingConfig(cfg=sampling.cfg, top_k=sampling.top_k, top_p=sampling.top_p),
+        sampling=SamplingConfig(**sampling.settings),
         plans=plans_of(model).named,
         default_plan=plans_of(model).name,
         provenance=given.model_copy(

@@ -112,7 +112,7 @@ def held_out_pyramids(
             task.advance(count)
             return {"tokens": tokens.cpu()}
 
-        key = {"model": fingerprint, "sampling": sampling._asdict(), "chunk": batch, "held_out": count}
+        key = {"model": fingerprint, "sampling": sampling.settings, "chunk": batch, "held_out": count}
         return remembered(cache, key, sample, count, task)["tokens"], condition
 
 

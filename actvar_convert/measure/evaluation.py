@@ -146,7 +146,7 @@ def evaluate_models(
         if judge is not None and dense is not None:
             seen = _of_images(dense, generations(model, what, judge), judge, tokenizer)
         with progress.task(f"agreement of the {what}", settings.held_out) as task, watched_routing(model) as watch:
-            paired = not model.folded and chosen.cfg > 0
+            paired = not model.folded and any(teacher.guidance(chosen).strengths)
             guided = chosen if paired else None
             found = compare_logits(model, teacher, tokens, pyramid_labels, task, guided=guided)
         kl, top1 = agreement_quality(found)
@@ -167,7 +167,7 @@ def evaluate_models(
         **dict(main),
         images=settings.images,
         seeds=tuple(seeds),
-        sampling=SamplingSettings(**chosen._asdict(), chunk=settings.batch),
+        sampling=SamplingSettings(**chosen.settings, chunk=settings.batch),
         dtype=str(dtype or teacher.dtype).removeprefix("torch."),
         extractor=None if judge is None else judge.name,
         reference=None if judge is None else judge.reference().fingerprint,

@@ -82,7 +82,7 @@ def generated_features(
     key = {
         "model": fingerprint or (model_fingerprint(model) if cache else ""),
         "extractor": extractor.fingerprint,
-        "sampling": sampling._asdict(),
+        "sampling": sampling.settings,
         "seed": wanted.seed,
         "chunk": chunk,
         **({"noise": "cuda"} if model.device.type == "cuda" else {}),

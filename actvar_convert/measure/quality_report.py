@@ -17,9 +17,11 @@ class _Value(BaseModel):
 class SamplingSettings(_Value):
     """How the images were sampled."""
 
-    cfg: float = Field(description="strength of classifier-free guidance at the last scale")
+    cfg: float | tuple[float, ...] = Field(description="strength of guidance at the last scale, or at every scale")
     top_k: int = Field(description="0: all tokens")
     top_p: float = Field(description="0: all tokens")
+    tau: float | tuple[float, ...] | None = Field(None, description="temperature, of all scales or of every scale")
+    guidance_layer: int | None = Field(None, description="block after which states are guided in place of logits")
     chunk: int = Field(description="images sampled from one generator; equal images need an equal chunk")
 
 

@@ -8,13 +8,14 @@ Shapes: B rows (images, doubled if guidance is paired), L tokens in hand, C widt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from actvar_convert.errors import InputError, counted
 from actvar_convert.kernels.token_gate import take
 from actvar_convert.models.schedule import Config as Config
 from actvar_convert.models.schedule import Schedule as Schedule
@@ -121,6 +122,19 @@ class Condition(Protocol):
         """These entries, then those of another."""
         ...
 
+    def against(self, negative: Self) -> Self:
+        """The same entries, with others as what ``null`` gives.
+
+        Raises:
+            InputError: the family has no such thing, or there are too few or too many.
+        """
+        ...
+
+    @property
+    def shape(self) -> Hashable:
+        """What entries must have in common with those that CUDA graphs were recorded for."""
+        ...
+
     def to(self, device: torch.device) -> Self:
         """The same on a device."""
         ...
@@ -160,6 +174,13 @@ class Entries:
 
     def joined(self, other: Self) -> Self:
         return replace(self, values=torch.cat((self.values, other.values)))
+
+    def against(self, negative: Self) -> Self:
+        raise InputError("negative prompts are for models that are conditioned on text; leave negative out")
+
+    @property
+    def shape(self) -> Hashable:
+        return tuple(self.values.shape)
 
     def to(self, device: torch.device) -> Self:
         return replace(self, values=self.values.to(device))
@@ -307,20 +328,37 @@ class Guidance:
     Attributes:
         strengths: t of every scale: (1 + t) conditional - t unconditional (Ho and Salimans, arXiv 2207.12598).
         rows: rows of the backbone per image: 2, conditional and unconditional, or 1, guidance folded in.
+        temperatures: what logits are divided by at every scale; empty: 1.
+        layer: index of the block whose output is guided in place of the logits; both rows go on with the result.
     """
 
     strengths: tuple[float, ...]
     rows: int = 2
+    temperatures: tuple[float, ...] = ()
+    layer: int | None = None
 
     def guided(self, logits_RBLV: Tensor, scale: int) -> Tensor:
         """Guided predictions [B, L, V] of one scale, from B conditional rows and then, of 2 rows, the same without."""
-        return logits_RBLV if self.rows == 1 else guided(logits_RBLV, self.strengths[scale])
+        logits = logits_RBLV if self.rows == 1 or self.layer is None else logits_RBLV.chunk(2)[0]
+        if self.temperatures:
+            logits = logits * (1 / self.temperatures[scale])
+        return guided(logits, self.strengths[scale]) if self.rows == 2 and self.layer is None else logits
+
+    def after_block(self, x_RBLC: Tensor, block: int, scale: int) -> Tensor:
+        """States after a block: guided in both rows if that is the block and the scale is guided."""
+        if block != self.layer or self.rows == 1 or not self.strengths[scale]:
+            return x_RBLC
+        return guided(x_RBLC, self.strengths[scale]).repeat(2, 1, 1)
 
 
 def guided(logits_2BLV: Tensor, strength: float | Tensor) -> Tensor:
     """(1 + t) conditional - t unconditional [B, L, V], from both [2 B, L, V]; ``strength`` t is a number or [L, 1]."""
     conditional, unconditional = logits_2BLV.chunk(2)
     return (1 + strength) * conditional - strength * unconditional
+
+
+ByScale = float | tuple[float, ...]
+"""One number, or one for every scale."""
 
 
 class Sampling(NamedTuple):
@@ -330,11 +368,56 @@ class Sampling(NamedTuple):
         cfg: strength of classifier-free guidance, as the family reads it; of every scale, or one number.
         top_k: only the k most likely outcomes; 0: all.
         top_p: only the most likely outcomes that together reach this probability; 0: all.
+        tau: temperature that logits are divided by; of every scale, or one number.
+        guidance_layer: block after which hidden states are guided in place of logits, from the last one if negative;
+            0 or None: logits are guided.
     """
 
-    cfg: float = 1.5
+    cfg: ByScale = 1.5
     top_k: int = 0
     top_p: float = 0.0
+    tau: ByScale = 1.0
+    guidance_layer: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values by name, those of the last two only if they are not the usual ones; they make a ``Sampling``."""
+        usual, values = self._field_defaults, self._asdict()
+        return {name: v for name, v in values.items() if name not in ("tau", "guidance_layer") or v != usual[name]}
+
+    def by_scale(self, name: str, scales: int) -> tuple[float, ...]:
+        """``cfg`` or ``tau`` of every scale.
+
+        Raises:
+            InputError: values for another number of scales.
+        """
+        value: ByScale = getattr(self, name)
+        if not isinstance(value, tuple):
+            return (value,) * scales
+        if len(value) != scales:
+            raise InputError(f"{name} has {counted(len(value), 'value')}; give one number, or {scales}, one a scale")
+        return value
+
+    def temperatures(self, scales: int) -> tuple[float, ...]:
+        """``Guidance.temperatures``: empty if they are all 1."""
+        values = self.by_scale("tau", scales)
+        return () if all(value == 1 for value in values) else values
+
+    def layer(self, depth: int) -> int | None:
+        """``Guidance.layer`` of so many blocks.
+
+        Raises:
+            InputError: there is no such block before the last one.
+        """
+        if not self.guidance_layer:
+            return None
+        index = self.guidance_layer + (depth if self.guidance_layer < 0 else 0)
+        if not 0 < index < depth:
+            raise InputError(
+                f"guidance_layer {self.guidance_layer} is no block of {depth}; give 1 to {depth - 1}, or -{depth - 1} "
+                "to -1 counted from the last, or none to guide logits"
+            )
+        return index
 
 
 class Family(Protocol):
@@ -365,6 +448,14 @@ class Family(Protocol):
 
         Raises:
             InputError: it makes no sense for this model.
+        """
+        ...
+
+    def at(self, config: Any, tokenizer: Any, schedule: Any) -> tuple[Any, Any]:
+        """The configurations of backbone and tokenizer over other token maps: maps [(h, w), ...] or a name.
+
+        Raises:
+            InputError: its maps are fixed, or there is no such schedule.
         """
         ...
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from actvar_convert.errors import InputError
 from actvar_convert.models.base import Family
+from actvar_convert.models.infinity.family import INFINITY
 from actvar_convert.models.var.family import VAR
 
-FAMILIES: dict[str, Family] = {VAR.name: VAR}
+FAMILIES: dict[str, Family] = {VAR.name: VAR, INFINITY.name: INFINITY}
 
 
 def logits_of(config: object) -> int:

@@ -51,8 +51,9 @@ class Generation:
         x = backbone.next_states(self._prepared, following, scale, schedule)
         part = schedule.slice(scale)
         span, table = Span(scale, (schedule.lengths[scale],)), backbone.table(schedule, part.start, part.stop)
-        for block, context, slot in zip(backbone.blocks, self._contexts, self._slots, strict=True):
-            x = block(x, context, Call(span, table, slot))
+        for index, block in enumerate(backbone.blocks):
+            x = block(x, self._contexts[index], Call(span, table, self._slots[index]))
+            x = self._guidance.after_block(x, index, scale)
         logits = self._guidance.guided(backbone.logits(x, self._prepared), scale)
         tokens = model.alphabet.draw(logits, noise, self._sampling.top_k, self._sampling.top_p)
         if scale + 1 < schedule.num_scales:

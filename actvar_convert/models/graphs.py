@@ -139,7 +139,7 @@ class Recordings:
         if problems:
             raise InputError("compile=True cannot be used here; leave it out", problems)
         dtypes = tuple({tensor.dtype: None for tensor in model.parameters()})
-        key = (len(condition), sampling, model.plan_key, dtypes, tuple(_places(model)))
+        key = (condition.shape, model.schedule, sampling, model.plan_key, dtypes, tuple(_places(model)))
         known = self._kept.pop(key, None)
         if known is None:
             while len(self._kept) >= RECORDINGS_KEPT:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from actvar_convert.errors import InputError
-from actvar_convert.models.base import Alphabet, Call, Guidance, Sampling, Schedule, guided
+from actvar_convert.models.base import Alphabet, ByScale, Call, Guidance, Sampling, Schedule, guided
 from actvar_convert.models.families import family_of
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.graphs import Recordings
@@ -48,6 +49,25 @@ def generation_bytes(device: str | torch.device) -> int:
 def images_at_once(config: Any, tokenizer: Any, itemsize: int, device: str | torch.device, rows: int = 2) -> int:
     """Images of ``rows`` rows that ``GENERATION_BYTES`` holds at once on a device (cpu, cuda), at least one."""
     return max(1, generation_bytes(device) // family_of(config).image_bytes(config, tokenizer, itemsize, rows))
+
+
+class Wishes(TypedDict, total=False):
+    """What a call of ``Model.generate`` may say beside the rest.
+
+    Attributes:
+        cfg, tau: see ``Sampling``; a number, or one for every scale.
+        top_k, top_p, guidance_layer: see ``Sampling``.
+        schedule: token maps [(h, w), ...] or the name of a schedule, of families that have several.
+        negative: a condition to guide away from: text rows, of one prompt or of as many as the condition has.
+    """
+
+    cfg: float | Sequence[float]
+    tau: float | Sequence[float]
+    top_k: int
+    top_p: float
+    guidance_layer: int | None
+    schedule: str | Schedule | Sequence[tuple[int, int]]
+    negative: Any
 
 
 class _Draws(NamedTuple):
@@ -187,6 +207,29 @@ class Model(nn.Module):
         strength = strengths.repeat_interleave(torch.tensor(schedule.lengths[:scales])).unsqueeze(-1)
         return guided(logits_2BLV, strength.to(logits_2BLV.device))
 
+    def at(self, schedule: str | Schedule | Sequence[tuple[int, int]]) -> Self:
+        """The same model, weights and all, over other token maps.
+
+        Args:
+            schedule: maps [(h, w), ...], or a name that the family knows.
+
+        Raises:
+            InputError: the family's maps are fixed, it has no such schedule, or a plan was made for other maps.
+        """
+        config, tokenizer = self.family.at(self.config, self.tokenizer.config, schedule)
+        if config == self.config:
+            return self
+        if self.is_sparse:
+            raise InputError(
+                "a sparse model runs the token maps that its plan was made for; leave schedule out, or load the dense "
+                "model with that schedule and convert it"
+            )
+        view: Self = _alias(self)
+        backbone, decoder = _alias(self.transformer), _alias(self.tokenizer)
+        backbone.config, decoder.config = config, tokenizer
+        view.transformer, view.tokenizer = backbone, decoder
+        return view
+
     def generate(
         self,
         condition: Any,
@@ -197,11 +240,13 @@ class Model(nn.Module):
         compile: bool = False,
         noise: NoiseSource = "device",
         on_images: Callable[[int], None] = lambda count: None,
+        **wishes: Unpack[Wishes],
     ) -> Tensor:
         """Images of the given classes, or of whatever the family is conditioned on.
 
         Args:
-            condition: VAR: class indices [B] of any integer type; ``classes`` (or -1) for no class.
+            condition: VAR: class indices [B] of any integer type; ``classes`` (or -1) for no class. Infinity:
+                ``TextRows`` of B prompts.
             sampling: the model's own by default; ``sampling_with(cfg=3.0)`` changes one value of it. cfg is fixed if
                 guidance is folded.
             seed: every chunk samples with a generator of its own derived from it.
@@ -215,6 +260,7 @@ class Model(nn.Module):
                 are one.
             on_images: called with the number of images that are ready anew: chunk by chunk, or piece by piece if
                 memory cuts a chunk.
+            wishes: single values of the sampling, the token maps, a negative condition, see ``Wishes``.
 
         Returns:
             images [B, 3, H, W] in [0, 1], fp32, on the model's device, without a gradient.
@@ -223,15 +269,31 @@ class Model(nn.Module):
             InputError: a condition or a value that makes no sense, or ``compile`` if there are no CUDA graphs, or for a
                 plan that they cannot hold.
         """
-        given = self.family.condition(self.config, condition).to(self.device)
-        images, done = self._no_images(len(given)), 0
+        model, given, chosen = self._wanted(condition, sampling, wishes)
+        images, done = model._no_images(len(given)), 0
         draws = _Draws.checked(seed, chunk, self._noise_device(noise))
         with torch.inference_mode():  # what it fills was made before, and so can be used like any other tensor
-            for piece in self._pieces(given, self._allowed(sampling), draws, compile, decoded=True):
+            for piece in model._pieces(given, chosen, draws, compile, decoded=True):
                 images[done : done + len(piece)] = piece
                 done += len(piece)
                 on_images(len(piece))
         return images
+
+    def _wanted(self, condition: Any, sampling: Sampling | None, wishes: Wishes) -> tuple[Self, Any, Sampling]:
+        """The model over the maps of a call, its condition on the device, and its sampling, all checked."""
+        unknown = sorted(set(wishes) - Wishes.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"generate() has no argument {unknown[0]!r}")
+        known = Sampling._fields
+        chosen = (self.sampling if sampling is None else sampling)._replace(
+            **{name: _hashable(value) for name, value in wishes.items() if name in known}
+        )
+        schedule, negative = wishes.get("schedule"), wishes.get("negative")
+        model = self if schedule is None else self.at(schedule)
+        given = self.family.condition(self.config, condition)
+        if negative is not None:
+            given = given.against(self.family.condition(self.config, negative))
+        return model, given.to(self.device), model._allowed(chosen)
 
     def generate_tokens(
         self,
@@ -242,13 +304,14 @@ class Model(nn.Module):
         chunk: int = 64,
         compile: bool = False,
         noise: NoiseSource = "device",
+        **wishes: Unpack[Wishes],
     ) -> Tensor:
         """Token pyramids [B, L, ...] int64, all scales in one row; arguments as in ``generate``."""
-        given = self.family.condition(self.config, condition).to(self.device)
+        model, given, chosen = self._wanted(condition, sampling, wishes)
         draws = _Draws.checked(seed, chunk, self._noise_device(noise))
         with torch.inference_mode():
-            pieces = list(self._pieces(given, self._allowed(sampling), draws, compile, decoded=False))
-        none = torch.zeros(0, self.schedule.total, *self.alphabet.outcomes[:-1], dtype=torch.int64, device=self.device)
+            pieces = list(model._pieces(given, chosen, draws, compile, decoded=False))
+        none = torch.zeros(0, model.schedule.total, *self.alphabet.outcomes[:-1], dtype=torch.int64, device=self.device)
         return torch.cat([none, *pieces])
 
     def images_at_once(self) -> int:
@@ -281,29 +344,38 @@ class Model(nn.Module):
         schedule = self.schedule
         return list(torch.split(tokens, list(schedule.lengths[: schedule.scales_in(tokens.shape[1])]), dim=1))
 
-    def sampling_with(self, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None) -> Sampling:
+    def sampling_with(
+        self,
+        cfg: float | Sequence[float] | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        tau: float | Sequence[float] | None = None,
+    ) -> Sampling:
         """The model's sampling, with the given values in place of its own."""
-        own = self.sampling
-        return Sampling(
-            own.cfg if cfg is None else cfg,
-            own.top_k if top_k is None else top_k,
-            own.top_p if top_p is None else top_p,
-        )
+        given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "tau": tau}
+        return self.sampling._replace(**{name: _hashable(v) for name, v in given.items() if v is not None})
 
     def _allowed(self, sampling: Sampling | None) -> Sampling:
         """The sampling of a call; raises InputError for one that makes no sense."""
         chosen = self.sampling if sampling is None else sampling
         if self.folded and chosen.cfg != self.sampling.cfg:
             raise InputError(
-                f"guidance of strength {self.sampling.cfg:g} is folded into this model's predictions, so cfg "
-                f"{chosen.cfg:g} is out of reach; leave cfg out, or convert with budget.guidance paired"
+                f"guidance of strength {_said(self.sampling.cfg)} is folded into this model's predictions, so cfg "
+                f"{_said(chosen.cfg)} is out of reach; leave cfg out, or convert with budget.guidance paired"
             )
-        for name, value in (("cfg", chosen.cfg), ("top_p", chosen.top_p)):
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-                raise InputError(f"{name} must be a number, got {value!r}")
-        if not 0 <= chosen.top_p <= 1:
-            raise InputError(f"top_p must be within 0 to 1 (0: all tokens), got {chosen.top_p}")
-        return Sampling(float(chosen.cfg), whole_number("top_k", chosen.top_k, 0), float(chosen.top_p))
+        scales = self.config.num_scales
+        cfg, tau = _numbers("cfg", chosen.cfg), _numbers("tau", chosen.tau)
+        top_p = _numbers("top_p", chosen.top_p)
+        if isinstance(top_p, tuple) or not 0 <= top_p <= 1:
+            raise InputError(f"top_p must be within 0 to 1 (0: all tokens), got {_said(top_p)}")
+        chosen = chosen._replace(cfg=cfg, tau=tau, top_p=top_p)
+        if not all(each > 0 for each in chosen.by_scale("tau", scales)):
+            raise InputError(f"tau must be above 0, got {_said(tau)}")
+        if chosen.guidance_layer is not None:
+            chosen = chosen._replace(guidance_layer=whole_number("guidance_layer", chosen.guidance_layer))
+        chosen.by_scale("cfg", scales)
+        chosen.layer(self.config.depth)
+        return chosen._replace(top_k=whole_number("top_k", chosen.top_k, 0))
 
     def _noise_device(self, source: NoiseSource) -> torch.device:
         if source not in ("device", "cpu"):
@@ -343,6 +415,32 @@ class Model(nn.Module):
             for scale, length in enumerate(self.schedule.lengths)
         ]
         return torch.cat(found, dim=1)
+
+
+def _alias(module: Any) -> Any:
+    """Another module with the same parameters and submodules, whose own attributes may be set."""
+    alias = copy(module)
+    alias._modules = dict(module._modules)
+    return alias
+
+
+def _hashable(value: Any) -> Any:
+    """One number as it is; several as a tuple."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _numbers(name: str, value: Any) -> ByScale:
+    """A number, or one for every scale, as Python's; raises InputError for anything else."""
+    several = value if isinstance(value, tuple) else (value,)
+    for each in several:
+        if isinstance(each, bool) or not isinstance(each, Real) or not math.isfinite(each):
+            raise InputError(f"{name} must be a number, got {each!r}")
+    return tuple(map(float, several)) if isinstance(value, tuple) else float(value)
+
+
+def _said(value: ByScale) -> str:
+    return ", ".join(map(_said, value)) if isinstance(value, tuple) else f"{value:g}"
 
 
 def fresh_sparse(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -24,6 +25,18 @@ class Schedule:
     def of_sides(cls, sides: Sequence[int]) -> Schedule:
         """Square maps."""
         return cls(tuple((side, side) for side in sides))
+
+    @classmethod
+    def of(cls, given: object) -> Schedule | None:
+        """Maps as a caller gives them, [(h, w), ...] or [side, ...]; None: they are no maps."""
+        if isinstance(given, Schedule):
+            return given
+        try:
+            pairs = [each if isinstance(each, Iterable) else (each, each) for each in given]  # type: ignore[attr-defined]
+            maps = tuple((operator.index(h), operator.index(w)) for h, w in pairs)
+        except (TypeError, ValueError):
+            return None
+        return cls(maps) if maps else None
 
     @property
     def num_scales(self) -> int:

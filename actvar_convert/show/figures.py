@@ -51,7 +51,7 @@ def label(name: str) -> str:
     return name.replace("_", " ").replace("vqvae", "VQVAE").replace("adaln", "AdaLN").replace("ffn", "FFN")
 
 
-def listed(values: Sequence[int]) -> str:
+def listed(values: Sequence[float]) -> str:
     """Numbers with commas between them."""
     return ", ".join(map(str, values))
 

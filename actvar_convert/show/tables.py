@@ -253,7 +253,8 @@ def quality_tables(report: QualityReport) -> list[Table]:
 def quality_notes(quality: QualityReport) -> list[str]:
     """What a reader of the quality figures has to know, one sentence each."""
     fid, sampling = quality.fid, quality.sampling
-    sampled = f"guidance {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, chunk {sampling.chunk}"
+    cfg = listed(sampling.cfg) if isinstance(sampling.cfg, tuple) else f"{sampling.cfg:g}"
+    sampled = f"guidance {cfg}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, chunk {sampling.chunk}"
     notes = [f"Held-out pyramids sampled with {sampled}."]
     if fid is not None:
         notes = [

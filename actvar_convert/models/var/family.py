@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from actvar_convert.errors import InputError
 from actvar_convert.models.alphabet import Codes
-from actvar_convert.models.base import Guidance, Sampling
+from actvar_convert.models.base import Guidance, Sampling, Schedule
 from actvar_convert.models.sampling import balanced_labels
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.models.var.labels import Labels
 from actvar_convert.models.var.network import VARTransformer
-from actvar_convert.models.var.tokenizer import VQVAE
+from actvar_convert.models.var.tokenizer import VQVAE, Channels
 
 
 class VARFamily:
@@ -37,14 +38,26 @@ class VARFamily:
         return Codes(config.vocab)
 
     def guidance(self, config: TransformerConfig, sampling: Sampling, *, folded: bool) -> Guidance:
-        """The strength grows linearly from 0 at the first scale to ``cfg`` at the last."""
-        scales = config.num_scales
-        strengths = tuple(sampling.cfg * scale / max(1, scales - 1) for scale in range(scales))
-        return Guidance(strengths, 1 if folded else 2)
+        """The strength grows linearly from 0 at the first scale to ``cfg`` at the last, or is that of every scale."""
+        scales, cfg = config.num_scales, sampling.cfg
+        if isinstance(cfg, tuple):
+            strengths = sampling.by_scale("cfg", scales)
+        else:
+            strengths = tuple(cfg * scale / max(1, scales - 1) for scale in range(scales))
+        layer = sampling.layer(config.depth)
+        return Guidance(strengths, 1 if folded else 2, sampling.temperatures(scales), layer)
 
     def condition(self, config: TransformerConfig, given: Labels | Tensor | Sequence[int] | int) -> Labels:
         """Class indices; -1 or the number of classes says no class. They are checked where they are."""
         return given if isinstance(given, Labels) else Labels.given(given, config.classes)
+
+    def at(
+        self, config: TransformerConfig, tokenizer: TokenizerConfig, schedule: object
+    ) -> tuple[TransformerConfig, TokenizerConfig]:
+        """Positions are learnt, one embedding each: there are no other maps."""
+        if Schedule.of(schedule) != config.schedule:
+            raise InputError("the token maps of a VAR are fixed, for its positions are learnt; leave schedule out")
+        return config, tokenizer
 
     def balanced(self, config: TransformerConfig, count: int) -> Labels:
         return Labels.of(balanced_labels(count, config.classes), config.classes)
@@ -126,50 +139,55 @@ class _Conv(NamedTuple):
     inputs: int
     outputs: int
     kernel: int
-    side: int
+    pixels: int
 
     @property
     def macs(self) -> int:
-        return self.inputs * self.outputs * self.kernel**2 * self.side**2
+        return self.inputs * self.outputs * self.kernel**2 * self.pixels
 
 
 def decoder_macs(config: TokenizerConfig) -> DecoderMacs:
     """Multiply-adds of the VQVAE decoder for one image."""
-    widths = [config.ch * mult for mult in config.ch_mult]
     side, z = config.sides[-1], config.z_channels
+    phi = _Conv(z, z, 3, side**2).macs * config.schedule.num_scales
+    convolutions = _Conv(z, z, 3, side**2).macs + convolution_macs(config, side**2)
     attentions = 1 + config.res_blocks + 1
-    phi = _Conv(z, z, 3, side).macs * config.schedule.num_scales
-    convolutions = sum(conv.macs for conv in _decoder_convolutions(config, widths))
-    return DecoderMacs(convolutions, attentions * 2 * side**4 * widths[-1], phi)
+    return DecoderMacs(convolutions, attentions * 2 * side**4 * config.ch * config.ch_mult[-1], phi)
 
 
-def _decoder_convolutions(config: TokenizerConfig, widths: list[int]) -> Iterator[_Conv]:
-    side, z, last = config.sides[-1], config.z_channels, len(widths) - 1
+def convolution_macs(config: Channels, tokens: int, attention: bool = True) -> int:
+    """Multiply-adds of the convolutions of a ``Decoder`` from a map of so many features."""
+    return sum(conv.macs for conv in _decoder_convolutions(config, tokens, attention))
+
+
+def _decoder_convolutions(config: Channels, pixels: int, attention: bool) -> Iterator[_Conv]:
+    widths = [config.ch * mult for mult in config.ch_mult]
+    last = len(widths) - 1
     coarsest = widths[-1]
-    yield _Conv(z, z, 3, side)
-    yield _Conv(z, coarsest, 3, side)
-    yield from _residual(coarsest, coarsest, side)
-    yield from _attention(coarsest, side)
-    yield from _residual(coarsest, coarsest, side)
+    yield _Conv(config.z_channels, coarsest, 3, pixels)
+    yield from _residual(coarsest, coarsest, pixels)
+    if attention:
+        yield from _attention(coarsest, pixels)
+    yield from _residual(coarsest, coarsest, pixels)
     for level in range(last, -1, -1):
         width, before = widths[level], widths[min(level + 1, last)]
         for index in range(config.res_blocks + 1):
-            yield from _residual(width if index else before, width, side)
-            if level == last:
-                yield from _attention(width, side)
+            yield from _residual(width if index else before, width, pixels)
+            if attention and level == last:
+                yield from _attention(width, pixels)
         if level:
-            side *= 2
-            yield _Conv(width, width, 3, side)
-    yield _Conv(widths[0], 3, 3, side)
+            pixels *= 4
+            yield _Conv(width, width, 3, pixels)
+    yield _Conv(widths[0], 3, 3, pixels)
 
 
-def _residual(inputs: int, outputs: int, side: int) -> Iterator[_Conv]:
-    yield _Conv(inputs, outputs, 3, side)
-    yield _Conv(outputs, outputs, 3, side)
+def _residual(inputs: int, outputs: int, pixels: int) -> Iterator[_Conv]:
+    yield _Conv(inputs, outputs, 3, pixels)
+    yield _Conv(outputs, outputs, 3, pixels)
     if inputs != outputs:
-        yield _Conv(inputs, outputs, 1, side)
+        yield _Conv(inputs, outputs, 1, pixels)
 
 
-def _attention(channels: int, side: int) -> Iterator[_Conv]:
-    yield _Conv(channels, 3 * channels, 1, side)
-    yield _Conv(channels, channels, 1, side)
+def _attention(channels: int, pixels: int) -> Iterator[_Conv]:
+    yield _Conv(channels, 3 * channels, 1, pixels)
+    yield _Conv(channels, channels, 1, pixels)

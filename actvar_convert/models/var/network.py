@@ -7,7 +7,7 @@ dimension, D conditioning (= C), V codebook size.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +47,35 @@ class AttentionConstants(NamedTuple):
     length: Tensor | None
 
 
+class AttentionShape(Protocol):
+    """What attention and norms ask of a configuration, as ``TransformerConfig`` states it."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def l2_attention(self) -> bool: ...
+
+    @property
+    def attention_scale(self) -> float: ...
+
+    @property
+    def norm_eps(self) -> float: ...
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention; keys have no bias, queries and keys may be L2-normalised with a learnt scale per head."""
 
     component: ClassVar = "attention"
     zero_k_bias: Tensor
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: AttentionShape) -> None:
         super().__init__()
         width = config.width
         self.heads, self.head_dim = config.heads, config.head_dim
@@ -193,7 +215,7 @@ class VARBlock(nn.Module):
 class AdaLNBeforeHead(nn.Module):
     """Adaptive layer norm in front of the classifier over the codebook."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: AttentionShape) -> None:
         super().__init__()
         self.width, self.eps = config.width, config.norm_eps
         self.ada_lin = Modulation(nn.SiLU(), nn.Linear(config.width, 2 * config.width))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,10 +123,10 @@ class _Level(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
+        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -134,10 +134,26 @@ class _Middle(nn.Module):
         return out
 
 
-class Encoder(nn.Module):
-    """Image [B, 3, H, W] to features [B, z, h, w]."""
+class Channels(Protocol):
+    """Shape of a convolutional autoencoder, as ``TokenizerConfig`` states it."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    @property
+    def ch(self) -> int: ...
+
+    @property
+    def ch_mult(self) -> tuple[int, ...]: ...
+
+    @property
+    def res_blocks(self) -> int: ...
+
+    @property
+    def z_channels(self) -> int: ...
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] to features [B, z, h, w]; with attention at the coarsest resolution, or without."""
+
+    def __init__(self, config: Channels, attention: bool = True) -> None:
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
         last = len(widths) - 1
@@ -145,11 +161,11 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             before = widths[i - 1] if i else config.ch
-            level = _Level([before] + [width] * config.res_blocks, attention=i == last)
+            level = _Level([before] + [width] * config.res_blocks, attention=attention and i == last)
             if i != last:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = _Middle(widths[-1])
+        self.mid = _Middle(widths[-1], attention)
         self.norm_out = _group_norm(widths[-1])
         self.conv_out = Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
@@ -164,18 +180,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [B, z, h, w] to image [B, 3, H, W]."""
+    """Features [B, z, h, w] to image [B, 3, H, W]; the way back of an ``Encoder``."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: Channels, attention: bool = True) -> None:
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
         last = len(widths) - 1
         self.conv_in = Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = _Middle(widths[-1])
+        self.mid = _Middle(widths[-1], attention)
         levels: list[nn.Module] = []
         for i, width in enumerate(widths):
             before = widths[min(i + 1, last)]
-            level = _Level([before] + [width] * (config.res_blocks + 1), attention=i == last)
+            level = _Level([before] + [width] * (config.res_blocks + 1), attention=attention and i == last)
             if i:
                 level.upsample = Upsample(width)
             levels.append(level)
