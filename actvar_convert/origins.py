@@ -117,7 +117,7 @@ class Work:
     @contextmanager
     def owned(self, processes: Processes = ALONE) -> Iterator[bool]:
         """Makes this process the one that works on a result; see ``locks.owned``."""
-        with locks.owned(self.folder, processes) as begins:
+        with locks.owned(self.folder, processes, option="--work") as begins:
             if begins and processes.main:
                 with explain_os_errors("write", self.out):
                     remove_leftovers(self.out)

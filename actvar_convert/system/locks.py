@@ -120,7 +120,7 @@ def take_over() -> Iterator[None]:
 
 
 @contextmanager
-def owned(folder: Path, processes: Processes | None = None) -> Iterator[bool]:
+def owned(folder: Path, processes: Processes | None = None, *, option: str = "") -> Iterator[bool]:
     """Makes this process the owner of a folder, which is made when missing, for as long as the block runs.
 
     What a writer that was killed has left half-written there is removed. At the end the folder goes, if it is empty.
@@ -130,6 +130,7 @@ def owned(folder: Path, processes: Processes | None = None) -> Iterator[bool]:
     Args:
         folder: of unfinished work, or a cache.
         processes: those that share the work.
+        option: of the command, that names another folder; said if this one cannot be written.
 
     Yields:
         whether the folder was not this process's own before.
@@ -145,7 +146,7 @@ def owned(folder: Path, processes: Processes | None = None) -> Iterator[bool]:
     try:
         if processes is None or processes.main:
             try:
-                ownership = _Ownership(folder)
+                ownership = _Ownership(folder, option)
             except InputError as error:
                 problem = error
         if processes is not None:
@@ -182,10 +183,10 @@ def clear(folder: Path, *, last: str | None = None) -> None:
 class _Ownership:
     """The lock of a folder and its owner's name, until ``end``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, option: str) -> None:
         self.folder = folder
         self.lock = FileLock(folder / LOCK, timeout=0)
-        with explain_os_errors("write", folder):
+        with explain_os_errors("write", f"{folder} ({option} names another place)" if option else folder):
             self.created = make_folders(folder)
             try:
                 self._take()

@@ -89,6 +89,14 @@ def test_work_lies_where_it_is_told_and_nothing_is_made_beside_the_result(actvar
         assert Path(str(line[3])).parent.stat().st_mtime_ns == before and not Path("deep").exists()
 
 
+def test_a_result_beside_which_no_work_can_be_kept_names_the_option(actvar: Actvar, dense_file: Path) -> None:
+    Path("made.work").touch()
+    result = actvar("convert", dense_file, "--out", "made", *small())
+    assert result.exit_code == 2 and "cannot write made.work (--work names another place): " in result.stderr
+    assert actvar("convert", dense_file, "--out", "made", "--work", "kept", *small()).exit_code == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["dense", "made", "made.work"]
+
+
 def test_a_work_folder_with_something_else_in_it_is_refused(actvar: Actvar, dense_file: Path) -> None:
     for name in ("photo.png", "state.safetensors.bak"):
         Path("kept").mkdir(exist_ok=True)
