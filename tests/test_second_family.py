@@ -67,7 +67,7 @@ def kl_to(dense: Model, other: Model) -> float:
     words = dense.family.balanced(dense.config, 40)
     tokens = dense.generate_tokens(words, seed=9).clone()
     with torch.no_grad():
-        inputs = dense.inputs(tokens)
+        inputs = dense.teacher_forcing_input(tokens)
         logits = dense.transformer(words, inputs), other.transformer(words, inputs)
         return float(dense.alphabet.divergence(*logits).mean())
 
@@ -106,7 +106,7 @@ def test_generation_equals_teacher_forcing(dense: Model) -> None:
     words = sparse.family.balanced(sparse.config, 2)
     tokens = sparse.generate_tokens(words, sampling=sparse.sampling_with(cfg=1.0, top_k=1), seed=0).clone()
     with torch.no_grad():
-        logits = sparse.transformer(words, sparse.inputs(tokens))
+        logits = sparse.transformer(words, sparse.teacher_forcing_input(tokens))
     likeliest = logits.view(*tokens.shape, 2).argmax(-1)
     assert float((likeliest == tokens).double().mean()) > 0.99
 
@@ -116,7 +116,7 @@ def test_a_gated_block_is_the_dense_block_on_the_kept_rows(dense: Model) -> None
     sparse = av.convert(dense, recipe=recipe())
     block = next(gated_blocks(sparse.transformer))
     words = sparse.family.balanced(sparse.config, 3)
-    x, prepared, call = sparse.start(words, sparse.inputs(sparse.generate_tokens(words)))
+    x, prepared, call = sparse.start(words, sparse.teacher_forcing_input(sparse.generate_tokens(words)))
     context = inner(block).context(prepared)
     rows = block.computed_rows(x, call.span)
     taken = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

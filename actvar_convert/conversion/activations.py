@@ -130,7 +130,7 @@ def first_states(model: Model, calibration: Calibration) -> tuple[list[Tensor], 
     """Batch by batch, the states [B, L, C] before the first block and the prepared conditions; and the blocks' call."""
     states, prepared = [], []
     for tokens, condition in calibration.batches(model.device):
-        x, own, call = model.start(condition, model.inputs(tokens))
+        x, own, call = model.start(condition, model.teacher_forcing_input(tokens))
         states.append(x)
         prepared.append(own)
     return states, prepared, call

@@ -134,7 +134,7 @@ def _add_batch(
 ) -> None:
     """Adds the gradients of one batch, last block first."""
     with torch.no_grad():
-        x, prepared, call = model.start(condition, model.inputs(tokens))
+        x, prepared, call = model.start(condition, model.teacher_forcing_input(tokens))
         states, inputs = [x], []
         for _, passing in walk(model.transformer.blocks, states, [prepared], call):
             inputs += [passed.before for passed in passing]

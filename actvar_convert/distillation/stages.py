@@ -113,7 +113,7 @@ def stage1(
 ) -> Losses:
     """Local losses of every FFN on the teacher's inputs; each weighs 1."""
     with torch.no_grad():
-        seen = trace(teacher, condition, teacher.inputs(tokens), ffn=True, logits=False)
+        seen = trace(teacher, condition, teacher.teacher_forcing_input(tokens), ffn=True, logits=False)
     schedule, plan = model.schedule, model.plan
     output, router = [], []
     for ffn, x, y in zip(expert_ffns(model.transformer), seen.ffn_input, seen.ffn_output, strict=True):
@@ -146,7 +146,7 @@ def stage2(
 
     If the student's guidance is folded, its predictions are compared with the teacher's guided ones.
     """
-    inputs = teacher.inputs(tokens)
+    inputs = teacher.teacher_forcing_input(tokens)
     with torch.no_grad():
         seen = trace(teacher, condition, inputs)
         if model.folded:

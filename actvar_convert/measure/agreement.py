@@ -73,7 +73,7 @@ def compare_logits(
     for begin in range(0, len(tokens), rows):
         part = slice(begin, begin + rows)
         own = condition.rows(part).to(teacher.device)
-        inputs = teacher.inputs(tokens[part].to(teacher.device))
+        inputs = teacher.teacher_forcing_input(tokens[part].to(teacher.device))
         expected = teacher.guided_logits(own, inputs) if student.folded else teacher.transformer(own, inputs)
         found = _logits(student, own, inputs)
         kl.append(_scale_means(alphabet.divergence(expected.double(), found.double()), lengths))

@@ -176,7 +176,7 @@ class Model(nn.Module):
         span = schedule.span(schedule.scales_in(x.shape[1]))
         return x, prepared, Call(span, backbone.table(schedule, 0, x.shape[1]))
 
-    def inputs(self, tokens: Tensor) -> Tensor:
+    def teacher_forcing_input(self, tokens: Tensor) -> Tensor:
         """Inputs [B, L - L_0, z] of pyramids [B, L, ...]; of their first scales, up to the scale after those."""
         schedule, f_hat = self.schedule, None
         found: list[Tensor] = []

@@ -108,7 +108,7 @@ def logits_alone(weights_L: Tensor | None = None) -> Stage:
         condition: Labels,
         total: Total = alone,
     ) -> Losses:
-        inputs = teacher.inputs(tokens_BL)
+        inputs = teacher.teacher_forcing_input(tokens_BL)
         with torch.no_grad():
             wanted = teacher.transformer(condition, inputs)
         weights = None if weights_L is None else weights_L.to(tokens_BL.device).expand(len(tokens_BL), -1)

@@ -97,7 +97,7 @@ def generated(model: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tens
 def forced(model: Model, tokens: torch.Tensor) -> torch.Tensor:
     """Teacher-forcing logits [2 B, L, V] with the classes and without."""
     labels = torch.tensor(LABELS)
-    inputs = model.inputs(tokens)
+    inputs = model.teacher_forcing_input(tokens)
     null = torch.full_like(labels, model.config.classes)
     return model.transformer(torch.cat((labels, null)), inputs.repeat(2, 1, 1))  # type: ignore[no-any-return]
 

@@ -42,7 +42,7 @@ def test_conversion_with_everything_on_is_the_dense_model(
     sparse = convert_with(tiny_model, plans, "plan", chosen, *calibration)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
     tokens, labels = calibration
-    inputs = tiny_model.inputs(tokens)
+    inputs = tiny_model.teacher_forcing_input(tokens)
     with torch.no_grad():
         expected = tiny_model.transformer(labels, inputs)
         lossy = sparse.transformer(labels, inputs)

@@ -64,7 +64,7 @@ def convert(dense: Model, chosen: Recipe, **plans: SparsityPlan) -> Model:
 def error(dense: Model, sparse: Model) -> float:
     """Relative error of the logits on pyramids that no fit has seen."""
     tokens, labels = pyramids(dense, 40, 9)
-    inputs = dense.inputs(tokens)
+    inputs = dense.teacher_forcing_input(tokens)
     expected = dense.transformer(labels, inputs)
     return float((sparse.transformer(labels, inputs) - expected).norm() / expected.norm())
 

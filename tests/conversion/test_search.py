@@ -109,7 +109,7 @@ def test_the_metric_predicts_the_kl_of_small_errors(
     tokens, labels = tokens.repeat(8, 1), labels.repeat(8)
     transformer, pyramid = tiny_model.transformer, tiny_model.config.schedule
     metric = metrics_of(tiny_model, tokens, labels, batch=96, seed=0)[block].ffn
-    inputs = tiny_model.inputs(tokens)
+    inputs = tiny_model.teacher_forcing_input(tokens)
     null = Labels.of(labels, 5).partly_null(NULL_EVERY)
     expected = transformer(null, inputs)
     generator = torch.Generator().manual_seed(3)
@@ -225,7 +225,7 @@ def test_damage_is_that_of_the_converted_block(
         tiny_model, planned.plans, planned.default, chosen, *calibration, partitions=planned.partitions
     )
     tokens, labels = calibration
-    inputs = tiny_model.inputs(tokens)
+    inputs = tiny_model.teacher_forcing_input(tokens)
     seen: list[torch.Tensor] = []
     dense_ffn = tiny_model.transformer.blocks[0].ffn
     handle = dense_ffn.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
@@ -319,7 +319,7 @@ def test_a_search_does_less_damage_than_the_uniform_plan(
     chosen = recipe(budget=BudgetRecipe(reduction=0.3, prefix_share=0.25))
     planned = planned_for(tiny_model, chosen, tokens, labels)
     uniform = uniform_plan(tiny_model.config, chosen)
-    inputs = tiny_model.inputs(tokens)
+    inputs = tiny_model.teacher_forcing_input(tokens)
     expected = tiny_model.transformer(labels, inputs)
 
     def kl(plan: SparsityPlan, partitions: list[Partition] | None) -> float:
@@ -432,7 +432,7 @@ def test_the_damage_of_a_gate_is_that_of_the_converted_block(
     outputs = []
     for model in (tiny_model, sparse):
         handle = model.transformer.blocks[1].register_forward_hook(lambda _, args, out: outputs.append(out))
-        model.transformer(Labels.of(labels, 5).partly_null(NULL_EVERY), tiny_model.inputs(tokens))
+        model.transformer(Labels.of(labels, 5).partly_null(NULL_EVERY), tiny_model.teacher_forcing_input(tokens))
         handle.remove()
     missed = outputs[1] - outputs[0]
     pyramid = config.schedule

@@ -81,7 +81,7 @@ def train(
 
 
 def kl_to(teacher: Model, model: Model, store: TokenStore) -> float:
-    inputs = teacher.inputs(store.tokens)
+    inputs = teacher.teacher_forcing_input(store.tokens)
     with torch.no_grad():
         logits = [each.transformer(store.condition, inputs) for each in (teacher, model)]
         return float(teacher.alphabet.divergence(*logits).mean())

@@ -55,7 +55,7 @@ def test_the_losses_of_both_stages_and_what_they_weigh(
 ) -> None:
     given = (tiny_sparse, tiny_model)
     with torch.no_grad():
-        inputs = tiny_model.inputs(tokens)
+        inputs = tiny_model.teacher_forcing_input(tokens)
         local = STAGES["stage1"].objective(*given, StageRecipe(), tokens, LABELS)
         joint = STAGES["stage2"].objective(*given, JointStage(), tokens, LABELS)
         frozen = STAGES["stage2"].objective(*given, JointStage(gate="frozen"), tokens, LABELS)

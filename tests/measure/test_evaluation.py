@@ -128,7 +128,7 @@ def test_agreement_is_the_definition(tiny_model: Model, other: Model, extractor:
     tokens = tiny_model.generate_tokens(labels, seed=HELD_OUT_SEED, chunk=BATCH)
     pyramid = tiny_model.config.schedule
     with torch.inference_mode():
-        inputs = tiny_model.inputs(tokens)
+        inputs = tiny_model.teacher_forcing_input(tokens)
         p, q = (m.transformer(labels, inputs).double() for m in (tiny_model, other))
     kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).double()
@@ -154,7 +154,7 @@ def test_guided_predictions_are_compared_as_they_are_sampled(
     lengths = tiny_model.config.schedule.lengths
     strength = torch.cat([torch.full((n, 1), 3.0 * scale / (len(lengths) - 1)) for scale, n in enumerate(lengths)])
     with torch.inference_mode():
-        inputs = tiny_model.inputs(tokens)
+        inputs = tiny_model.teacher_forcing_input(tokens)
         p, q = (
             (1 + strength) * m.transformer(labels, inputs).double()
             - strength * m.transformer(torch.full_like(labels, 5), inputs).double()

@@ -80,15 +80,15 @@ def test_guided_predictions_are_those_of_sampling(tiny_model: Model) -> None:
     lengths = model.config.schedule.lengths
     labels = model.family.condition(model.config, LABELS)
     with torch.no_grad():
-        forced = model.guided_logits(labels, model.inputs(tokens)).split(list(lengths), dim=1)
-        known = model.transformer(labels, model.inputs(tokens))
-        again = model.guided_logits(labels, model.inputs(tokens), known)
+        forced = model.guided_logits(labels, model.teacher_forcing_input(tokens)).split(list(lengths), dim=1)
+        known = model.transformer(labels, model.teacher_forcing_input(tokens))
+        again = model.guided_logits(labels, model.teacher_forcing_input(tokens), known)
     torch.testing.assert_close(again, torch.cat(forced, 1))
     for scale, part in enumerate(forced):
         strength = 2.5 * scale / 3
         with torch.no_grad():
             null = torch.full_like(LABELS, model.transformer.null_class)
-            inputs = model.inputs(tokens)
+            inputs = model.teacher_forcing_input(tokens)
             pair = torch.cat((model.transformer(LABELS, inputs), model.transformer(null, inputs)))
         own = model.config.schedule.slice(scale)
         torch.testing.assert_close(part, guided(pair[:, own], strength))
@@ -99,7 +99,7 @@ def test_it_learns_and_is_judged_by_guided_predictions(tiny_model: Model, tiny_f
     tokens = tiny_model.generate_tokens(LABELS, seed=3).clone()
     labels, kl = tiny_model.family.condition(tiny_model.config, LABELS), tiny_model.alphabet.divergence
     with torch.no_grad():
-        inputs = tiny_model.inputs(tokens)
+        inputs = tiny_model.teacher_forcing_input(tokens)
         found = kl(tiny_model.guided_logits(labels, inputs), tiny_folded.transformer(labels, inputs))
         losses = STAGES["stage2"].objective(tiny_folded, tiny_model, JointStage(), tokens, labels)
         null = labels.null()

@@ -245,11 +245,11 @@ def test_what_is_returned_is_used_like_any_other_tensor(kind: str, request: pyte
     tokens[0, 0] = 1
     model.requires_grad_(True)
     condition = model.family.condition(model.config, [0, 1])
-    inputs = model.inputs(tokens)
+    inputs = model.teacher_forcing_input(tokens)
     model.transformer(condition, inputs).square().mean().backward()
     assert model.transformer.head.weight.grad is not None
     with torch.no_grad():
-        assert torch.equal(model.inputs(tokens), inputs)
+        assert torch.equal(model.teacher_forcing_input(tokens), inputs)
     decoded.requires_grad_(True).square().sum().backward()
     with torch.inference_mode():
         assert torch.equal(model.generate_tokens([0, 1], seed=0)[1], tokens[1])

@@ -92,7 +92,7 @@ def test_tokens_reconstruction_and_transformer_input(model: Model, golden: dict[
     with torch.inference_mode():
         tokens = model.tokenizer.encode(golden["vae.img_B3HW"])
         image = model.tokenizer.decode(tokens)
-        inputs = model.inputs(torch.cat(tokens, dim=1))
+        inputs = model.teacher_forcing_input(torch.cat(tokens, dim=1))
     for scale, index in enumerate(tokens):
         assert torch.equal(index, golden[f"vae.idx_scale{scale}"])
     torch.testing.assert_close(image, golden["vae.rec_B3HW"], rtol=0, atol=1e-4)

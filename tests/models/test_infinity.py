@@ -59,7 +59,7 @@ def test_square_tokens_generation_equals_teacher_forcing(model: Model) -> None:
         there = model.at(schedule)
         assert bits.shape == (3, there.schedule.total, 16)
         with torch.no_grad():
-            logits = there.transformer(rows, there.inputs(bits))
+            logits = there.transformer(rows, there.teacher_forcing_input(bits))
         assert float((logits.unflatten(-1, (-1, 2)).argmax(-1) == bits).double().mean()) > 0.999
 
 

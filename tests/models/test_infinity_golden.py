@@ -77,7 +77,7 @@ def test_features_bits_reconstruction_and_inputs(model: Model, golden: dict[str,
         features = model.tokenizer.features(golden["vae.image"])
         bits = model.tokenizer.encode(golden["vae.image"], model.schedule)
         image = model.tokenizer.decode(bits, model.schedule)
-        inputs = model.inputs(bits)
+        inputs = model.teacher_forcing_input(bits)
     close(features, golden["vae.raw_features"], 1e-4)
     assert torch.equal(bits, golden["tf.bits_BLD"].long())
     close(image, golden["vae.reconstruction"], 1e-4)
@@ -109,5 +109,5 @@ def test_teacher_forcing_over_the_sampled_bits_gives_the_logits_they_were_sample
 ) -> None:
     bits = golden["gen.unguided.bits_BLD"].long()
     with torch.inference_mode():
-        logits = model.transformer(rows, model.inputs(bits))
+        logits = model.transformer(rows, model.teacher_forcing_input(bits))
     close(logits[:1, -256:], golden["gen.unguided.logits_scale6"], 2e-5)

@@ -30,7 +30,7 @@ def sparse_from(dense: Model, plans: dict[str, SparsityPlan], default: str) -> M
 @pytest.fixture
 def pyramids(tiny_model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.tensor([0, 3, 5])
-    return labels, tiny_model.inputs(tiny_model.generate_tokens(labels, seed=3)).clone()
+    return labels, tiny_model.teacher_forcing_input(tiny_model.generate_tokens(labels, seed=3)).clone()
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

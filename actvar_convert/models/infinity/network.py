@@ -319,7 +319,7 @@ class InfinityTransformer(nn.Module):
 
         Args:
             rows: B prompts, on the model's device.
-            inputs_BLz: inputs [B, L - 1, D] made by ``Model.inputs``, or those of the first scales.
+            inputs_BLz: inputs [B, L - 1, D] made by ``Model.teacher_forcing_input``, or those of the first scales.
 
         Returns:
             logits [B, L, 2 D], fp32.

@@ -312,7 +312,7 @@ class VARTransformer(nn.Module):
 
         Args:
             labels: class indices [B], int64; ``null_class`` for no class.
-            inputs_BLz: inputs [B, L - L_0, z] made by ``Model.inputs``, or those of the first scales.
+            inputs_BLz: inputs [B, L - L_0, z] made by ``Model.teacher_forcing_input``, or those of the first scales.
 
         Returns:
             logits [B, L, V], fp32.
