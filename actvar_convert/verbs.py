@@ -248,7 +248,7 @@ def distill(
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM; the same call goes on.
-        Diverged: a gradient is not finite; ``out`` is as it was.
+        Diverged: too many steps in a row gave no finite gradient; ``out`` is as it was.
         CheckpointError: the state in ``work`` belongs to another recipe, teacher or converted model.
         InputError: the teacher has another shape, the student cannot be split, less memory is free than the
             distillation needs, images are not there, weights are not in fp32, ``out`` or ``work`` holds something

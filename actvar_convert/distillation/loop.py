@@ -27,15 +27,16 @@ from actvar_convert.distillation.optimizers import Optimizers
 from actvar_convert.distillation.schedule import learning_rate, partly_dropped, plan_of_step
 from actvar_convert.distillation.sharding import shard_student, split_like, whole, whole_student
 from actvar_convert.distillation.stages import STAGES, Stage, lora_rank, trainable_parameters, trains_gates
-from actvar_convert.errors import CheckpointError, Diverged, InputError, Interrupted
+from actvar_convert.errors import CheckpointError, Diverged, InputError, Interrupted, counted
 from actvar_convert.files.run_state import RunState, Scalar, load_run_state, save_run_state
+from actvar_convert.models.base import inner
 from actvar_convert.models.fingerprint import state_fingerprint
 from actvar_convert.models.model import Model
 from actvar_convert.models.split import added, gated_blocks, plans_of
 from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.schema import PlanTurns, Recipe, StageRecipe
 from actvar_convert.system.device import autocast_dtype
-from actvar_convert.system.processes import Processes
+from actvar_convert.system.processes import Processes, local
 from actvar_convert.system.progress import MetricsLog, Progress
 
 ECHO = 5.0
@@ -44,6 +45,9 @@ ECHO = 5.0
 GRADIENT_CLIP = 1.0
 """Largest norm of the gradient; a longer one is shortened to it. Routers and gates have a norm of their own: their
 regressions are ten times as steep as the losses of the weights, which would be shortened by a factor that jumps."""
+
+SKIPPED_IN_A_ROW = 10
+"""Steps without a finite gradient, one after another, that end a training, or half of a stage; fewer are skipped."""
 
 SAVE_EVERY = 30.0
 """Seconds between two saves of the state, at least."""
@@ -126,7 +130,8 @@ class StageRun:
         }
         for block in gated_blocks(model.transformer):
             block.straight_through = trains_gates(recipe)
-        self.step = 0
+        self.step = self.skipped = self.in_a_row = 0
+        self.faulty = ""
         if state is not None:
             self._restore(state)
 
@@ -135,7 +140,9 @@ class StageRun:
     ) -> dict[str, float]:
         """One optimiser step on this process's rows; returns losses, learning rate and gradient norms of all rows.
 
-        A step whose plan gives nothing to train changes nothing. It counts if other plans take their turns.
+        A step whose plan gives nothing to train changes nothing. It counts if other plans take their turns. One whose
+        loss or gradient is not finite is skipped, and counts: weights and optimiser stay as they are, ``faulty`` says
+        where it came from.
         """
         recipe, processes = self.recipe, self.processes
         rate = learning_rate(recipe, self.step)
@@ -150,17 +157,55 @@ class StageRun:
         torch.autograd.backward(shares.sum())
         processes.add_gradients(self.parameters.values())
         norms = {name: float(processes.clip_gradients(own, GRADIENT_CLIP)) for name, own in self.clipped.items() if own}
-        if not all(map(math.isfinite, norms.values())):
-            raise Diverged(
-                f"{self.stage.name} diverged: the gradient of step {self.step + 1} is not finite, and nothing of that "
-                f"step was kept. Lower {self.stage.section}.learning_rate (given {recipe.learning_rate:g}), give a "
-                f"longer {self.stage.section}.warmup, or train with dtype fp32 (--set)."
-            )
-        self.optimizers.step(rate)
-        self.step += 1
         totals = processes.total(shares)
         values = dict(zip(losses, totals.tolist(), strict=True))
-        return {"loss": float(totals.sum()), **values, "learning_rate": rate, **norms}
+        loss = float(totals.sum())
+        self.step += 1
+        if processes.any(not all(map(math.isfinite, (loss, *norms.values()))))[0]:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            with autocast:
+                self.faulty = self._origin(values, teacher, tokens, condition)
+            self.optimizers.zero_grad()
+            return {"loss": loss, **values, "learning_rate": rate, **norms, "skipped": self.skipped}
+        self.optimizers.step(rate)
+        self.in_a_row = 0
+        return {"loss": loss, **values, "learning_rate": rate, **norms}
+
+    def _origin(self, losses: Mapping[str, float], *batch: Any) -> str:
+        """Where a step without a finite gradient came from: the first block whose output is not finite, the loss, or
+        the last block whose gradient is not finite, for a gradient goes through the blocks backwards."""
+        found: list[str] = []
+
+        def look(name: str, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        blocks = {f"blocks.{index}": block for index, block in enumerate(self.model.transformer.blocks)}
+        parts = {**{f"{name}.ffn": inner(block).ffn for name, block in blocks.items()}, **blocks}
+        hooks = [
+            part.register_forward_hook(lambda _, given, output, name=name: look(name, output))
+            for name, part in parts.items()
+        ]
+        try:
+            with torch.no_grad():
+                self.objective(self.model, batch[0], self.recipe, *batch[1:], self.processes.total)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        wrong = [name for name, value in losses.items() if not math.isfinite(value)]
+        if not found and wrong:
+            found = [f"the loss {name!r}" for name in wrong]
+        if not found:
+            sizes = {name: local(p.grad).abs().max() for name, p in self.parameters.items() if p.grad is not None}
+            found = [name for name, size in reversed(sizes.items()) if not size.isfinite()]
+            found = found or sorted(sizes, key=lambda name: -float(sizes[name]))
+        return next((name for each in self.processes.gather(found[:1]) for name in each), "the gradient")
+
+    def back_before_skipped(self) -> None:
+        """Counts as if the skipped steps that came last had not been tried; their weights are those of now."""
+        self.step -= self.in_a_row
+        self.skipped -= self.in_a_row
+        self.in_a_row = 0
 
     def choose(self) -> dict[str, str]:
         """Activates the plan of the step; returns its name as ``plan`` if there was a choice."""
@@ -200,6 +245,7 @@ class StageRun:
                     {key: value if key == "step" else split_like(value, parameter) for key, value in own.items()},
                 )
         self.step = int(str(state.scalars["step"]))
+        self.skipped, self.in_a_row = (int(str(state.scalars.get(name, 0))) for name in ("skipped", "in_a_row"))
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -243,7 +289,7 @@ def distill_model(
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with everything done so far on disk.
-        Diverged: a gradient is not finite.
+        Diverged: ``SKIPPED_IN_A_ROW`` steps gave no finite gradient; what was done before them is on disk.
         CheckpointError: the state belongs to another recipe, teacher or converted model.
         InputError: a batch has fewer pyramids than there are processes, or Muon would train a student that is split.
     """
@@ -316,6 +362,15 @@ def _require_whole_student(recipe: Recipe, processes: Processes) -> None:
         )
 
 
+def _diverged(run: StageRun, row: str, state_path: Path | None) -> str:
+    section, kept = run.stage.section, "" if state_path is None else f" Step {run.step}, before them, is kept."
+    return (
+        f"{run.stage.name} diverged: {row} in a row gave no finite gradient, the last in {run.faulty}.{kept} Lower "
+        f"{section}.learning_rate (given {run.recipe.learning_rate:g}), give a longer {section}.warmup, or train with "
+        "dtype fp32 (--set)."
+    )
+
+
 def _run_stage(
     run: StageRun, teacher: Model, recipe: Recipe, store: TokenStore, upkeep: Upkeep, stop: StopRequest
 ) -> None:
@@ -330,6 +385,7 @@ def _run_stage(
         if state_path is None:
             return
         scalars: dict[str, Scalar] = {"stage": run.stage.name, "step": run.step, "student": upkeep.student}
+        scalars |= {"skipped": run.skipped, "in_a_row": run.in_a_row}
         tensors = run.tensors()
         if processes.main:
             save_run_state(state_path, RunState(tensors, scalars, upkeep.fingerprint))
@@ -349,7 +405,15 @@ def _run_stage(
             if log is not None:
                 log.write(stage=run.stage.name, step=run.step, **chosen, **values)
             task.advance(1)
-            task.note(f"loss {values['loss']:.4f}")
+            skipped = f", {counted(run.skipped, 'step')} skipped" if run.skipped else ""
+            task.note(f"loss {values['loss']:.4f}{skipped}")
+            if run.in_a_row:
+                upkeep.progress.say(f"{run.stage.name}, step {run.step}: skipped, not finite in {run.faulty}")
+            if run.in_a_row >= min(SKIPPED_IN_A_ROW, max(1, steps // 2)):
+                row = counted(run.in_a_row, "step")
+                run.back_before_skipped()
+                save()
+                raise Diverged(_diverged(run, row, state_path))
             begin = time.monotonic()
             stopping, due = processes.any(stop.asked, begin - saved_at >= max(SAVE_EVERY, SAVE_PAUSE * took))
             if stopping or due or run.step == steps:

@@ -117,7 +117,10 @@ class Processes:
                 parameter.grad = self.total(parameter.grad)
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """Scales summed gradients so that their common norm is at most ``limit``; returns the norm before."""
+        """Scales summed gradients so that their common norm is at most ``limit``; returns the norm before.
+
+        If the norm is not finite, gradients stay as they are, so that one can see whose they are.
+        """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         split = [local(gradient) for gradient in gradients if is_split(gradient)]
         copied = [gradient for gradient in gradients if not is_split(gradient)]
@@ -125,7 +128,7 @@ class Processes:
         if split:
             squares = self.total(nn.utils.get_total_norm(split).to(self.device).square())
             norm = (squares + norm.to(self.device).square()).sqrt()
-        scale = (limit / (norm + 1e-6)).clamp_max(1)
+        scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp_max(1), 1.0)
         for gradient in (*copied, *split):
             gradient.mul_(scale.to(gradient.device))
         return norm

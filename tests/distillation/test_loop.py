@@ -1,10 +1,14 @@
 """The training loop: it learns, resumes to the bit, and refuses a state that is not its own."""
 
+import json
 import signal
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from actvar_convert.conversion import converter
 from actvar_convert.conversion.budget import uniform_plan
@@ -26,6 +30,7 @@ from actvar_convert.recipe.schema import (
     Recipe,
     StageRecipe,
 )
+from actvar_convert.system.processes import Processes
 from actvar_convert.system.progress import MetricsLog, SilentProgress
 
 from ..conftest import convert_with, gated_plan
@@ -256,8 +261,83 @@ def test_a_training_that_diverges_stops_and_keeps_what_was_saved(
     with pytest.raises(Diverged, match=r"stage2 diverged: .* Lower distill.stage2.learning_rate \(given 1e\+30\)"):
         train(tiny_model, wild, store, tmp_path)
     state = load_run_state(tmp_path / "state.safetensors", "run")
-    assert (state.scalars["stage"], state.scalars["step"]) == ("stage1", 6)
-    assert not any(bool(torch.isnan(tensor).any()) for tensor in state.tensors.values())
+    assert (state.scalars["stage"], state.scalars["step"], state.scalars["skipped"]) == ("stage2", 1, 0)
+    assert not any(bool(tensor.isnan().any()) for tensor in state.tensors.values())
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[tuple[str, int]], named: str) -> None:
+    """Makes the gradient of one parameter NaN at some steps (of a stage, from 0)."""
+    trained, added = loop.StageRun.train_step, Processes.add_gradients
+    now: list[loop.StageRun] = []
+
+    def noting(self: loop.StageRun, *args: Any) -> dict[str, float]:
+        now[:] = [self]
+        return trained(self, *args)
+
+    def spoiling(self: Processes, parameters: Iterable[nn.Parameter]) -> None:
+        added(self, parameters)
+        if (now[0].stage.name, now[0].step) in steps:
+            gradient = now[0].parameters[named].grad
+            assert gradient is not None
+            gradient.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(loop.StageRun, "train_step", noting)
+    monkeypatch.setattr(Processes, "add_gradients", spoiling)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
+    tiny_model: Model, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, {("stage2", 1), ("stage2", 2), ("stage2", 4)}, "blocks.1.block.ffn.fc1.weight")
+    whole, lines = train(tiny_model, recipe(), store, tmp_path / "whole")
+    assert [line.get("skipped") for line in lines] == [*[None] * 7, 1, 2, None, 3, None]
+    assert not any(bool(tensor.isnan().any()) for tensor in whole.transformer.state_dict().values())
+    stopping = loop.StageRun.train_step
+
+    def stop(self: loop.StageRun, *args: Any) -> dict[str, float]:
+        if (self.stage.name, self.step) == ("stage2", 1):
+            signal.raise_signal(signal.SIGINT)
+        return stopping(self, *args)
+
+    monkeypatch.setattr(loop.StageRun, "train_step", stop)
+    with pytest.raises(Interrupted):
+        train(tiny_model, recipe(), store, tmp_path / "parts")
+    monkeypatch.setattr(loop.StageRun, "train_step", stopping)
+    resumed, again = train(tiny_model, recipe(), store, tmp_path / "parts")
+    assert json.dumps(again) == json.dumps(lines)
+    expected = whole.transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.transformer.state_dict().items())
+
+
+def test_too_many_skipped_steps_end_the_training_with_the_state_before_them(
+    tiny_model: Model, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = "blocks.1.block.ffn.fc1.weight"
+    spoil(monkeypatch, {("stage2", step) for step in (2, 3, 4)}, named)
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda self, text: said.append(text))
+    with pytest.raises(
+        Diverged, match=rf"stage2 diverged: 3 steps in a row .* in {named}\. Step 2, before them, is kept"
+    ):
+        train(tiny_model, recipe(), store, tmp_path)
+    assert said == [f"stage2, step {step}: skipped, not finite in {named}" for step in (3, 4, 5)]
+    state = load_run_state(tmp_path / "state.safetensors", "run")
+    assert (state.scalars["step"], state.scalars["skipped"], state.scalars["in_a_row"]) == (2, 0, 0)
+
+
+def test_the_block_whose_output_is_not_finite_is_named(
+    tiny_model: Model, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = loop.StageRun.choose
+
+    def broken(self: loop.StageRun) -> dict[str, str]:
+        if self.stage.name == "stage2":
+            list(expert_ffns(self.model.transformer))[1].fc2.weight.data[0, 0] = torch.inf
+        return begun(self)
+
+    monkeypatch.setattr(loop.StageRun, "choose", broken)
+    with pytest.raises(Diverged, match=r"in blocks\.1\.ffn\."):
+        train(tiny_model, recipe(), store, tmp_path)
 
 
 def test_a_state_that_began_with_another_model_is_refused(tiny_model: Model, store: TokenStore, tmp_path: Path) -> None:
