@@ -109,6 +109,8 @@ class DenseFlags(TypedDict):
 
 def dense_flags(vae: Path | None, shape: str | None) -> DenseFlags:
     """The flags ``--vae`` and ``--shape``."""
+    if shape is not None and not shape.strip():
+        raise typer.BadParameter("nothing given; leave it out, or give name=value,...", param_hint="--shape")
     try:
         return DenseFlags(vae=vae, shape=None if shape is None else parse_shape(shape))
     except InputError as error:
@@ -120,4 +122,5 @@ def several(text: str, option: str, kind: Callable[[str], T]) -> tuple[T, ...]:
     try:
         return tuple(kind(part.strip()) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list such as 0,1,2", param_hint=option) from None
+        example = "0.1,0.2" if kind is float else "0,1,2"
+        raise typer.BadParameter(f"{text!r} is not a list such as {example}", param_hint=option) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -181,7 +182,7 @@ def refuse_unneeded(source: str | Path, vae: str | Path | None, shape: Shape) ->
 
 def require_known(source: str | Path) -> None:
     """Raises InputError if nothing exists under this path; the message proposes names and files that look alike."""
-    if isinstance(source, Path) or Path(source).exists() or Path(source).name != source or "." in source:
+    if isinstance(source, Path) or os.path.lexists(source) or Path(source).name != source or "." in source:
         require_exists(Path(source))
         return
     names = [*bundled_names(), *official_names()]

@@ -10,6 +10,7 @@ import codecs
 import difflib
 import hashlib
 import json
+import os
 import pickle
 import pickletools
 import struct
@@ -118,6 +119,8 @@ def require_exists(path: Path) -> None:
     with explain_os_errors("read", path):
         if path.exists():
             return
+        if path.is_symlink():
+            raise InputError(f"{path} is a link that leads to nothing ({os.readlink(path)}). Give what it should name.")
         parent = path.absolute().parent
         names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)

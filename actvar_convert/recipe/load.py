@@ -87,7 +87,11 @@ def _read(source: RecipeSource) -> tuple[str, dict[str, Any]]:
         where, text = repr(name), shipped[name].read_text(encoding="utf-8")
     else:
         if path.is_dir():
+            if not (path / "recipe.yaml").exists():
+                raise RecipeError(f"{path} is a folder without a recipe.yaml; give a YAML file, or a sparse folder")
             path = path / "recipe.yaml"
+        elif path.exists() and not path.is_file():
+            raise RecipeError(f"{path} is no file; give a YAML file, or the name of a shipped recipe")
         if not path.is_file() and path.suffix not in (".yaml", ".yml"):
             close = difflib.get_close_matches(name, list(shipped), 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
@@ -133,7 +137,7 @@ def _override(data: dict[str, Any], text: str) -> str | None:
     """Puts one ``path=value`` into the data; returns the problem if it cannot be."""
     key, equals, raw = text.partition("=")
     parts = key.strip().split(".")
-    if not equals:
+    if not equals or not key.strip():
         return f"--set {text}: give it as path=value, such as distill.stage2.steps=500"
     if find(parts) is None:
         return f"{key.strip()}: {_unknown(parts, 'setting')}"

@@ -39,6 +39,12 @@ class Shape(BaseModel):
         return ",".join(f"{name}={sides if name == 'sides' else value}" for name, value in values.items())
 
 
+_ALLOWED = {
+    "heads": "a whole number of at least 1",
+    "sides": "one or more whole numbers of at least 1 (1-2-3-4 as text)",
+    "residual_ratio": "a number within 0 to 1",
+}
+
 ShapeLike = Shape | Mapping[str, Any] | None
 """A shape as callers give it: as it is, or its values by name."""
 
@@ -54,7 +60,13 @@ def shape_of(given: ShapeLike) -> Shape:
     try:
         return Shape.model_validate(dict(given or {}))
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        names = dict.fromkeys(str(item["loc"][0]) for item in error.errors())
+        problems = [
+            f"{name}: given {dict(given or {}).get(name)!r}, allowed: {_ALLOWED[name]}"
+            if name in _ALLOWED
+            else f"{name}: unknown"
+            for name in names
+        ]
         raise InputError(f"this is no shape; it has {', '.join(Shape.model_fields)}:", problems) from error
 
 
@@ -62,9 +74,14 @@ def parse_shape(text: str) -> Shape:
     """The shape that a text such as ``heads=16,sides=1-2-3-4,residual_ratio=0.5`` says.
 
     Raises:
-        InputError: see ``shape_of``.
+        InputError: see ``shape_of``; also a part that is no ``name=value``, or a name that comes twice.
     """
     parts = [part.partition("=") for part in text.split(",")] if text else []
     values = {name.strip(): value.strip() for name, _, value in parts}
+    if not all(equals and name.strip() for name, equals, _ in parts):
+        names = ", ".join(Shape.model_fields)
+        raise InputError(f"{text!r} is no shape; it has {names}. Give name=value,..., such as heads=16,sides=1-2-3")
+    if len(values) < len(parts):
+        raise InputError(f"{text!r} names something twice; give every value once")
     sides = {"sides": values["sides"].split("-")} if "sides" in values else {}
     return shape_of(values | sides)

@@ -226,3 +226,15 @@ def test_what_was_given_for_a_file_is_kept_with_it(
     for source in (folder, "fashion", "var-d16"):
         with pytest.raises(InputError, match=r"the shape of .* is known. Leave heads and sides out"):
             load_any(source, shape={"heads": 2, "sides": (1, 2, 3, 4)})
+
+
+def test_a_link_that_leads_to_nothing_is_not_proposed_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("gone").symlink_to("nowhere")
+    for name, target in (("loop", "loop"), ("gone", "nowhere")):
+        for given in (name, f"./{name}", Path(name)):
+            with pytest.raises(InputError, match=rf"{name} is a link that leads to nothing \({target}\)"):
+                load_any(given)

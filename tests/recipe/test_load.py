@@ -214,3 +214,12 @@ def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, said: str) ->
     with pytest.raises(RecipeError, match=said) as caught:
         load_recipe(path)
     assert str(path) in str(caught.value)
+
+
+def test_what_is_no_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"is a folder without a recipe\.yaml; give a YAML file"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"/dev/null is no file"):
+        load_recipe("/dev/null")
+    with pytest.raises(RecipeError, match=r"--set =3: give it as path=value"):
+        load_recipe("fashion", ["=3"])

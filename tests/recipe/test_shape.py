@@ -23,3 +23,20 @@ def test_mappings_and_values() -> None:
 def test_what_is_no_shape_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="heads, sides, residual_ratio"):
         parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("=3", "'=3' is no shape"),
+        ("heads", "'heads' is no shape"),
+        ("heads=4,heads=8", "names something twice"),
+        ("heads=x", "heads: given 'x', allowed: a whole number of at least 1"),
+        ("sides=", "sides: given .*, allowed: one or more whole numbers"),
+        ("colour=1", "colour: unknown"),
+    ],
+)
+def test_a_text_that_is_no_shape_is_refused_in_words(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        parse_shape(text)
+    assert "Input should" not in str(caught.value) and len(caught.value.problems) <= 1
