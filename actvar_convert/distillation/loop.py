@@ -30,7 +30,9 @@ from actvar_convert.distillation.stages import STAGES, Stage, lora_rank, trainab
 from actvar_convert.errors import CheckpointError, Diverged, InputError, Interrupted, counted
 from actvar_convert.files.run_state import RunState, Scalar, load_run_state, save_run_state
 from actvar_convert.models.base import inner
+from actvar_convert.models.experts import Router
 from actvar_convert.models.fingerprint import state_fingerprint
+from actvar_convert.models.gate import TokenGate
 from actvar_convert.models.model import Model
 from actvar_convert.models.split import added, gated_blocks, plans_of
 from actvar_convert.recipe.check import split_problems
@@ -48,6 +50,9 @@ regressions are ten times as steep as the losses of the weights, which would be 
 
 SKIPPED_IN_A_ROW = 10
 """Steps without a finite gradient, one after another, that end a training, or half of a stage; fewer are skipped."""
+
+LOOK_EVERY = 25
+"""Steps between two looks at what routers and gates say."""
 
 SAVE_EVERY = 30.0
 """Seconds between two saves of the state, at least."""
@@ -362,6 +367,30 @@ def _require_whole_student(recipe: Recipe, processes: Processes) -> None:
         )
 
 
+@contextmanager
+def indifferent(model: Model) -> Iterator[dict[str, None]]:
+    """Names of the routers and gates that, while the block runs, give all tokens of a call the same scores to rounding:
+    a router that has collapsed, a gate that is saturated. What they pick does not depend on the token then."""
+    found: dict[str, None] = {}
+
+    def look(name: str, score: Tensor) -> None:
+        rows = score.detach().float()
+        rows = rows.flatten(0, -2) if isinstance(modules[name], Router) else rows.reshape(-1, 1)
+        if len(rows) >= 16 and bool((rows.std(0) <= 1e-5 * rows.abs().amax()).all()):
+            found[name] = None
+
+    modules = {n: m for n, m in model.transformer.named_modules() if isinstance(m, Router | TokenGate)}
+    hooks = [
+        module.register_forward_hook(lambda _, given, output, name=name: look(name, output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _diverged(run: StageRun, row: str, state_path: Path | None) -> str:
     section, kept = run.stage.section, "" if state_path is None else f" Step {run.step}, before them, is kept."
     return (
@@ -394,12 +423,18 @@ def _run_stage(
     with upkeep.progress.task(run.stage.task, steps) as task:
         task.advance(run.step)
         saved_at, took = time.monotonic(), 0.0
+        told: set[str] = set()
         while run.step < steps:
             step = run.step
             tokens, condition = store.batch(step, run.recipe.batch, run.seed)
             own, chosen = processes.part(len(tokens)), run.choose()
             condition = partly_dropped(condition, recipe.data.null_share, run.seed * 1_000_003 + step)
-            values = run.train_step(teacher, tokens[own].to(device), condition.rows(own).to(device), autocast())
+            nobody: AbstractContextManager[dict[str, None]] = nullcontext({})
+            with indifferent(run.model) if step % LOOK_EVERY == 0 else nobody as flat:
+                values = run.train_step(teacher, tokens[own].to(device), condition.rows(own).to(device), autocast())
+            for name in flat.keys() - told:
+                told.add(name)
+                upkeep.progress.say(f"{run.stage.name}, step {step + 1}: {name} gives every token the same score")
             if run.step == step:
                 break
             if log is not None:

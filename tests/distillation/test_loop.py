@@ -351,3 +351,26 @@ def test_a_state_of_another_run_is_refused(tiny_model: Model, store: TokenStore,
     train(tiny_model, recipe(), store, tmp_path, "one recipe")
     with pytest.raises(CheckpointError):
         train(tiny_model, recipe(), store, tmp_path, "another recipe")
+
+
+def test_a_router_that_collapses_and_a_gate_that_saturates_are_said_once(
+    tiny_model: Model, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(loop, "LOOK_EVERY", 2)
+    train(tiny_model, recipe(), store, tmp_path / "sound")
+    assert not said
+    begun = loop.StageRun.choose
+
+    def flattened(self: loop.StageRun) -> dict[str, str]:
+        if self.stage.name == "stage2":
+            for name, module in self.model.transformer.named_modules():
+                if name in ("blocks.0.ffn.router", "blocks.1.gate"):
+                    module.linear.weight.data.zero_()
+        return begun(self)
+
+    monkeypatch.setattr(loop.StageRun, "choose", flattened)
+    train(tiny_model, recipe(), store, tmp_path / "flat")
+    names = ("blocks.0.ffn.router", "blocks.1.gate")
+    assert sorted(said) == [f"stage2, step 1: {name} gives every token the same score" for name in names]
