@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,7 +24,7 @@ from actvar_convert.measure.extractors import require_reference
 from actvar_convert.measure.quality_report import load_quality
 from actvar_convert.models.families import family_of
 from actvar_convert.models.model import Model
-from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
+from actvar_convert.models.schedule import Config
 from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.load import RecipeSource, load_recipe
 from actvar_convert.recipe.schema import Phase, Recipe
@@ -46,7 +47,7 @@ class Job:
     """
 
     recipe: Recipe
-    config: TransformerConfig
+    config: Config
     processes: int = 1
     sharded: bool = False
     progress: Progress = field(default_factory=SilentProgress)
@@ -221,9 +222,9 @@ def validate_recipe(
     """
     if processes < 1 or (sharded and processes == 1):
         raise InputError(f"processes: {processes} given; at least {2 if sharded else 1} needed")
-    shapes: list[tuple[TransformerConfig, TokenizerConfig, str]] = []
+    shapes: list[tuple[Config, Any, str]] = []
 
-    def config_of(chosen: Recipe) -> TransformerConfig:
+    def config_of(chosen: Recipe) -> Config:
         shape = model_shape(chosen.model, chosen.vae, shape=chosen.shape)
         if shape.plans:
             raise InputError(f"{chosen.model} is no dense VAR: {shape.line}")
@@ -231,8 +232,9 @@ def validate_recipe(
             raise InputError(
                 f"{chosen.model} has no tokenizer in it or beside it; name its file under vae (--set vae=FILE)"
             )
-        shapes.append((shape.transformer, shape.tokenizer, shape.line))
-        return shape.transformer
+        config: Config = shape.transformer
+        shapes.append((config, shape.tokenizer, shape.line))
+        return config
 
     chosen = load_recipe(recipe, overrides, config=config_of)
     config, tokenizer, line = shapes[-1]

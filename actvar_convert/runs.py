@@ -19,8 +19,7 @@ from actvar_convert import verbs
 from actvar_convert.conversion.conversion_memory import require_memory
 from actvar_convert.cost.flops import FlopsReport
 from actvar_convert.errors import InputError
-from actvar_convert.files.layout import official_names
-from actvar_convert.files.source import REPOSITORY
+from actvar_convert.files.published import official_files, official_names
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse, update_file
 from actvar_convert.measure.checks import CheckTable, require_comparable, run_checks
 from actvar_convert.measure.evaluation import Evaluation
@@ -28,8 +27,8 @@ from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.latency import BenchmarkReport, Timing, hardware_name
 from actvar_convert.measure.quality_report import QualityReport, SamplingSettings, load_quality
 from actvar_convert.models.model import Model
+from actvar_convert.models.schedule import Config
 from actvar_convert.models.split import plans_of
-from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.origins import (
     Run,
     Work,
@@ -102,13 +101,13 @@ def run(
     """
     teachers: list[Model] = []
 
-    def config_of(recipe: Recipe) -> TransformerConfig:
+    def config_of(recipe: Recipe) -> Config:
         place = path_of(out) if out is not None else Path("runs") / recipe.name
         begun = any((each / "config.json").exists() for each in (place, Work.of(place, work).converted))
         due = None if begun else recipe  # what is converted already needs no memory for it
         made = verbs.load(recipe.model, vae=recipe.vae, device=recipe.device, recipe=due, shape=recipe.shape)
         teachers.append(made)
-        config: TransformerConfig = made.config
+        config: Config = made.config
         return config
 
     chosen = load_recipe(recipe, overrides, config=config_of)
@@ -288,7 +287,7 @@ def _measure(
         reports,
         plan=model.plan,
         base_model=recipe.model,
-        repository=REPOSITORY if recipe.model in official_names() else None,
+        repository=official_files(recipe.model).repository if recipe.model in official_names() else None,
         provenance={key: getattr(value, "text", str(value)) for key, value in origin if value is not None},
     )
     update_file(folder, "README.md", card.encode())

@@ -23,7 +23,7 @@ from actvar_convert.errors import InputError
 from actvar_convert.files.bundled import bundled_folder, bundled_names
 from actvar_convert.files.export import Exported, export_reference
 from actvar_convert.files.inspection import Inspection, inspect_file
-from actvar_convert.files.layout import official_names
+from actvar_convert.files.published import official_names
 from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
 from actvar_convert.measure.evaluation import Evaluation, evaluate_models

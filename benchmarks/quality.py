@@ -185,7 +185,7 @@ class Frontier:
         """What identifies a row: code, teacher, method, cut, training and evaluation."""
         weights = self.workshop.keys(wanted.method, self.own_recipe(wanted), wanted.cut)[wanted.level]
         evaluation = self.recipe.evaluate.model_dump_json()
-        sampling = json.dumps(self.teacher.sampling._asdict())
+        sampling = json.dumps(self.teacher.sampling.settings)
         return fingerprint_of(CODE, weights, evaluation, sampling, self.extractor.fingerprint, str(self.teacher.device))
 
     def finished(self, wanted: Wanted) -> Row | None:

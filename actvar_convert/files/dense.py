@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError, counted, explain_os_errors
+from actvar_convert.files import infinity
 from actvar_convert.files.layout import (
     Parts,
     agreement_problems,
@@ -53,7 +54,7 @@ _GUESSES: tuple[tuple[str, str], ...] = (
     (r"down_blocks\.\d|up_blocks\.\d|time_embedding\.linear", "a diffusers U-Net or autoencoder"),
     (r"(single_)?transformer_blocks\.\d|x_embedder\.|t_embedder\.", "a diffusion transformer (DiT)"),
     (r".*lora_(A|B|up|down)", "a LoRA adapter, not a whole model"),
-    (r"text_proj_for_sos|unregistered_blocks|cfg_uncond", "an Infinity model (text to image), a relative of VAR"),
+    (r"text_proj_for_sos|cfg_uncond|block_chunks", "a part of an Infinity model (text to image)"),
     (r"(model\.)?(embed_tokens|layers\.\d+\.self_attn)|lm_head\.|transformer\.h\.\d|transformer\.wte", "an LLM"),
     (r"text_model\.|vision_model\.|visual\.", "a CLIP model"),
     (r"(bert\.|roberta\.)?encoder\.layer\.\d|shared\.weight", "a BERT or T5 model"),
@@ -75,6 +76,7 @@ class DenseFiles(NamedTuple):
         hints: the config.json of the folder, or beside the file that is the folder's model; empty without one.
         rest: names that belong to neither part.
         notes: choices that were made, one sentence each.
+        family: whose names the tensors have.
     """
 
     transformer: dict[str, Tensor] | None
@@ -84,6 +86,7 @@ class DenseFiles(NamedTuple):
     hints: Mapping[str, Any]
     rest: list[str]
     notes: list[str]
+    family: str = "var"
 
 
 def load_dense(
@@ -127,53 +130,120 @@ def build_dense(files: DenseFiles, known: Shape, dtype: DTypeChoice = None, samp
         CheckpointError: all problems at once.
     """
     path = files.path
+    words = _WORDS[files.family]
     if files.transformer is None:
         if files.tokenizer is not None:
             raise CheckpointError(
-                f"{path} holds a VQVAE and no transformer. Give the VAR transformer, and this {AS_VAE}."
+                f"{path} holds a {words.tokenizer} and no transformer. Give the {words.model} transformer, and this "
+                f"{AS_VAE}."
             )
         raise CheckpointError(f"{path} is not a VAR: {what_instead(files.rest)}. Give a VAR file or folder.")
     if files.tokenizer is None:
         raise CheckpointError(
-            f"{path} has no tokenizer in it, and no single one lies beside it. Give the VQVAE file "
-            f"{AS_VAE}. The published models all use vae_ch160v4096z32.pth of huggingface.co/FoundationVision/var."
+            f"{path} has no tokenizer in it, and no single one lies beside it. Give the {words.tokenizer} file "
+            f"{AS_VAE}. {words.where}"
         )
+    shaped = _shapes(files, known)
+    tokenizer_path = files.vae or path
+    transformer, tokenizer = empty_backbone(shaped.transformer), empty_tokenizer(shaped.tokenizer)
+    problems = [
+        *_problems(path, transformer, shaped.weights),
+        *_problems(tokenizer_path, tokenizer, shaped.vae_weights),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} cannot be loaded as {words.a} {words.model}; get it from its source again:", problems
+        )
+    keep = dtype == "keep"
+    wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    assign(transformer, shaped.weights, common_dtype(shaped.weights.values()) if keep else wanted)
+    assign(tokenizer, shaped.vae_weights, common_dtype(shaped.vae_weights.values()) if keep else torch.float32)
+    model = Model(transformer, tokenizer, sampling or shaped.sampling)
+    model.eval()
+    model.origin = {"path": str(path.absolute()), "vae": str(tokenizer_path.absolute())}
+    return model
+
+
+class _Words(NamedTuple):
+    """A family in messages: article, what its models and tokenizers are called, where the published tokenizers are."""
+
+    a: str
+    model: str
+    tokenizer: str
+    where: str
+
+
+_WORDS = {
+    "var": _Words(
+        "a",
+        "VAR",
+        "VQVAE",
+        "The published models all use vae_ch160v4096z32.pth of huggingface.co/FoundationVision/var.",
+    ),
+    "infinity": _Words(
+        "an",
+        "Infinity",
+        "tokenizer",
+        f"Those of the published models are in huggingface.co/{infinity.REPOSITORY}: "
+        + ", ".join(f"{each.vae} ({name})" for name, each in infinity.PUBLISHED.items())
+        + ".",
+    ),
+}
+
+
+class Shaped(NamedTuple):
+    """What the tensors of files are: shapes of both parts, and the tensors by the names that the modules have.
+
+    Attributes:
+        sampling: of the published figures; None: of no published model.
+        notes: what was assumed, a sentence each.
+    """
+
+    transformer: Any
+    tokenizer: Any
+    weights: dict[str, Tensor]
+    vae_weights: dict[str, Tensor]
+    sampling: Sampling | None
+    notes: list[str]
+
+
+def _shapes(files: DenseFiles, known: Shape) -> Shaped:
+    """The shapes of a transformer and a tokenizer that were found, by their family.
+
+    Raises:
+        CheckpointError: they cannot be read, or contradict each other.
+    """
+    assert files.transformer is not None and files.tokenizer is not None
+    path, tokenizer_path = files.path, files.vae or files.path
+    if files.family == "infinity":
+        weights, vae_weights = infinity.own_names(files.transformer), infinity.own_tokenizer_names(files.tokenizer)
+        with problems_of(path):
+            config, notes = infinity.infer_whole(files.transformer, known, files.hints, path)
+        with problems_of(tokenizer_path):
+            vae = infinity.infer_tokenizer(files.tokenizer, config.bits, config.maps)
+        notes += infinity.doubts(config, tokenizer_path)
+        return Shaped(config, vae, weights, vae_weights, infinity.published_sampling(config), notes)
     with problems_of(path):
-        config = infer_transformer(files.transformer, known, files.hints)
-        whole = missing_blocks(config, files.hints)
+        own = infer_transformer(files.transformer, known, files.hints)
+        whole = missing_blocks(own, files.hints)
         if whole is not None:
             _, told_by = whole
             raise CheckpointError(
-                f"the file ends after {counted(config.depth, 'block')}; {told_by}. It is incomplete: get it from "
+                f"the file ends after {counted(own.depth, 'block')}; {told_by}. It is incomplete: get it from "
                 f"its source again. If the model is that shallow, say so in a config.json beside the file: "
-                f'{{"depth": {config.depth}}}.'
+                f'{{"depth": {own.depth}}}.'
             )
-    tokenizer_path = files.vae or path
     with problems_of(tokenizer_path):
         shape = infer_tokenizer(files.tokenizer)
-        tokenizer_config = shape.config(config.sides, chosen_ratio(known, files.hints))
-    disagreements = agreement_problems(config, shape)
+        tokenizer = shape.config(own.sides, chosen_ratio(known, files.hints))
+    disagreements = agreement_problems(own, shape)
     if disagreements:
         raise CheckpointError(
             f"the transformer {path} and the tokenizer {tokenizer_path} do not belong together; give the VQVAE that "
             "the transformer was trained with:",
             disagreements,
         )
-    transformer, tokenizer = empty_backbone(config), empty_tokenizer(tokenizer_config)
-    problems = [
-        *_problems(path, transformer, files.transformer),
-        *_problems(tokenizer_path, tokenizer, files.tokenizer),
-    ]
-    if problems:
-        raise CheckpointError(f"{path} cannot be loaded as a VAR; get it from its source again:", problems)
-    keep = dtype == "keep"
-    wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
-    assign(transformer, files.transformer, common_dtype(files.transformer.values()) if keep else wanted)
-    assign(tokenizer, files.tokenizer, common_dtype(files.tokenizer.values()) if keep else torch.float32)
-    model = Model(transformer, tokenizer, sampling or published_sampling(config))
-    model.eval()
-    model.origin = {"path": str(path.absolute()), "vae": str(tokenizer_path.absolute())}
-    return model
+    return Shaped(own, tokenizer, files.transformer, files.tokenizer, published_sampling(own), [])
 
 
 def read_dense(source: Path, vae: Path | None) -> DenseFiles:
@@ -186,22 +256,34 @@ def read_dense(source: Path, vae: Path | None) -> DenseFiles:
     parts = _read_parts(path)
     tokenizer, notes = parts.tokenizer, list(parts.notes)
     if parts.transformer is not None and vae_path is not None and (vae is not None or tokenizer is None):
-        separate = _read_parts(vae_path)
-        if separate.tokenizer is None:
-            what = "it is a VAR transformer" if separate.transformer is not None else what_instead(separate.rest)
-            raise CheckpointError(f"{vae_path} has no VAR tokenizer in it: {what}. Give the VQVAE file {AS_VAE}.")
+        separate, words = _read_parts(vae_path), _WORDS[parts.family]
+        if separate.tokenizer is None or separate.family != parts.family:
+            other = _WORDS[separate.family]
+            what = (
+                f"it is {other.a} {other.model} transformer"
+                if separate.transformer is not None
+                else f"it is one of {other.model}"
+                if separate.tokenizer is not None
+                else what_instead(separate.rest)
+            )
+            raise CheckpointError(
+                f"{vae_path} has no {words.model} tokenizer in it: {what}. Give the {words.tokenizer} file {AS_VAE}."
+            )
         tokenizer = separate.tokenizer
         notes += separate.notes
         if vae is None:
             notes.append(f"the tokenizer was taken from {vae_path}")
     elif tokenizer is not None:  # in the same file
         vae_path = path
-    return DenseFiles(parts.transformer, tokenizer, path, vae_path, hints, parts.rest, notes)
+    return DenseFiles(parts.transformer, tokenizer, path, vae_path, hints, parts.rest, notes, parts.family)
 
 
 def _read_parts(path: Path) -> Parts:
     with problems_of(path):
-        return split_parts(read_tensors(path))
+        tensors = read_tensors(path)
+        var, other = split_parts(tensors), split_parts(tensors, infinity.NAMES)
+    text = other.transformer is not None or (var.transformer is None and var.tokenizer is None)
+    return other if text and (other.transformer is not None or other.tokenizer is not None) else var
 
 
 @contextmanager

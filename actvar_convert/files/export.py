@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from actvar_convert.errors import InputError, counted, explain_os_errors
+from actvar_convert.files.infinity import reference_names, reference_tokenizer_names
 from actvar_convert.files.layout import reference_tokenizer
 from actvar_convert.files.tensors import separate, size_of, write_tensors
+from actvar_convert.models.infinity.config import InfinityConfig
 from actvar_convert.models.model import Model
 from actvar_convert.models.split import added, stored_name
 from actvar_convert.system.atomic import replacing
@@ -50,6 +52,8 @@ def dense_skeleton(model: Model) -> tuple[dict[str, Tensor], tuple[str, ...]]:
             dropped.setdefault(_NAMES[role[name]], set()).add(name.split(".")[1])
         elif not name.endswith(".ffn.permutation"):
             out[stored_name(name)] = _in_order(name, tensor, state)
+    if isinstance(model.config, InfinityConfig):
+        out = reference_names(out, model.config)
     return out, tuple(f"{what} of {counted(len(blocks), 'block')}" for what, blocks in dropped.items())
 
 
@@ -78,7 +82,8 @@ def export_reference(model: Model, out: Path, vae_out: Path | None = None) -> Ex
     transformer, left_out = dense_skeleton(model)
     parts = {out: transformer}
     if vae_out is not None:
-        parts[vae_out] = reference_tokenizer(model.tokenizer.state_dict())
+        named = reference_tokenizer_names if isinstance(model.config, InfinityConfig) else reference_tokenizer
+        parts[vae_out] = named(model.tokenizer.state_dict())
     written: list[Path] = []
     try:
         for path, tensors in parts.items():

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from actvar_convert.errors import counted
+from actvar_convert.files import infinity
 from actvar_convert.files.dense import DenseFiles, problems_of, read_dense, what_instead
 from actvar_convert.files.layout import (
     OPTIONAL_SUFFIXES,
@@ -39,13 +40,16 @@ from actvar_convert.files.sparse_folder import (
     sparse_skeleton,
 )
 from actvar_convert.files.tensors import require_exists, sniff
+from actvar_convert.models.infinity.config import BSQConfig, InfinityConfig
+from actvar_convert.models.infinity.schedules import RATIOS
+from actvar_convert.models.schedule import Config
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.shape import Shape, ShapeLike, shape_of
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-Kind = Literal["var", "vqvae", "sparse", "other"]
+Kind = Literal["var", "vqvae", "infinity", "bsq", "sparse", "other"]
 
 
 class Inspection(BaseModel):
@@ -59,10 +63,14 @@ class Inspection(BaseModel):
 
     schema_: str = Field("actvar.inspect/1", alias="schema", description="name and version of this report")
     path: str
-    kind: Kind = Field(description="var: a transformer, with or without tokenizer; vqvae: a tokenizer alone")
+    kind: Kind = Field(
+        description="var, infinity: a transformer, with or without tokenizer; vqvae, bsq: a tokenizer alone"
+    )
     line: str = Field(description="everything important in one line")
-    config: TransformerConfig | None = Field(None, description="shape of the transformer")
-    tokenizer: TokenizerConfig | None = Field(None, description="shape of the tokenizer, if its pyramid is known")
+    config: TransformerConfig | InfinityConfig | None = Field(None, description="shape of the transformer")
+    tokenizer: TokenizerConfig | BSQConfig | None = Field(
+        None, description="shape of the tokenizer, if its pyramid is known"
+    )
     parameters: int = Field(0, description="values of all weights of the transformer (of the VQVAE if it is alone)")
     dtype: str | None = Field(None, description="dtype of most weights")
     missing: tuple[str, ...] = ()
@@ -119,6 +127,8 @@ def inspect_file(
             )
     files = read_dense(path, None if vae is None else Path(vae))
     with problems_of(path):
+        if files.family == "infinity" and (files.transformer is not None or files.tokenizer is not None):
+            return _inspect_infinity(path, files, known, values)
         if files.transformer is not None:
             return _inspect_transformer(path, files, known, values)
         if files.tokenizer is not None:
@@ -178,6 +188,43 @@ def _inspect_transformer(path: Path, files: DenseFiles, known: Shape, values: bo
     )
 
 
+def _inspect_infinity(path: Path, files: DenseFiles, known: Shape, values: bool) -> Inspection:
+    """An Infinity, or its tokenizer alone."""
+    notes, disagreements, vae = [*files.notes], [], None
+    parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = []
+    config = None
+    if files.transformer is not None:
+        config, assumed = infinity.infer_whole(files.transformer, known, files.hints, path)
+        parts.append(("", empty_backbone(config), infinity.own_names(files.transformer)))
+        notes += assumed
+    if files.tokenizer is not None:
+        own = infinity.own_tokenizer_names(files.tokenizer)
+        vae = infinity.infer_tokenizer(own, None, RATIOS[1.0] if config is None else config.maps)
+        if config is not None and config.bits in (vae.bits, 4 * vae.bits):
+            vae = infinity.infer_tokenizer(own, config.bits, config.maps)
+            notes += infinity.doubts(config, files.vae or path)
+        elif config is not None:
+            disagreements.append(f"bits of a token: transformer {config.bits}, tokenizer {vae.bits} or {4 * vae.bits}")
+        parts.append(("tokenizer." if config else "", empty_tokenizer(vae), own))
+    weights = parts[0][2]
+    parameters, dtype = sum(t.numel() for t in weights.values()), common_dtype(weights.values())
+    said = (
+        describe_bsq(cast(BSQConfig, vae), parameters, dtype) if config is None else describe(config, parameters, dtype)
+    )
+    return Inspection(
+        path=str(path),
+        kind="bsq" if config is None else "infinity",
+        line=said,
+        config=config,
+        tokenizer=None if config is None else vae,
+        parameters=parameters,
+        dtype=dtype_name(dtype),
+        disagreements=tuple(disagreements),
+        notes=tuple(notes),
+        **_findings(values, *parts),
+    )
+
+
 def _inspect_tokenizer(path: Path, files: DenseFiles, values: bool) -> Inspection:
     assert files.tokenizer is not None
     shape = infer_tokenizer(files.tokenizer)
@@ -203,9 +250,7 @@ def _inspect_sparse(folder: Path, values: bool) -> Inspection:
     weights, vae_weights = read_sparse_weights(folder)
     transformer, tokenizer, _ = sparse_skeleton(config)
     parameters, dtype = _parameters(weights), common_dtype(weights.values())
-    plans = {
-        name: _active_share(cast(TransformerConfig, config.transformer), plan) for name, plan in config.plans.items()
-    }
+    plans = {name: _active_share(cast(Config, config.transformer), plan) for name, plan in config.plans.items()}
     said = describe(cast(TransformerConfig, config.transformer), parameters, dtype)
     return Inspection(
         path=str(folder),
@@ -223,7 +268,7 @@ def _inspect_sparse(folder: Path, values: bool) -> Inspection:
     )
 
 
-def _active_share(config: TransformerConfig, plan: SparsityPlan) -> float:
+def _active_share(config: Config, plan: SparsityPlan) -> float:
     """Share of all (token, expert) pairs of an image that the plan computes."""
     lengths = config.schedule.lengths
     computed = sum(
@@ -242,13 +287,43 @@ def _plans_text(config: SparseConfig, plans: Mapping[str, float]) -> str:
     return text if len(plans) == 1 else f"{text} ({len(plans)} plans)"
 
 
-def describe(config: TransformerConfig, parameters: int, dtype: torch.dtype) -> str:
+def describe_infinity(config: InfinityConfig, parameters: int, dtype: torch.dtype) -> str:
+    """An Infinity transformer in one line."""
+    h, w = config.maps[-1]
+    parts = [
+        counted(config.depth, "block"),
+        f"width {config.width}",
+        counted(config.heads, "head"),
+        f"{counted(config.bits, 'bit')} a token",
+        f"{counted(config.num_scales, 'scale')} to {h}{TIMES}{w}",
+        f"text rows of {config.text_width} channels",
+    ]
+    if config.hidden != 4 * config.width:
+        parts.insert(2, f"FFN hidden {config.hidden}")
+    return f"Infinity: {', '.join(parts)}; {count_text(parameters)} parameters, {dtype_name(dtype)}"
+
+
+def describe_bsq(config: BSQConfig, parameters: int, dtype: torch.dtype) -> str:
+    """A tokenizer of bits in one line."""
+    parts = [
+        f"{config.ch} channels",
+        f"multipliers {','.join(map(str, config.ch_mult))}",
+        counted(config.res_blocks, "residual block") + " per resolution",
+        f"{2 ** (len(config.ch_mult) - 1)}{TIMES} down",
+        f"codes of {counted(config.z_channels, 'bit')}",
+    ]
+    return f"Tokenizer of bits: {', '.join(parts)}; {count_text(parameters)} parameters, {dtype_name(dtype)}"
+
+
+def describe(config: TransformerConfig | InfinityConfig, parameters: int, dtype: torch.dtype) -> str:
     """The transformer in one line.
 
     >>> describe(official_config("var-d16")[0], 310_283_520, torch.float32)
     'VAR-d16: 16 blocks, width 1024, 16 heads, 10 scales to 16x16, 1000 classes; 310 M parameters, fp32'
     (with a multiplication sign)
     """
+    if isinstance(config, InfinityConfig):
+        return describe_infinity(config, parameters, dtype)
     official = config.width == 64 * config.depth and config.heads == config.depth
     parts = [
         counted(config.depth, "block"),

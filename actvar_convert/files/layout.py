@@ -46,6 +46,23 @@ _TOKENIZER = re.compile(
     r"^(?P<prefix>(?:.*\.)?)(?P<name>quantize\.embedding\.weight|post_quant_conv\.weight|quant_conv\.weight"
     r"|encoder\.conv_in\.weight|decoder\.conv_out\.weight|quantize\.ema_vocab_hit_SV)$"
 )
+
+
+class Names(NamedTuple):
+    """By which names a family's models are found in files.
+
+    Attributes:
+        family: its name.
+        transformer, tokenizer: telling names with the prefix in front of them (groups ``prefix``, ``name``).
+    """
+
+    family: str
+    transformer: re.Pattern[str]
+    tokenizer: re.Pattern[str]
+
+
+VAR_NAMES = Names("var", _TRANSFORMER, _TOKENIZER)
+
 _PHI = re.compile(r"^quantize\.quant_resi\.(?:qresi_ls\.)?(?P<index>\d+)\.(?P<leaf>weight|bias)$")
 _ENOUGH = 4
 
@@ -56,12 +73,14 @@ class Parts(NamedTuple):
     Attributes:
         rest: names that belong to neither.
         notes: what was chosen if there was a choice, one sentence each.
+        family: whose names they have.
     """
 
     transformer: dict[str, Tensor] | None
     tokenizer: dict[str, Tensor] | None
     rest: list[str]
     notes: list[str]
+    family: str = "var"
 
 
 def strip_wrappers(name: str) -> str:
@@ -69,7 +88,7 @@ def strip_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def split_parts(tensors: Mapping[str, Tensor]) -> Parts:
+def split_parts(tensors: Mapping[str, Tensor], names: Names = VAR_NAMES) -> Parts:
     """Finds the transformer and the tokenizer among the tensors of a checkpoint, at any depth of nesting.
 
     Raises:
@@ -83,8 +102,8 @@ def split_parts(tensors: Mapping[str, Tensor]) -> Parts:
         clean[short] = tensor
     notes: list[str] = []
     prefixes = {
-        "transformer": _choose(_prefixes(_TRANSFORMER, clean), "transformers", notes),
-        "tokenizer": _choose(_prefixes(_TOKENIZER, clean), "tokenizers", notes),
+        "transformer": _choose(_prefixes(names.transformer, clean), "transformers", notes),
+        "tokenizer": _choose(_prefixes(names.tokenizer, clean), "tokenizers", notes),
     }
     owners = sorted({prefix for prefix in prefixes.values() if prefix is not None}, key=len, reverse=True)
     owned: dict[str, dict[str, Tensor]] = {owner: {} for owner in owners}
@@ -100,7 +119,7 @@ def split_parts(tensors: Mapping[str, Tensor]) -> Parts:
     if transformer is not None and transformer is tokenizer:  # both at the top of one dictionary
         tokenizer = {n: t for n, t in transformer.items() if re.match(r"(encoder|decoder|quant|post_quant)", n)}
         transformer = {n: t for n, t in transformer.items() if n not in tokenizer}
-    return Parts(transformer, None if tokenizer is None else _unify_phis(tokenizer), rest, notes)
+    return Parts(transformer, None if tokenizer is None else _unify_phis(tokenizer), rest, notes, names.family)
 
 
 def _prefixes(pattern: re.Pattern[str], names: Iterable[str]) -> list[str]:
@@ -222,9 +241,9 @@ def infer_transformer(
         CheckpointError: something cannot be read from the file or contradicts what is given.
     """
     hints = hints or {}
-    depth = _count(tensors, r"blocks\.(\d+)\.", "blocks", MAX_BLOCKS)
+    depth = count(tensors, r"blocks\.(\d+)\.", "blocks", MAX_BLOCKS)
     block = [f"blocks.{index}" for index in range(depth)]
-    vote = _Votes(tensors)
+    vote = Votes(tensors)
     width = vote(
         "width", ("class_emb.weight", 1), ("lvl_embed.weight", 1), ("pos_start", 2), ("pos_1LC", 2), ("head.weight", 1),
         *((f"{name}.attn.proj.weight", 0) for name in block),
@@ -294,10 +313,10 @@ def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:
     Raises:
         CheckpointError: something cannot be read from the file.
     """
-    vote = _Votes(tensors)
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.", "resolutions of the encoder", 16)
-    blocks = _count(tensors, r"encoder\.down\.\d+\.block\.(\d+)\.", "residual blocks of the encoder", 64)
-    phis = _count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "phi convolutions", 64)
+    vote = Votes(tensors)
+    levels = count(tensors, r"encoder\.down\.(\d+)\.", "resolutions of the encoder", 16)
+    blocks = count(tensors, r"encoder\.down\.\d+\.block\.(\d+)\.", "residual blocks of the encoder", 64)
+    phis = count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "phi convolutions", 64)
     ch = vote(
         "base channels", ("encoder.conv_in.bias", 0), ("encoder.conv_in.weight", 0), ("decoder.conv_out.weight", 1)
     )
@@ -347,7 +366,7 @@ def agreement_problems(config: TransformerConfig, shape: TokenizerShape) -> list
     return [f"{what}: transformer {ours}, tokenizer {theirs}" for what, ours, theirs in pairs if ours != theirs]
 
 
-class _Votes:
+class Votes:
     """Sizes of tensors by majority; collects what nothing tells, to be raised by ``finish`` all at once."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -371,7 +390,7 @@ class _Votes:
             raise CheckpointError("the shape of the model cannot be read from its tensors:", self.problems)
 
 
-def _other_side(vote: _Votes, name: str, known: int) -> int:
+def _other_side(vote: Votes, name: str, known: int) -> int:
     """Input size of a linear layer whose output size is known, even if its weight is stored transposed."""
     shape = vote.shapes.get(name, ())
     if len(shape) == 2 and shape[0] != known and shape[1] == known:
@@ -379,7 +398,7 @@ def _other_side(vote: _Votes, name: str, known: int) -> int:
     return vote(f"columns of {name}", (name, 1))
 
 
-def _count(tensors: Mapping[str, Tensor], pattern: str, what: str, limit: int) -> int:
+def count(tensors: Mapping[str, Tensor], pattern: str, what: str, limit: int) -> int:
     """One more than the largest index that occurs in names of this pattern."""
     found = {int(match[1][:9]) for match in map(re.compile(pattern).match, tensors) if match}
     if not found:

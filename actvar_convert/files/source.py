@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,17 +15,16 @@ from actvar_convert.errors import CheckpointError, InputError, explained, os_err
 from actvar_convert.files.bundled import bundled_config, bundled_names, load_bundled
 from actvar_convert.files.dense import AS_VAE, DTypeChoice, load_dense
 from actvar_convert.files.inspection import Inspection, describe, dtype_name, inspect_file
-from actvar_convert.files.layout import official_config, official_names
+from actvar_convert.files.published import TOKENIZER_FILE as TOKENIZER_FILE
+from actvar_convert.files.published import official_config, official_files, official_names
 from actvar_convert.files.skeleton import empty_backbone
 from actvar_convert.files.sparse_folder import is_sparse_folder, load_sparse, read_sparse_config
 from actvar_convert.files.tensors import require_exists
+from actvar_convert.models.infinity.config import InfinityConfig
 from actvar_convert.models.model import Model
 from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.shape import Shape, ShapeLike, shape_of
-
-REPOSITORY = "FoundationVision/var"
-TOKENIZER_FILE = "vae_ch160v4096z32.pth"
 
 _CACHE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -41,8 +40,8 @@ class ModelShape(NamedTuple):
         dtype: dtype of most of them: fp32, fp16, bf16, fp64.
     """
 
-    transformer: TransformerConfig
-    tokenizer: TokenizerConfig | None
+    transformer: Any
+    tokenizer: Any
     plans: Mapping[str, SparsityPlan]
     default_plan: str | None
     line: str
@@ -93,7 +92,7 @@ def load_any(
     if name in official_names():
         fetched = fetch_official(name, tokenizer=vae is None, revision=revision)
         tokenizer = fetched.tokenizer if vae is None else vae
-        model = load_dense(fetched.transformer, tokenizer, dtype=dtype)
+        model = load_dense(fetched.transformer, tokenizer, shape=shape, dtype=dtype)
         model.origin = {"name": name, "revision": fetched.revision, **model.origin}
         return model
     require_known(source)
@@ -123,7 +122,7 @@ def model_shape(
     if vae is not None:
         require_exists(Path(vae))
     if name in official_names():
-        transformer, tokenizer = official_config(name)
+        transformer, tokenizer = official_config(name, shape_of(shape))
         return ModelShape(transformer, tokenizer, {}, None, *_described(transformer, torch.float32))
     if name in bundled_names():
         stored = bundled_config(name)
@@ -154,7 +153,7 @@ def published_inspection(name: str) -> Inspection:
     line, parameters, dtype = _described(transformer, torch.float32)
     return Inspection(
         path=name,
-        kind="var",
+        kind="infinity" if isinstance(transformer, InfinityConfig) else "var",
         line=line,
         config=transformer,
         tokenizer=tokenizer,
@@ -175,9 +174,10 @@ def refuse_unneeded(source: str | Path, vae: str | Path | None, shape: Shape) ->
     bundled, sparse = isinstance(source, str) and source in bundled_names(), is_sparse(source)
     if vae is not None and (sparse or bundled):
         raise InputError(f"{source} brings its own tokenizer. Leave vae out.")
-    known = sparse or bundled or (isinstance(source, str) and source in official_names())
-    if shape.given and known:
-        raise InputError(f"the shape of {source} is known. Leave {' and '.join(shape.given)} out.")
+    official = isinstance(source, str) and source in official_names()
+    needless = [name for name in shape.given if name != "schedule" or not official]
+    if needless and (sparse or bundled or official):
+        raise InputError(f"the shape of {source} is known. Leave {' and '.join(needless)} out.")
 
 
 def require_known(source: str | Path) -> None:
@@ -214,20 +214,27 @@ def fetch_official(name: str, tokenizer: bool = True, revision: str | None = Non
         InputError: no such model, or the hub cannot be reached and the files are not in the cache.
     """
     official_config(name)
-    weights = _fetch(name, name.replace("-", "_") + ".pth", revision)
+    files = official_files(name)
+    weights = _fetch(name, files.weights, revision)
     revision = weights.parent.name  # the cache keeps files under snapshots/COMMIT
-    return OfficialFiles(weights, _fetch(name, TOKENIZER_FILE, revision) if tokenizer else None, revision)
+    return OfficialFiles(weights, _fetch(name, files.vae, revision) if tokenizer else None, revision)
 
 
 def _fetch(name: str, file: str, revision: str | None) -> Path:
+    """A file, or a folder whose name ends in a slash, of the repository of a published model."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+    files = official_files(name)
+    repository = files.repository
     try:
-        return Path(huggingface_hub.hf_hub_download(REPOSITORY, file, revision=revision))
+        if file.endswith("/"):
+            snapshot = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=f"{file}*")
+            return Path(snapshot) / file
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # of which class depends on the client's version: of requests, httpx, hf_xet, ...
         of = f" at revision {revision[:12]}" if revision else ""
-        needed = f"{name} needs {file} of huggingface.co/{REPOSITORY}{of}"
+        needed = f"{name} needs {file} of huggingface.co/{repository}{of}"
         cause, place = os_error_number(error), getattr(error, "filename", None)
         network = isinstance(error, OSError) and place is None and cause in (errno.EACCES, errno.EPERM)
         if cause in _CACHE_TROUBLE and not network:
@@ -238,12 +245,12 @@ def _fetch(name: str, file: str, revision: str | None) -> Path:
             what += f": {str(error).splitlines()[0][:200]}"
         raise InputError(
             f"{needed}, which is not in the cache and cannot be fetched ({what}). Connect to the network (unset "
-            f"HF_HUB_OFFLINE if it is set), or download {name.replace('-', '_')}.pth and {TOKENIZER_FILE} elsewhere "
+            f"HF_HUB_OFFLINE if it is set), or download {files.weights} and {files.vae} elsewhere "
             f"and give their paths, the second {AS_VAE}."
         ) from error
 
 
-def _described(config: TransformerConfig, dtype: torch.dtype) -> tuple[str, int, str]:
+def _described(config: Any, dtype: torch.dtype) -> tuple[str, int, str]:
     """The model in words, its parameters, and the name of their format."""
     parameters = sum(parameter.numel() for parameter in empty_backbone(config).parameters())
     return describe(config, parameters, dtype), parameters, dtype_name(dtype)

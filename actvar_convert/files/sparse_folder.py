@@ -142,9 +142,10 @@ class SparseConfig(BaseModel):
         ]
         if self.default_plan not in self.plans:
             found.append(f"default_plan: {self.default_plan!r} is not among the plans {', '.join(self.plans)}")
-        for field in ("vocab", "z_channels", "sides"):
+        for field in ("vocab", "z_channels", "sides", "bits", "maps"):
+            there = all(hasattr(part, field) for part in (self.transformer, self.tokenizer))
             ours, theirs = getattr(self.transformer, field, None), getattr(self.tokenizer, field, None)
-            if ours != theirs:
+            if there and ours != theirs:
                 found.append(f"{field}: transformer {ours}, tokenizer {theirs}")
         return found
 

@@ -45,6 +45,9 @@ class InfinityConfig(BaseModel):
     levels: int = Field(15, ge=1, le=64, description="level embeddings; scales at most")
     maps: tuple[tuple[_Side, _Side], ...] = Field(RATIOS[1.0], description=_MAPS)
     chunks: int = Field(1, ge=1, description="groups of blocks in the names of the reference; 1: blocks stand alone")
+    flash_scale: bool = Field(
+        False, description="learnt scales of queries as [1, 1, heads, 1], as some trainings store"
+    )
     cross_gate: bool = Field(False, description="a learnt gate on what cross-attention adds")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
 

@@ -103,6 +103,11 @@ class RotaryAttention(SelfAttention):
     No mask of all pairs is made: a scale attends to the keys up to its own end.
     """
 
+    def __init__(self, config: InfinityConfig) -> None:
+        super().__init__(config)
+        if config.flash_scale:
+            self.scale_mul_1H11 = nn.Parameter(self.scale_mul_1H11.detach().transpose(1, 2).contiguous())
+
     def forward(self, x_BLC: Tensor, call: Call) -> Tensor:
         slot = call.slot
         if slot is not None:
