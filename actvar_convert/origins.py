@@ -78,7 +78,9 @@ class Run:
             fingerprint_of(*around, deciding(recipe, *phases), *prints[: len(phases)])
             for phases in (("convert",), ("convert", "train"))
         )
-        origin = provenance_of(teacher.origin, recipe=recipe.name, teacher_fingerprint=weights, run=key)
+        origin = provenance_of(
+            teacher.origin, teacher.moments, recipe=recipe.name, teacher_fingerprint=weights, run=key
+        )
         return cls(recipe, start, key, origin, images)
 
 

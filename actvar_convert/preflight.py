@@ -19,7 +19,6 @@ from actvar_convert.cost.flops import count_flops
 from actvar_convert.distillation.training_memory import estimate_distill
 from actvar_convert.errors import InputError, RecipeError, counted
 from actvar_convert.files.source import model_shape
-from actvar_convert.files.tensors import size_of
 from actvar_convert.measure.extractors import require_reference
 from actvar_convert.measure.quality_report import load_quality
 from actvar_convert.models.families import family_of
@@ -29,8 +28,8 @@ from actvar_convert.recipe.check import split_problems
 from actvar_convert.recipe.load import RecipeSource, load_recipe
 from actvar_convert.recipe.schema import Phase, Recipe
 from actvar_convert.stores import RecipeImages, require_images
-from actvar_convert.system.device import bf16_is_emulated, free_memory_bytes, mapped_bytes, named_device, pick_device
-from actvar_convert.system.processes import ALONE, Processes
+from actvar_convert.system.device import bf16_is_emulated, free_memory_bytes, named_device, pick_device
+from actvar_convert.system.processes import Processes
 from actvar_convert.system.progress import Progress, SilentProgress
 
 
@@ -141,13 +140,10 @@ Memory comes after it, since it is asked of the machine: ``conversion_memory`` a
 """
 
 
-def conversion_memory(model: Model, recipe: Recipe, processes: Processes = ALONE) -> MemoryEstimate:
-    """What converting a loaded model will need: weights that are not pages of a mapped file stay in memory beside."""
-    transformer, weights = model.transformer, list(model.transformer.state_dict().values())
-    config, tokenizer, device = transformer.config, model.tokenizer.config, model.device.type
-    size = size_of(model.transformer.state_dict())
-    held = size - mapped_bytes(weights)
-    return estimate_convert(config, tokenizer, recipe, held=held, itemsize=model.dtype.itemsize, device=device)
+def conversion_memory(model: Model, recipe: Recipe, *, keep: bool = True) -> MemoryEstimate:
+    """What converting a loaded model will need, see ``convert``."""
+    config, tokenizer, device = model.config, model.tokenizer.config, model.device.type
+    return estimate_convert(config, tokenizer, recipe, keep=keep, itemsize=model.dtype.itemsize, device=device)
 
 
 def distillation_memory(teacher: Model, recipe: Recipe, processes: Processes) -> MemoryEstimate:
@@ -181,7 +177,7 @@ class ValidationResult(BaseModel):
     dense_flops: int = Field(description="of the dense transformer per image, with guidance")
     plans: dict[str, PlanFigures]
     default_plan: str
-    convert_bytes: int = Field(description="estimated peak memory of the conversion, on a CPU with mapped weights")
+    convert_bytes: int = Field(description="estimated peak memory of `actvar convert`, on a CPU, the weights included")
     distill_bytes: int = Field(description="estimated peak memory of the distillation, on each device")
     processes: int = Field(1, description="those that share the distillation, each on a device of its own")
     sharded: bool = Field(False, description="whether the student is split over them")

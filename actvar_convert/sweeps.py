@@ -37,7 +37,7 @@ from actvar_convert.show.tables import sweep_figures
 from actvar_convert.stores import calibration_store, require_images
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
-from actvar_convert.system.device import release_pages
+from actvar_convert.system.device import trim_memory
 from actvar_convert.system.paths import path_of
 from actvar_convert.system.processes import join
 from actvar_convert.system.progress import Progress, SilentProgress
@@ -146,7 +146,7 @@ def sweep(
             for target in targets:
                 sparse = _converted(model, chosen, target, planned, store, progress)
                 points[target] = measurement.point(target, sparse, planned.damage.get(str(target)))
-                release_pages(model.transformer.state_dict().values())
+                trim_memory()
                 if folder is not None:
                     write_whole(folder / REPORT, report().to_json())
         made = report()

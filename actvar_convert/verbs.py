@@ -24,7 +24,7 @@ from actvar_convert.files.bundled import bundled_folder, bundled_names
 from actvar_convert.files.export import Exported, export_reference
 from actvar_convert.files.inspection import Inspection, inspect_file
 from actvar_convert.files.published import official_names
-from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded
+from actvar_convert.files.source import load_any, model_shape, published_inspection, refuse_unneeded, say
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse
 from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import FeatureExtractor, bundled_extractor
@@ -48,12 +48,12 @@ from actvar_convert.preflight import Job, conversion_memory, distillation_memory
 from actvar_convert.recipe.check import check_recipe
 from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.recipe.shape import ShapeLike, shape_of
+from actvar_convert.recipe.shape import ShapeLike, with_weights
 from actvar_convert.show.pictures import picture
 from actvar_convert.stores import calibration_store, distillation_store
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
-from actvar_convert.system.device import DtypeLike, limit_threads, pick_device, pick_dtype, release_pages
+from actvar_convert.system.device import DtypeLike, limit_threads, pick_device, pick_dtype
 from actvar_convert.system.paths import expanded, path_of
 from actvar_convert.system.processes import Processes, join
 from actvar_convert.system.progress import MetricsLog, Progress, SilentProgress
@@ -66,6 +66,7 @@ def load(
     *,
     vae: str | Path | None = None,
     shape: ShapeLike = None,
+    weights: str | None = None,
     device: str | None = None,
     dtype: DtypeLike | None = None,
     decoder_dtype: DtypeLike | None = None,
@@ -79,7 +80,10 @@ def load(
             dense or sparse.
         vae: tokenizer file, if the source does not bring its own.
         shape: of dense files what they do not tell, a ``Shape`` or a mapping: ``heads``, ``sides`` (of every scale),
-            ``residual_ratio`` (share of the phi convolutions in the tokenizer). Kept in what is made from the model.
+            ``residual_ratio`` (share of the phi convolutions in the tokenizer), ``using_znorm``, ``weights``. Kept in
+            what is made from the model.
+        weights: which of several weights in a file: the prefix of their names, or a part of it such as ``ema``. By
+            default those that were trained, which is logged, not an average of them. The same as ``shape.weights``.
         device: cpu, cuda, cuda:N or mps; by default the GPU if there is one.
         dtype: fp32, bf16 or fp16 (or torch's own), of the transformer; fp32 by default. The tokenizer is in fp32.
         decoder_dtype: of the tokenizer's decoder alone, fp32 by default. The tokens stay the same and the images nearly
@@ -93,6 +97,7 @@ def load(
     source, vae = expanded(source), expanded(vae)
     target = pick_device(device)
     limit_threads()
+    shape = with_weights(shape, weights)
     if recipe is not None:
         _require_memory_by_shape(source, vae, shape, recipe, target)
     decoder = pick_dtype(decoder_dtype, target)
@@ -114,8 +119,7 @@ def _require_memory_by_shape(
         chosen = load_recipe(recipe, config=shape.transformer)
         if shape.tokenizer is None or shape.plans:
             return
-        held = shape.held_bytes(device.type)
-        estimate = estimate_convert(shape.transformer, shape.tokenizer, chosen, held=held, device=device.type)
+        estimate = estimate_convert(shape.transformer, shape.tokenizer, chosen, device=device.type)
     except InputError:
         return
     require_memory(estimate, device)
@@ -130,11 +134,12 @@ def convert(
     progress: Progress | None = None,
     replace: bool = True,
     run: Run | None = None,
+    keep: bool = True,
 ) -> Model:
     """A sparse model from a dense one: calibrated, usable at once without training.
 
     Args:
-        model: the dense model, left as it is.
+        model: the dense model, left as it is unless ``keep`` is False.
         recipe: name, file or Recipe.
         out: folder to write the result to, whole or not at all.
         work: folder in which pyramids and sums are kept as they are made, so an interrupted call goes on. It goes when
@@ -142,6 +147,8 @@ def convert(
         progress: told about every long step.
         replace: a distilled model that ``out`` holds; else it is refused.
         run: what identifies the call, if it is known and everything checked already.
+        keep: False: the dense model gives up its weights block by block and is of no use afterwards, so that memory for
+            one copy of them is enough, not two.
 
     Raises:
         RecipeError: the recipe does not fit the model, all problems at once, before any work.
@@ -157,13 +164,13 @@ def convert(
         refuse_foreign(out)
     place = work if out is None else out
     if place is None:
-        return _convert(model, chosen, None, None, progress, run, processes)
+        return _convert(model, chosen, None, None, progress, run, processes, keep)
     keeping = Work.of(path_of(place), work)
     with keeping.owned(processes) as begins:
         if out is not None and not replace:
             refuse_distilled(out)
         kept = None if work is None else keeping
-        sparse = _convert(model, chosen, out, kept, progress, run, processes)
+        sparse = _convert(model, chosen, out, kept, progress, run, processes, keep)
         if begins and out is not None and processes.main:
             locks.clear(keeping.folder)
     return sparse
@@ -177,13 +184,13 @@ def _convert(
     progress: Progress,
     run: Run | None,
     processes: Processes,
+    keep: bool,
 ) -> Model:
     config = model.config
     images = require_ready(Job.of(model, chosen, processes, progress), "convert") if run is None else run.images
-    require_memory(conversion_memory(model, chosen, processes), model.device)
+    require_memory(conversion_memory(model, chosen, keep=keep), model.device)
     if run is None and (out is not None or work is not None):
         run = Run.of(model, chosen, images)
-    release_pages(model.tokenizer.state_dict().values())
     pyramids = sums = None
     if work is not None and run is not None:
         pyramids, sums = work.calibration(run), work.search(run)
@@ -206,11 +213,10 @@ def _convert(
     def make() -> Model:
         assert planned is not None
         with progress.task("converting blocks", conversion_steps(config, chosen)) as task:
-            return convert_model(model, planned, chosen, calibration, on_block=task.advance)
+            return convert_model(model, planned, chosen, calibration, keep=keep, on_block=task.advance)
 
     sparse = made_by_main(make, model, processes)
     sparse.origin = {}
-    release_pages(model.transformer.state_dict().values())
     if out is not None and run is not None and processes.main:
         origin = run.origin.model_copy(update={"run": None})
         save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
@@ -431,6 +437,7 @@ def report_flops(
     *,
     vae: str | Path | None = None,
     shape: ShapeLike = None,
+    weights: str | None = None,
     guidance: bool = True,
 ) -> FlopsReport:
     """FLOPs per image, dense and sparse. Of what is not loaded yet no weights are read.
@@ -438,11 +445,12 @@ def report_flops(
     Args:
         model: a model, or what ``load`` takes; an official name needs neither weights nor network. Without a tokenizer
             the decoder is left out.
-        vae, shape: see ``load``.
+        vae, shape, weights: see ``load``.
         guidance: with classifier-free guidance.
     """
     if not isinstance(model, Model):
-        found = model_shape(expanded(model), expanded(vae), shape=shape)
+        found = model_shape(expanded(model), expanded(vae), shape=with_weights(shape, weights))
+        say(model, found.notes)
         return count_flops(found.transformer, found.tokenizer, found.plans, found.default_plan, guidance=guidance)
     plans: Mapping[str, SparsityPlan] | None = None
     default = None
@@ -456,6 +464,7 @@ def inspect(
     *,
     vae: str | Path | None = None,
     shape: ShapeLike = None,
+    weights: str | None = None,
     values: bool = False,
 ) -> Inspection:
     """What is in a file or folder, without loading it; see ``Inspection``.
@@ -463,12 +472,13 @@ def inspect(
     Args:
         path: file or folder, a bundled name, or an official one: of that the published shape, no file is read.
         vae: tokenizer file, to check that it fits.
-        shape: see ``load``.
+        shape, weights: see ``load``.
         values: also read every value and count those that are NaN or infinite.
     """
     path, vae = expanded(path), expanded(vae)
     name = path if isinstance(path, str) else ""
-    refuse_unneeded(path, vae, shape_of(shape))
+    shape = with_weights(shape, weights)
+    refuse_unneeded(path, vae, shape)
     if name in official_names():
         if values or vae is not None:
             raise InputError(f"{name} is a name, and no file of it is read here; give the file that is to be looked at")

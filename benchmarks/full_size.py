@@ -5,7 +5,7 @@
 Makes the transformer and its tokenizer as official files (fp32 .pth, plain state dicts), then runs what a person would:
 inspect, convert with 64 calibration pyramids that the model samples itself, loading the sparse folder and generating
 one image. Every step is a process of its own; seconds are wall-clock time, memory is the step's peak resident set as
-the system accounts it, mapped pages of weight files included. Random weights cost what real ones cost; the images are
+the system accounts it. Random weights cost what real ones cost; the images are
 noise.
 
 Needs disk for two copies of the model (d16 3.4 GB, d30 18 GB, d36 21 GB). On two cores d16 takes minutes, nearly all of

@@ -54,6 +54,10 @@ class ActvarGroup(TyperGroup):
         return found
 
     def invoke(self, ctx: Any) -> Any:
+        with _notes_on_stderr(ctx):
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             ctx.meta[LAUNCH] = launch = launched()
             if launch.leftover:
@@ -106,6 +110,28 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Notes(logging.Handler):
+    """Says on stderr what the library chose or inferred, whether progress is shown or not."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._ctx = ctx
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _launch(self._ctx).first and not self._ctx.meta.get(VERBOSE):  # with --verbose the whole log is there
+            typer.echo(f"actvar: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def _notes_on_stderr(ctx: Any) -> Iterator[None]:
+    log, notes = logging.getLogger("actvar_convert"), _Notes(ctx)
+    log.addHandler(notes)
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
 
 
 def _explain_shortage(ctx: Any, error: BaseException) -> None:

@@ -43,6 +43,7 @@ def export(
     form: Annotated[Layout, typer.Option("--format", help="The official layout of VAR files.")] = Layout.reference,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     dtype: opt.Dtype = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -51,7 +52,7 @@ def export(
 
     Of a sparse model that is its dense skeleton, neurons back in their order; what makes it sparse is left out.
     """
-    dense = opt.dense_flags(vae, shape)
+    dense = opt.dense_flags(vae, shape, weights)
     loaded = av.load(model, device="cpu", dtype=dtype, **dense)
     written = av.export(loaded, out=out, vae_out=vae_out, format=form.value)
     if written.left_out:

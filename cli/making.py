@@ -116,6 +116,7 @@ def convert(
     recipe: opt.RecipeSource = None,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     override: opt.Overrides = None,
     device: opt.Device = None,
     seed: opt.RecipeSeed = None,
@@ -129,7 +130,7 @@ def convert(
     Without --recipe it is the shipped one with the model's name, or the defaults. A distilled model is replaced only
     if --out names its folder.
     """
-    flags = opt.dense_flags(vae, shape)
+    flags = opt.dense_flags(vae, shape, weights)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags), model_setting(model, override)]
     source = recipe or recipe_for(model)
     asked = asked_by(source, settings, flags)
@@ -137,7 +138,7 @@ def convert(
     resolved = load_recipe(source, settings, config=dense.transformer.config)
     folder = out or Path("runs") / resolved.name
     sparse = av.convert(
-        dense, recipe=resolved, out=folder, work=work, progress=reporter(quiet), replace=out is not None
+        dense, recipe=resolved, out=folder, work=work, progress=reporter(quiet), replace=out is not None, keep=False
     )
     typer.echo(folder)
     if sparse.plan.guidance == "folded":
@@ -159,6 +160,7 @@ def distill(
     ] = None,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     override: opt.Overrides = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
@@ -175,9 +177,10 @@ def distill(
     replaced only if --out names its folder. Of --recipe is used what a training can follow: what the conversion has
     settled (experts, gate, plans, ...) stays as the folder's own recipe says.
     """
-    flags = opt.dense_flags(vae, shape)
+    flags = opt.dense_flags(vae, shape, weights)
     if teacher is None and any(value is not None for value in flags.values()):
-        alone = ", ".join(f"--{name}" for name, value in flags.items() if value is not None)
+        given = {"--vae": vae, "--shape": shape, "--weights": weights}
+        alone = ", ".join(name for name, value in given.items() if value is not None)
         raise typer.BadParameter("it says something of --teacher; give that too", param_hint=alone)
     refuse_settled(override)
     require_converted(folder)

@@ -10,7 +10,7 @@ from typing import Annotated, TypedDict, TypeVar
 import typer
 
 from actvar_convert.errors import InputError
-from actvar_convert.recipe.shape import Shape, parse_shape
+from actvar_convert.recipe.shape import Shape, parse_shape, with_weights
 from actvar_convert.system.paths import path_of
 
 from .console import be_quiet, be_verbose, overrule
@@ -50,6 +50,14 @@ ShapeText = Annotated[
         "--shape",
         metavar="NAME=VALUE,...",
         help="What a dense file does not tell: heads=16,sides=1-2-3-4,residual_ratio=0.5, or some of these.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="NAME",
+        help="Which of several weights in a dense file: ema, or all their names begin with.",
     ),
 ]
 Out = Annotated[
@@ -107,14 +115,18 @@ class DenseFlags(TypedDict):
     shape: Shape | None
 
 
-def dense_flags(vae: Path | None, shape: str | None) -> DenseFlags:
-    """The flags ``--vae`` and ``--shape``."""
+def dense_flags(vae: Path | None, shape: str | None, weights: str | None = None) -> DenseFlags:
+    """The flags ``--vae``, ``--shape`` and ``--weights``, which becomes a part of the shape."""
     if shape is not None and not shape.strip():
         raise typer.BadParameter("nothing given; leave it out, or give name=value,...", param_hint="--shape")
     try:
-        return DenseFlags(vae=vae, shape=None if shape is None else parse_shape(shape))
+        known = None if shape is None else parse_shape(shape)
     except InputError as error:
         raise typer.BadParameter(str(error), param_hint="--shape") from None
+    try:
+        return DenseFlags(vae=vae, shape=known if weights is None else with_weights(known, weights))
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint="--weights") from None
 
 
 def several(text: str, option: str, kind: Callable[[str], T]) -> tuple[T, ...]:

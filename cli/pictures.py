@@ -57,6 +57,7 @@ def sample(
     plan: opt.Plan = None,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     decoder_dtype: opt.DecoderDtype = None,
@@ -65,7 +66,7 @@ def sample(
 ) -> None:
     """Generate images and write them as one picture, a column per class."""
     classes = opt.several(labels, "--labels", int) if labels is not None else None
-    dense = opt.dense_flags(vae, shape)
+    dense = opt.dense_flags(vae, shape, weights)
     av.sample(
         av.load(model, device=device, dtype=dtype, decoder_dtype=decoder_dtype, plan=plan, **dense),
         out=out,

@@ -38,6 +38,7 @@ def report_flops(
     ),
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -49,7 +50,7 @@ def report_flops(
     from actvar_convert.show.tables import flops_figures, flops_tables
     from actvar_convert.show.terminal import render
 
-    report = av.report_flops(model, guidance=guidance, **opt.dense_flags(vae, shape))
+    report = av.report_flops(model, guidance=guidance, **opt.dense_flags(vae, shape, weights))
     if form is opt.FlopsFormat.table:
         show(render(*flops_tables(report)))
     elif form is opt.FlopsFormat.json:
@@ -98,6 +99,7 @@ def evaluate(
     plan: opt.Plan = None,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     form: opt.OutputFormat = opt.Format.table,
@@ -109,7 +111,7 @@ def evaluate(
     from actvar_convert.show.terminal import render
 
     chosen = opt.several(seeds, "--seeds", int)
-    flags = opt.dense_flags(vae, shape)
+    flags = opt.dense_flags(vae, shape, weights)
     sparse = av.load(model, device=device, dtype=dtype, plan=plan, **own_flags(model, flags, teacher))
     dense = av.load(teacher, device=device, dtype=dtype, **flags) if teacher is not None else None
     report = av.evaluate(
@@ -147,6 +149,7 @@ def benchmark(
     plan: opt.Plan = None,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     device: opt.Device = None,
     form: opt.OutputFormat = opt.Format.table,
     quiet: opt.Quiet = False,
@@ -157,7 +160,7 @@ def benchmark(
     from actvar_convert.show.terminal import render
 
     sizes, formats = opt.several(batches, "--batches", int), opt.several(dtypes, "--dtype", str)
-    flags = opt.dense_flags(vae, shape)
+    flags = opt.dense_flags(vae, shape, weights)
     sparse = av.load(model, device=device, plan=plan, **own_flags(model, flags, against))
     other = av.load(against, device=device, **flags) if against is not None else None
     report = av.benchmark(
@@ -179,6 +182,7 @@ def inspect(
         Path | None, typer.Option("--vae", parser=path_of, metavar="FILE", help="Tokenizer file: does it fit?")
     ] = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     values: Annotated[bool, typer.Option("--values", help="Read all values too, and count NaN and infinite ones.")] = (
         False
     ),
@@ -194,7 +198,7 @@ def inspect(
     from actvar_convert.show.tables import inspection_table
     from actvar_convert.show.terminal import render
 
-    inspection = av.inspect(path, values=values, **opt.dense_flags(vae, shape))
+    inspection = av.inspect(path, values=values, **opt.dense_flags(vae, shape, weights))
     if form is opt.Format.json:
         show_json(inspection.to_json())
     else:

@@ -52,6 +52,7 @@ def sweep(
     ] = None,
     vae: opt.Vae = None,
     shape: opt.ShapeText = None,
+    weights: opt.Weights = None,
     override: opt.Overrides = None,
     device: opt.Device = None,
     seed: opt.RecipeSeed = None,
@@ -69,7 +70,7 @@ def sweep(
     from actvar_convert.show.tables import sweep_table
     from actvar_convert.show.terminal import render
 
-    flags = opt.dense_flags(vae, shape)
+    flags = opt.dense_flags(vae, shape, weights)
     settings = [*overrides(override, seed=seed, device=device), *flag_settings(flags)]
     method: str | Recipe
     if recipe is None and names_recipe(source):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actvar_convert.models.base import Call, Passed, Schedule, walk
 from actvar_convert.models.model import Model
-from actvar_convert.system.device import release_pages
+from actvar_convert.system.device import trim_memory
 
 TRIM_EVERY = 8
 """Batches after which free memory between the kept states goes back to the system."""
@@ -182,4 +182,4 @@ def _fill(
         samples.add(passed.ffn_input, first, schedule)
         first += len(passed.before)
         if passed.number % TRIM_EVERY == TRIM_EVERY - 1:
-            release_pages(())
+            trim_memory()

@@ -1,7 +1,7 @@
 """What a conversion needs in memory, by arithmetic on shapes and recipe alone, and the check before any work.
 
 An estimate is the sum of what exists together in the fullest phase, in bytes. It leaves out what the allocator wastes
-and what a library keeps for itself beyond PROGRAM, and it counts on the system to take back pages of mapped files.
+and what a library keeps for itself beyond PROGRAM.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def estimate_convert(
     tokenizer: Any,
     recipe: Recipe,
     *,
-    held: int = 0,
+    keep: bool = False,
     itemsize: int = 4,
     device: str = "cpu",
 ) -> MemoryEstimate:
@@ -91,21 +91,22 @@ def estimate_convert(
     P calibration pyramids in batches of B; L tokens each, L_g of them from the scale before the first gated one on; C
     width, H hidden neurons, E experts, T tokens sampled at the scales that become sparse.
 
-    - sampling: weights that are read, or one block of them and a copy if the recipe samples in half precision, and
-      ``sampling_memory``; from images instead the tokenizer's widest feature maps, six of ch S^2 for each image of S
-      pixels a side.
+    In every phase the dense weights, which are read into memory once.
+
+    - sampling: a copy of the weights if the recipe samples in half precision, and ``sampling_memory``; from images
+      instead the tokenizer's widest feature maps, six of ch S^2 for each image of S pixels a side.
     - searching (P here at most ``budget.pyramids``): 2 C^2 moments of every block, and the larger of a batch
       backwards, (D + 12) B L C for the states and one block, 8 B L H for its FFN, 4 B L V for the logits, all fp32; and
       of measuring: states and FFN inputs as below, one block at work, and the outputs of E experts for the tokens on
       which a choice is measured;
-    - converting: the sparse copy of all weights; one dense block that is read; the states, P L C; those before a gated
-      block, P L_g C; sampled FFN inputs, 2 T C; and the largest of
+    - converting: the sparse weights, beside all dense ones if those are kept, else beside one block of them; the
+      states, P L C; those before a gated block, P L_g C; sampled FFN inputs, 2 T C; and the largest of
       a batch in one block, B L (2 H + 8 C);
       clustering: hidden activations, a copy of them and one fp64 slice, T (2 H + PROFILES * 8 bytes);
       the router's start: CHUNK tokens with four arrays of H, products of experts' weights, H^2 / E + C H, three fp64
       arrays of C^2;
       the least squares of a gate: twelve fp64 arrays of C^2 and three of CHUNK tokens;
-    - refitting block after block: the sparse weights and one dense block; P (L + 1) C of states and conditions of the
+    - refitting block after block: the sparse weights and the dense ones; P (L + 1) C of states and conditions of the
       dense model, twice in a block, and of the sparse one under each plan; moments of H^2 in fp32 and twice in fp64, of
       C H likewise and once more; and a batch: in one block, B L (2 H + 14 C), or four arrays of H at the last scale, or
       three of logits, all fp32, or the least squares of a gate as above.
@@ -113,20 +114,23 @@ def estimate_convert(
     Args:
         config, tokenizer: shape of the dense model.
         recipe: pyramids, batch, experts and plan.
-        held: bytes of the dense weights that are in memory already or will be (0: all are pages of a mapped file).
+        keep: whether the dense model is kept, see ``convert_model``.
         itemsize: bytes of a number of the model.
         device: kind of device that samples and converts, which decides how many images are under way at once.
 
     Raises:
         RecipeError: the recipe's budget is out of reach.
     """
+    keep = keep or recipe.experts.compensation == "sequential"
     plans, default = recipe_plans(config, recipe)
     transformer = empty_backbone(config, Plans(plans, default))
     sparse = itemsize * sum(tensor.numel() for tensor in transformer.state_dict().values())
-    block_weights = itemsize * sum(tensor.numel() for tensor in transformer.blocks[0].state_dict().values())
+    backbone = empty_backbone(config)
+    dense = itemsize * sum(tensor.numel() for tensor in backbone.state_dict().values())
+    one_block = itemsize * sum(tensor.numel() for tensor in backbone.blocks[0].state_dict().values())
     wanted = [wanted_of(block) for block in transformer.blocks]
     calibration = recipe.calibration
-    common = {"program": PROGRAM, "dense weights in memory": held}
+    common = {"program": PROGRAM, "dense weights": dense}
 
     steps = _steps(config, recipe, wanted, itemsize)
     if searches(recipe):
@@ -137,7 +141,6 @@ def estimate_convert(
         lower = ("calibration.batch", "calibration.pyramids") if by_batch else ("calibration.pyramids",)
         return MemoryEstimate("convert", name, {**common, **parts}, lower)
 
-    read = 0 if held else sparse
     if recipe.data.images is not None:
         maps = 6 * 4 * calibration.batch * tokenizer.ch * tokenizer.image_size**2
         sampling = {"feature maps of the tokenizer": maps}
@@ -145,22 +148,21 @@ def estimate_convert(
         batch = min(calibration.batch, calibration.pyramids)
         drawing = min(itemsize, DTYPES[recipe.dtype].itemsize)
         sampling = {
-            "dense weights that are read": read if drawing == itemsize else min(read, block_weights),
-            "weights in half precision": 0 if drawing == itemsize else sparse * drawing // itemsize,
+            "weights in half precision": 0 if drawing == itemsize else dense * drawing // itemsize,
             **sampling_memory(config, tokenizer, batch, drawing, device),
         }
     converting = {
         "sparse weights": sparse,
-        "dense weights that are read": min(read, block_weights),
+        "dense weights": dense if keep else one_block,
         **_records(config, wanted, calibration.pyramids, itemsize),
         "one block at work": max(steps.values()),
     }
     phases = [phase("sampling", sampling), phase("converting", converting)]
     if recipe.experts.compensation == "sequential":
-        walked = {"sparse weights": sparse, "dense weights that are read": min(read, block_weights)}
-        phases.append(phase("refitting", {**walked, **_refitting(config, recipe, len(plans), itemsize)}))
+        refitting = {"sparse weights": sparse, **_refitting(config, recipe, len(plans), itemsize)}
+        phases.append(phase("refitting", refitting))
     if searches(recipe):
-        phases.append(phase("searching", {"dense weights that are read": read, **_searching(config, recipe, itemsize)}))
+        phases.append(phase("searching", _searching(config, recipe, itemsize)))
     return fullest(*phases)
 
 

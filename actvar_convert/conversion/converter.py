@@ -1,7 +1,7 @@
 """The conversion: a dense model in, a sparse one out that generates at once, no training needed.
 
-Block by block: the result gets memory for a block when that block is converted, and the pages of a mapped source file
-are handed back when it is done, so the peak is about one copy of the weights and the calibration states.
+Block by block: the result gets memory for a block when that block is converted. If the dense model is not needed any
+more it gives up the memory of the block then, so the peak is about one copy of the weights and the calibration states.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from actvar_convert.models.model import Model
 from actvar_convert.models.split import ffn_of
 from actvar_convert.plan import Plans
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.system.device import release_pages
+from actvar_convert.system.device import trim_memory
 from actvar_convert.system.processes import Processes
 
 TOKENS_PER_SCALE = 2048
@@ -39,12 +39,15 @@ def convert_model(
     recipe: Recipe,
     calibration: Calibration,
     *,
+    keep: bool = True,
     on_block: Callable[[], None] = lambda: None,
 ) -> Model:
     """Splits FFNs into experts, starts routers, gates and reconstructions, block by block.
 
     Args:
         dense: the model to convert; left as it is, no tensor of the result shares memory with it but the tokenizer's.
+        keep: False: its tensors go to the result where they can, and it is of no use afterwards; unless blocks are
+            refitted, which needs both models.
         planned: what the result can execute, and the partitions that a search made.
         recipe: the settings of the method.
         calibration: pyramids.
@@ -52,7 +55,8 @@ def convert_model(
     """
     plans = Plans(planned.plans, planned.default)
     backbone = empty_backbone(dense.config, plans)
-    _fill(backbone, dense.transformer.state_dict(), dense.transformer.head.weight, but=("blocks.",))
+    keep = keep or recipe.experts.compensation == "sequential"
+    _fill(backbone, dense.transformer.state_dict(), dense.transformer.head.weight, but=("blocks.",), copy=keep)
     records = record_blocks(
         dense,
         calibration,
@@ -62,9 +66,11 @@ def convert_model(
     )
     for block, record in records:
         partition = planned.partitions[record.index] if planned.partitions is not None else None
-        _convert_block(block, backbone.blocks[record.index], record, recipe, partition)
+        _convert_block(block, backbone.blocks[record.index], record, recipe, partition, copy=keep)
         del record
-        release_pages(block.state_dict().values())
+        if not keep:
+            block.to("meta")
+        trim_memory()
         on_block()
     backbone.requires_grad_(False)
     sparse = Model(backbone, dense.tokenizer, dense.sampling, plans).train(dense.training)
@@ -79,19 +85,22 @@ def conversion_steps(config: Config, recipe: Recipe) -> int:
     return depth * (2 if recipe.experts.compensation == "sequential" else 1)
 
 
-def _fill(module: nn.Module, given: Mapping[str, Tensor], like: Tensor, but: tuple[str, ...] = ()) -> None:
+def _fill(
+    module: nn.Module, given: Mapping[str, Tensor], like: Tensor, but: tuple[str, ...] = (), copy: bool = True
+) -> None:
     """Gives the tensors of a module the values of those that have their name, else zeros.
 
     Args:
         module: its weights have no memory yet.
-        given: values by name; copied.
+        given: values by name.
         like: a tensor of the device and floating-point dtype that the others get.
         but: beginnings of names that are left as they are.
+        copy: the values, else they are shared.
     """
     state = {}
     for name, empty in module.state_dict().items():
         if name in given and not name.startswith(but):
-            state[name] = given[name].clone()
+            state[name] = given[name].clone() if copy else given[name]
         elif not name.startswith(but):
             dtype = like.dtype if empty.is_floating_point() else empty.dtype
             state[name] = torch.zeros(empty.shape, dtype=dtype, device=like.device)
@@ -111,7 +120,7 @@ def wanted_of(block: nn.Module) -> Wanted:
 
 
 def _convert_block(
-    block: Any, sparse: nn.Module, record: BlockRecord, recipe: Recipe, partition: Partition | None
+    block: Any, sparse: nn.Module, record: BlockRecord, recipe: Recipe, partition: Partition | None, *, copy: bool
 ) -> None:
     ffn: ExpertFFN = ffn_of(sparse)
     plans, partial, like = list(ffn.plans), _partial_scales(ffn), block.ffn.fc1.weight
@@ -120,7 +129,7 @@ def _convert_block(
         shared = min(plan.blocks[ffn.index].prefix[s] for plan in plans for s in partial)
         inputs = torch.cat([record.ffn_input[s] for s in partial])
         partition = partition_neurons(block.ffn, inputs, recipe.experts, shared, recipe.seed)
-    _fill(inner(sparse), block.state_dict(), like, but=("ffn.fc1.", "ffn.fc2.", "ffn.permutation"))
+    _fill(inner(sparse), block.state_dict(), like, but=("ffn.fc1.", "ffn.fc2.", "ffn.permutation"), copy=copy)
     if isinstance(sparse, GatedBlock):
         _fill(sparse.gate, {}, like)
         _fill(sparse.reconstruction, {}, like)

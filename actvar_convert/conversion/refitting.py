@@ -37,7 +37,7 @@ from actvar_convert.models.base import Call, Residual, inner, walk
 from actvar_convert.models.experts import ExpertFFN
 from actvar_convert.models.gate import GatedBlock
 from actvar_convert.models.model import Model
-from actvar_convert.system.device import release_pages
+from actvar_convert.system.device import trim_memory
 
 RIDGE = 0.1
 """Strength of the pull towards the dense weights, in units of the mean square of an input."""
@@ -259,7 +259,7 @@ def refit_in_order(
             start_gate(own, states.record(index))
             states.fit(own, sublayers - 1, ridge)
         states.advance(own)
-        release_pages(block.state_dict().values())
+        trim_memory()
         on_block()
     if differs:
         states.fit_head(dense, sparse, ridge)

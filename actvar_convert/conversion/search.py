@@ -35,7 +35,7 @@ from actvar_convert.models.base import Config
 from actvar_convert.models.model import Model
 from actvar_convert.plan import SparsityPlan, kept_tokens
 from actvar_convert.recipe.schema import Recipe
-from actvar_convert.system.device import autocast_dtype, release_pages
+from actvar_convert.system.device import autocast_dtype, trim_memory
 from actvar_convert.system.processes import ALONE, Processes
 
 TOKENS_PER_SCALE = 512
@@ -126,7 +126,7 @@ def measure_metrics(
     """What errors in every block cost the predictions, on the pyramids that the search looks at; see ``Measuring``."""
     how = Measuring(recipe.seed, autocast_dtype(recipe.dtype), state, processes, on_step)
     metrics = output_metrics(model, calibration.first(recipe.budget.pyramids), how)
-    release_pages(model.transformer.state_dict().values())
+    trim_memory()
     return metrics
 
 
@@ -164,7 +164,7 @@ def measure_sensitivity(
         skipping = gate_damage(block, record, own.block, recipe.gate.rank, keeps=gates(record.index), schedule=schedule)
         found.append(BlockSensitivity(partition, damage, skipping))
         del record
-        release_pages(block.state_dict().values())
+        trim_memory()
         on_step(1)
     return found
 

@@ -82,7 +82,7 @@ def load_bundled(bundle: str | Path) -> Model:
     folder, config = bundled_folder(bundle), bundled_config(bundle)
     transformer, tokenizer = TransformerConfig(**config["transformer"]), TokenizerConfig(**config["tokenizer"])
     known = Shape(heads=transformer.heads, sides=transformer.sides, residual_ratio=tokenizer.residual_ratio)
-    dense = read_dense(folder, None)._replace(hints={"norm_eps": transformer.norm_eps})
+    dense = read_dense(folder, None)._replace(hints={"norm_eps": transformer.norm_eps}, notes=[])
     model = build_dense(dense, known, sampling=Sampling(**config["sampling"]))
     if (model.config, model.tokenizer.config) != (transformer, tokenizer):
         raise CheckpointError(f"the weights in {folder} are not those that its config.json describes. Install again.")

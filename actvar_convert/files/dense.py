@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,16 +13,19 @@ from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError, counted, explain_os_errors
 from actvar_convert.files import infinity
+from actvar_convert.files.contents import Contents, steadily
 from actvar_convert.files.layout import (
     Parts,
     agreement_problems,
-    chosen_ratio,
+    assumed_of_tokenizer,
+    assumed_of_transformer,
     infer_tokenizer,
     infer_transformer,
     missing_blocks,
     published_sampling,
     split_parts,
     strip_wrappers,
+    told_of_tokenizer,
 )
 from actvar_convert.files.skeleton import (
     assign,
@@ -30,12 +33,20 @@ from actvar_convert.files.skeleton import (
     compare,
     empty_backbone,
     empty_tokenizer,
-    nonfinite_problems,
+    read_values,
 )
 from actvar_convert.files.sparse_folder import is_sparse_folder
-from actvar_convert.files.tensors import INDEX_SUFFIX, read_json, read_tensors, require_exists, weight_file
+from actvar_convert.files.tensors import (
+    INDEX_SUFFIX,
+    open_tensors,
+    read_json,
+    require_exists,
+    several_weights,
+    weight_files,
+)
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.model import Model
+from actvar_convert.models.var.config import MAX_TOKENS
 from actvar_convert.recipe.shape import Shape, ShapeLike, shape_of
 
 AS_VAE = "with --vae (vae=, or vae in a recipe: --set vae=FILE)"
@@ -68,10 +79,11 @@ DTypeChoice = torch.dtype | Literal["keep"] | None
 
 
 class DenseFiles(NamedTuple):
-    """The tensors of a dense model, found and named but not yet checked.
+    """The tensors of a dense model, found and named but neither checked nor read.
 
     Attributes:
-        transformer, tokenizer: tensors by their reference names; None if there is none.
+        transformer, tokenizer: meta tensors by their reference names; None if there is none. ``lvl_1L`` has values.
+        contents: reads the values of both.
         path, vae: the files or indices of shards that they come from; vae None if there is no tokenizer.
         hints: the config.json of the folder, or beside the file that is the folder's model; empty without one.
         rest: names that belong to neither part.
@@ -81,6 +93,7 @@ class DenseFiles(NamedTuple):
 
     transformer: dict[str, Tensor] | None
     tokenizer: dict[str, Tensor] | None
+    contents: Contents
     path: Path
     vae: Path | None
     hints: Mapping[str, Any]
@@ -98,8 +111,8 @@ def load_dense(
 ) -> Model:
     """A dense VAR from files; its shape is inferred from names and shapes of the tensors.
 
-    Nothing in the files is executed. Weights stay in the mapped files until they are used if no conversion is
-    needed, so peak memory is that of the model itself.
+    Nothing in the files is executed. One tensor after another is read, into memory of its own, and converted; what is
+    not the model's is not read. The files may be written to afterwards; a model is what they were at one moment.
 
     Args:
         source: file (.pth, .safetensors, an index of shards) or folder of the transformer.
@@ -113,9 +126,12 @@ def load_dense(
         InputError: a path that cannot be read.
         CheckpointError: the files are not a VAR, are damaged, or do not fit each other; all problems at once.
     """
-    files = read_dense(Path(source), None if vae is None else Path(vae))
     known = shape_of(shape)
-    model = build_dense(files, known, dtype)
+
+    def read() -> Model:
+        return build_dense(read_dense(Path(source), None if vae is None else Path(vae), known.weights), known, dtype)
+
+    model = steadily(read)
     if known.given:
         model.origin["shape"] = known.text
     return model
@@ -146,21 +162,28 @@ def build_dense(files: DenseFiles, known: Shape, dtype: DTypeChoice = None, samp
     shaped = _shapes(files, known)
     tokenizer_path = files.vae or path
     transformer, tokenizer = empty_backbone(shaped.transformer), empty_tokenizer(shaped.tokenizer)
-    problems = [
-        *_problems(path, transformer, shaped.weights),
-        *_problems(tokenizer_path, tokenizer, shaped.vae_weights),
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path} cannot be loaded as {words.a} {words.model}; get it from its source again:", problems
-        )
     keep = dtype == "keep"
     wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
-    assign(transformer, shaped.weights, common_dtype(shaped.weights.values()) if keep else wanted)
-    assign(tokenizer, shaped.vae_weights, common_dtype(shaped.vae_weights.values()) if keep else torch.float32)
+    wrong = []
+    for file, module, tensors, usual in (
+        (path, transformer, shaped.weights, wanted),
+        (tokenizer_path, tokenizer, shaped.vae_weights, torch.float32),
+    ):
+        of = common_dtype(tensors.values()) if keep else usual
+        found = compare(module, tensors).problems()
+        if not found:  # structure first; values only of tensors whose structure is right
+            values, found = read_values(files.contents, tensors, of)
+            assign(module, values, of)
+        wrong += [f"{file.name}: {problem}" for problem in found]
+    if wrong:
+        raise CheckpointError(
+            f"{path} cannot be loaded as {words.a} {words.model}; get it from its source again:", wrong
+        )
     model = Model(transformer, tokenizer, sampling or shaped.sampling)
     model.eval()
     model.origin = {"path": str(path.absolute()), "vae": str(tokenizer_path.absolute())}
+    model.moments = {str(file.absolute()): stamp for file, stamp in files.contents.stamps.items()}
+    model.notes = [*files.notes, *shaped.notes]
     return model
 
 
@@ -234,8 +257,8 @@ def _shapes(files: DenseFiles, known: Shape) -> Shaped:
                 f'{{"depth": {own.depth}}}.'
             )
     with problems_of(tokenizer_path):
-        shape = infer_tokenizer(files.tokenizer)
-        tokenizer = shape.config(own.sides, chosen_ratio(known, files.hints))
+        shape, told = infer_tokenizer(files.tokenizer), told_of_tokenizer(known, files.hints)
+        tokenizer = shape.config(own.sides, told)
     disagreements = agreement_problems(own, shape)
     if disagreements:
         raise CheckpointError(
@@ -243,20 +266,33 @@ def _shapes(files: DenseFiles, known: Shape) -> Shaped:
             "the transformer was trained with:",
             disagreements,
         )
-    return Shaped(own, tokenizer, files.transformer, files.tokenizer, published_sampling(own), [])
+    notes = [
+        *assumed_of_transformer(own, files.transformer, known, files.hints),
+        *assumed_of_tokenizer(tokenizer, told, own),
+    ]
+    return Shaped(own, tokenizer, files.transformer, files.tokenizer, published_sampling(own), notes)
 
 
-def read_dense(source: Path, vae: Path | None) -> DenseFiles:
-    """Finds and maps the tensors of a dense model without looking at values.
+def read_dense(source: Path, vae: Path | None, weights: str | None = None) -> DenseFiles:
+    """Finds the tensors of a dense model without reading values.
+
+    Args:
+        weights: see ``split_parts``; of a tokenizer's own file too, if something there has the name.
 
     Raises:
         InputError, CheckpointError: see load_dense.
     """
     path, vae_path, hints = locate(source, vae)
-    parts = _read_parts(path)
-    tokenizer, notes = parts.tokenizer, list(parts.notes)
+    contents = open_tensors(path)
+    parts = _parts_of(path, contents.tensors, weights)
+    tokenizer, notes = parts.tokenizer, [*contents.notes, *parts.notes]
     if parts.transformer is not None and vae_path is not None and (vae is not None or tokenizer is None):
-        separate, words = _read_parts(vae_path), _WORDS[parts.family]
+        beside, words = open_tensors(vae_path), _WORDS[parts.family]
+        contents.include(beside)
+        separate = _parts_of(vae_path, beside.tensors)
+        if weights is not None and separate.notes:
+            with suppress(InputError):
+                separate = _parts_of(vae_path, beside.tensors, weights)
         if separate.tokenizer is None or separate.family != parts.family:
             other = _WORDS[separate.family]
             what = (
@@ -270,31 +306,37 @@ def read_dense(source: Path, vae: Path | None) -> DenseFiles:
                 f"{vae_path} has no {words.model} tokenizer in it: {what}. Give the {words.tokenizer} file {AS_VAE}."
             )
         tokenizer = separate.tokenizer
-        notes += separate.notes
+        notes += [*beside.notes, *(f"{vae_path.name}: {note}" for note in separate.notes)]
         if vae is None:
             notes.append(f"the tokenizer was taken from {vae_path}")
     elif tokenizer is not None:  # in the same file
         vae_path = path
-    return DenseFiles(parts.transformer, tokenizer, path, vae_path, hints, parts.rest, notes, parts.family)
+    transformer = parts.transformer
+    level = None if transformer is None else transformer.get("lvl_1L")
+    if transformer is not None and level is not None and level.numel() <= MAX_TOKENS:
+        transformer |= contents.read({"lvl_1L": level})
+    return DenseFiles(transformer, tokenizer, contents, path, vae_path, hints, parts.rest, notes, parts.family)
 
 
-def _read_parts(path: Path) -> Parts:
+def _parts_of(path: Path, tensors: Mapping[str, Tensor], weights: str | None = None) -> Parts:
+    """The parts of a checkpoint of whatever family; ``weights`` as for ``split_parts``."""
     with problems_of(path):
-        tensors = read_tensors(path)
-        var, other = split_parts(tensors), split_parts(tensors, infinity.NAMES)
-    text = other.transformer is not None or (var.transformer is None and var.tokenizer is None)
-    return other if text and (other.transformer is not None or other.tokenizer is not None) else var
+        var, other = split_parts(tensors), split_parts(tensors, names=infinity.NAMES)
+        text = other.transformer is not None or (var.transformer is None and var.tokenizer is None)
+        if text and (other.transformer is not None or other.tokenizer is not None):
+            return other if weights is None else split_parts(tensors, weights, infinity.NAMES)
+        return var if weights is None else split_parts(tensors, weights)
 
 
 @contextmanager
 def problems_of(path: Path) -> Iterator[None]:
-    """Puts the path in front of the message of a CheckpointError that does not name it."""
+    """Puts the path in front of the message of an InputError that does not name it."""
     try:
         yield
-    except CheckpointError as error:
+    except InputError as error:
         if str(path) in error.message:
             raise
-        raise CheckpointError(f"{path}: {error.message}", error.problems) from error
+        raise type(error)(f"{path}: {error.message}", error.problems) from error
 
 
 def guess_model(names: Iterable[str]) -> str | None:
@@ -360,19 +402,27 @@ def _hints(folder: Path) -> Mapping[str, Any]:
 
 
 def _hints_beside(source: Path) -> Mapping[str, Any]:
-    """The hints of the folder of a file, if giving the folder would mean this file."""
+    """The hints of the folder of a file, if giving the folder would mean this file, or this or another of its name."""
     folder = source.absolute().parent
     try:
-        return _hints(folder) if _in_folder(folder, _MODEL).name == source.name else {}
+        named = _named_files(folder, _MODEL)
+        meant = [file.name for file in named] or [_in_folder(folder, _MODEL).name]
     except InputError:
         return {}
+    return _hints(folder) if source.name in meant else {}
+
+
+def _named_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
+    """The files of the first stem that a folder has any of."""
+    return next((files for stem in stems if (files := weight_files(folder, stem))), [])
 
 
 def _in_folder(folder: Path, stems: tuple[str, ...]) -> Path:
-    for stem in stems:
-        found = weight_file(folder, stem)
-        if found is not None:
-            return found
+    named = _named_files(folder, stems)
+    if len(named) > 1:
+        raise several_weights(folder, named)
+    if named:
+        return named[0]
     files = _weight_files(folder)
     if not files:
         inside = sorted(entry.name for entry in folder.iterdir())
@@ -389,19 +439,11 @@ def _in_folder(folder: Path, stems: tuple[str, ...]) -> Path:
 
 def _beside(folder: Path, source: Path | None = None) -> Path | None:
     """The tokenizer in a folder: the only file called ``vae*``."""
-    found = weight_file(folder, "vae")
-    if found is None:
-        named = [file for file in _weight_files(folder) if file.name.startswith("vae")]
-        found = named[0] if len(named) == 1 else None
+    named = weight_files(folder, "vae") or [file for file in _weight_files(folder) if file.name.startswith("vae")]
+    found = named[0] if len(named) == 1 else None
     return None if source is not None and found == source.absolute() else found
 
 
 def _weight_files(folder: Path) -> list[Path]:
     with explain_os_errors("read", folder):
         return sorted(file for file in folder.iterdir() if file.name.endswith(_WEIGHT_SUFFIXES) and file.is_file())
-
-
-def _problems(path: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Structure first; values only of tensors whose structure is right."""
-    found = compare(module, tensors).problems() or nonfinite_problems(tensors)
-    return [f"{path.name}: {problem}" for problem in found]

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 
 from actvar_convert.errors import counted
 from actvar_convert.files import infinity
+from actvar_convert.files.contents import Contents, steadily
 from actvar_convert.files.dense import DenseFiles, problems_of, read_dense, what_instead
 from actvar_convert.files.layout import (
     OPTIONAL_SUFFIXES,
     TokenizerShape,
+    Told,
     agreement_problems,
-    chosen_ratio,
+    assumed_of_tokenizer,
     infer_incomplete,
     infer_tokenizer,
     missing_blocks,
     official_depth,
+    told_of_tokenizer,
 )
 from actvar_convert.files.skeleton import (
     FLOATS,
@@ -36,7 +39,7 @@ from actvar_convert.files.sparse_folder import (
     SparseConfig,
     checked_config,
     is_sparse_folder,
-    read_sparse_weights,
+    open_sparse_weights,
     sparse_skeleton,
 )
 from actvar_convert.files.tensors import require_exists, sniff
@@ -118,14 +121,18 @@ def inspect_file(
     require_exists(path)
     known = shape_of(shape)
     if is_sparse_folder(path):
-        return _inspect_sparse(path, values)
+        return steadily(lambda: _inspect_sparse(path, values))
     if path.is_file() and not path.name.endswith(".json"):
         sniffed = sniff(path)
         if sniffed.format == "other":
             return Inspection(
                 path=str(path), kind="other", line=f"Not weights: {sniffed.what}. {sniffed.remedy}", guess=sniffed.what
             )
-    files = read_dense(path, None if vae is None else Path(vae))
+    return steadily(lambda: _inspect_dense(path, None if vae is None else Path(vae), known, values))
+
+
+def _inspect_dense(path: Path, vae: Path | None, known: Shape, values: bool) -> Inspection:
+    files = read_dense(path, vae, known.weights)
     with problems_of(path):
         if files.family == "infinity" and (files.transformer is not None or files.tokenizer is not None):
             return _inspect_infinity(path, files, known, values)
@@ -137,16 +144,23 @@ def inspect_file(
     return Inspection(path=str(path), kind="other", line=f"Not a VAR: {what}.", guess=what, notes=tuple(files.notes))
 
 
-def _findings(values: bool, *parts: tuple[str, nn.Module, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """What is wrong with the tensors of (prefix of names, module, tensors), as fields of an Inspection."""
+def _findings(read_by: Contents | None, *parts: tuple[str, nn.Module, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """What is wrong with the tensors of (prefix of names, module, tensors), as fields of an Inspection.
+
+    Values are looked at, one tensor after another, if something is given that reads them.
+    """
     found = [(prefix, compare(module, tensors)) for prefix, module, tensors in parts]
-    weights = ({name: t for name, t in tensors.items() if t.dtype in FLOATS} for _, _, tensors in parts)
+    nonfinite = None
+    if read_by is not None:
+        weights = [{name: t for name, t in tensors.items() if t.dtype in FLOATS} for _, _, tensors in parts]
+        each = (count_nonfinite({name: value}) for part in weights for name, value in read_by.each(part))
+        nonfinite = sum(sum(counts.values()) for counts in each)
     return {
         **{
             field: tuple(prefix + line for prefix, comparison in found for line in getattr(comparison, field))
             for field in Comparison._fields
         },
-        "nonfinite": sum(sum(count_nonfinite(part).values()) for part in weights) if values else None,
+        "nonfinite": nonfinite,
     }
 
 
@@ -168,8 +182,9 @@ def _inspect_transformer(path: Path, files: DenseFiles, known: Shape, values: bo
         notes.append(f"width {config.width} is that of VAR-d{published}; this one has {config.depth} blocks")
     tokenizer, disagreements = None, []
     if files.tokenizer is not None:
-        shape = infer_tokenizer(files.tokenizer)
-        tokenizer = shape.config(config.sides, chosen_ratio(known, files.hints))
+        shape, told = infer_tokenizer(files.tokenizer), told_of_tokenizer(known, files.hints)
+        tokenizer = shape.config(config.sides, told)
+        notes += assumed_of_tokenizer(tokenizer, told, config)
         parts.append(("tokenizer.", empty_tokenizer(tokenizer), files.tokenizer))
         disagreements = agreement_problems(config, shape)
         notes.append(describe_tokenizer(shape, _parameters(files.tokenizer), common_dtype(files.tokenizer.values())))
@@ -184,7 +199,7 @@ def _inspect_transformer(path: Path, files: DenseFiles, known: Shape, values: bo
         dtype=dtype_name(dtype),
         disagreements=tuple(disagreements),
         notes=tuple(notes),
-        **_findings(values, *parts),
+        **_findings(files.contents if values else None, *parts),
     )
 
 
@@ -221,7 +236,7 @@ def _inspect_infinity(path: Path, files: DenseFiles, known: Shape, values: bool)
         dtype=dtype_name(dtype),
         disagreements=tuple(disagreements),
         notes=tuple(notes),
-        **_findings(values, *parts),
+        **_findings(files.contents if values else None, *parts),
     )
 
 
@@ -236,18 +251,18 @@ def _inspect_tokenizer(path: Path, files: DenseFiles, values: bool) -> Inspectio
         parameters=parameters,
         dtype=dtype_name(dtype),
         notes=("the pyramid is not in this file; it comes with the transformer", *files.notes),
-        **_findings(values, ("", empty_tokenizer(_any_pyramid(shape)), files.tokenizer)),
+        **_findings(files.contents if values else None, ("", empty_tokenizer(_any_pyramid(shape)), files.tokenizer)),
     )
 
 
 def _any_pyramid(shape: TokenizerShape) -> TokenizerConfig:
     """A configuration whose tensors have the right shapes, whatever the sides are."""
-    return shape.config(range(1, (shape.scales or 1) + 1), None)
+    return shape.config(range(1, (shape.scales or 1) + 1), Told())
 
 
 def _inspect_sparse(folder: Path, values: bool) -> Inspection:
     config = checked_config(folder)
-    weights, vae_weights = read_sparse_weights(folder)
+    contents, weights, vae_weights = open_sparse_weights(folder)
     transformer, tokenizer, _ = sparse_skeleton(config)
     parameters, dtype = _parameters(weights), common_dtype(weights.values())
     plans = {name: _active_share(cast(Config, config.transformer), plan) for name, plan in config.plans.items()}
@@ -264,7 +279,7 @@ def _inspect_sparse(folder: Path, values: bool) -> Inspection:
         default_plan=config.default_plan,
         provenance=config.provenance.model_dump(exclude_none=True),
         notes=(f"tokenizer: {count_text(_parameters(vae_weights))} parameters",),
-        **_findings(values, ("", transformer, weights), ("tokenizer.", tokenizer, vae_weights)),
+        **_findings(contents if values else None, ("", transformer, weights), ("tokenizer.", tokenizer, vae_weights)),
     )
 
 

@@ -38,6 +38,12 @@ OPTIONAL_SUFFIXES = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_voca
 DERIVED_SUFFIXES = ("attn_bias_for_masking", "lvl_1L")
 """Buffers that are always made from the configuration."""
 
+_BOOKKEEPING = re.compile(
+    r"(?:^|\.)(?:n_averaged|num_updates|decay|initted|step|global_step|epoch|iteration|num_batches_tracked"
+    r"|total_ops|total_params)$|(?:^|[._])cached?(?:[._]|$)"
+)
+"""Names of what averaging, training loops and profilers leave beside weights, and of caches; no model needs them."""
+
 _TRANSFORMER = re.compile(
     r"^(?P<prefix>(?:.*\.)?)(?P<name>word_embed\.weight|class_emb\.weight|pos_start|pos_1LC|lvl_embed\.weight"
     r"|blocks\.0\.attn\.mat_qkv\.weight|blocks\.0\.ffn\.fc1\.weight|head_nm\.ada_lin\.1\.weight)$"
@@ -88,11 +94,18 @@ def strip_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def split_parts(tensors: Mapping[str, Tensor], names: Names = VAR_NAMES) -> Parts:
+def split_parts(tensors: Mapping[str, Tensor], weights: str | None = None, names: Names = VAR_NAMES) -> Parts:
     """Finds the transformer and the tokenizer among the tensors of a checkpoint, at any depth of nesting.
+
+    Args:
+        tensors: by name; meta tensors will do.
+        weights: which transformer if there are several, and which tokenizer: the prefix of its names, or a part of it
+            ("ema"). Whatever has just one kind of this name is meant.
+        names: of the family that is looked for.
 
     Raises:
         CheckpointError: two tensors have the same name once wrappers are removed.
+        InputError: no weights, or several, have the name that is given.
     """
     clean: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -101,11 +114,24 @@ def split_parts(tensors: Mapping[str, Tensor], names: Names = VAR_NAMES) -> Part
             raise CheckpointError(f"the checkpoint has two tensors for {short}. Save the model's state_dict alone.")
         clean[short] = tensor
     notes: list[str] = []
-    prefixes = {
-        "transformer": _choose(_prefixes(names.transformer, clean), "transformers", notes),
-        "tokenizer": _choose(_prefixes(names.tokenizer, clean), "tokenizers", notes),
-    }
-    owners = sorted({prefix for prefix in prefixes.values() if prefix is not None}, key=len, reverse=True)
+    found = {"transformer": _prefixes(names.transformer, clean), "tokenizer": _prefixes(names.tokenizer, clean)}
+    prefixes = {kind: _choose(there, f"{kind}s", notes) for kind, there in found.items()}
+    if weights is not None:
+        chosen = {kind: _named(there, weights) for kind, there in found.items()}
+        asked = "transformer" if found["transformer"] else "tokenizer"
+        if len(chosen[asked]) != 1:
+            there = ", ".join(map(_shown, chosen[asked] or found[asked])) or "none"
+            how_many = "several" if chosen[asked] else "no"
+            raise InputError(
+                f"there are {how_many} weights called {weights!r}; give one of these with --weights: {there}."
+            )
+        notes.clear()
+        for kind, matching in chosen.items():
+            if len(matching) == 1:
+                prefixes[kind] = matching[0]
+            else:
+                _choose(found[kind], f"{kind}s", notes)
+    owners = sorted({prefix for there in found.values() for prefix in there}, key=len, reverse=True)
     owned: dict[str, dict[str, Tensor]] = {owner: {} for owner in owners}
     rest = []
     for name, tensor in clean.items():
@@ -119,7 +145,28 @@ def split_parts(tensors: Mapping[str, Tensor], names: Names = VAR_NAMES) -> Part
     if transformer is not None and transformer is tokenizer:  # both at the top of one dictionary
         tokenizer = {n: t for n, t in transformer.items() if re.match(r"(encoder|decoder|quant|post_quant)", n)}
         transformer = {n: t for n, t in transformer.items() if n not in tokenizer}
+    extra = [name for part in (transformer, tokenizer) for name in part or {} if _BOOKKEEPING.search(name)]
+    if extra:
+        notes.append(f"left out, since no model needs it: {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''}")
+    for part in (transformer, tokenizer):
+        for name in extra:
+            if part is not None:
+                part.pop(name, None)
     return Parts(transformer, None if tokenizer is None else _unify_phis(tokenizer), rest, notes, names.family)
+
+
+def _shown(prefix: str) -> str:
+    """A prefix as people give it; what is at the top of a file is called "."."""
+    return prefix.rstrip(".") or "."
+
+
+def _named(prefixes: list[str], name: str) -> list[str]:
+    """The prefixes that a name means: the one that it is, else those with it as a part, else as a word of a part."""
+    wanted = name.strip(".").lower()
+    whole = [prefix for prefix in prefixes if prefix.strip(".").lower() == wanted]
+    parts = [prefix for prefix in prefixes if wanted in prefix.lower().split(".")]
+    words = [prefix for prefix in prefixes if wanted in re.split(r"[._]", prefix.lower())]
+    return whole or (parts or words if wanted else [])
 
 
 def _prefixes(pattern: re.Pattern[str], names: Iterable[str]) -> list[str]:
@@ -129,17 +176,20 @@ def _prefixes(pattern: re.Pattern[str], names: Iterable[str]) -> list[str]:
         match = pattern.match(name)
         if match:
             hits[match["prefix"]] = hits.get(match["prefix"], 0) + 1
-    return [prefix for prefix, count in hits.items() if count >= _ENOUGH]
+    return sorted(prefix for prefix, count in hits.items() if count >= _ENOUGH)
 
 
 def _choose(prefixes: list[str], what: str, notes: list[str]) -> str | None:
     """The model that was trained, not an average of it: the shortest prefix without "ema"."""
     if not prefixes:
         return None
-    ordered = sorted(prefixes, key=lambda prefix: ("ema" in prefix, len(prefix), prefix))
+    ordered = sorted(prefixes, key=lambda prefix: ("ema" in prefix.lower(), len(prefix), prefix))
     if len(ordered) > 1:
-        others = ", ".join(repr(prefix) for prefix in ordered[1:])
-        notes.append(f"of {len(ordered)} {what} in the file, {ordered[0]!r} was taken (the others: {others})")
+        others = ", ".join(map(_shown, ordered[1:]))
+        notes.append(
+            f"of {len(ordered)} {what} in the file {_shown(ordered[0])!r} was taken; --weights (in a recipe "
+            f"shape.weights) chooses another: {others}"
+        )
     return ordered[0]
 
 
@@ -177,10 +227,19 @@ GIVE_SIDES = (
 )
 
 
+class Told(NamedTuple):
+    """What no tensor of a tokenizer tells; None: nobody said."""
+
+    residual_ratio: float | None = None
+    using_znorm: bool | None = None
+
+
 class TokenizerShape(NamedTuple):
     """What the tensors of a VQVAE tell; the pyramid is known to its transformer alone.
 
     Attributes:
+        phis: phi convolutions; 0: none, the reference's ``quant_resi=0``.
+        quant_kernel: of the convolutions around the code, the reference's ``quant_conv_ks``.
         scales: number of scales; None if the file does not say.
     """
 
@@ -190,6 +249,7 @@ class TokenizerShape(NamedTuple):
     vocab: int
     z_channels: int
     phis: int
+    quant_kernel: int
     scales: int | None
 
     @property
@@ -197,13 +257,18 @@ class TokenizerShape(NamedTuple):
         """Pixels per side of a token of the finest scale."""
         return int(2 ** (len(self.ch_mult) - 1))
 
-    def config(self, sides: Sequence[int], residual_ratio: float | None) -> TokenizerConfig:
+    def config(self, sides: Sequence[int], told: Told) -> TokenizerConfig:
         """The configuration with the pyramid of a transformer.
 
         Raises:
-            CheckpointError: the values do not make a tokenizer.
+            CheckpointError: the values do not make a tokenizer, or contradict what was told.
         """
-        ratio = DEFAULT_RESIDUAL_RATIO if residual_ratio is None else residual_ratio
+        if told.residual_ratio and not self.phis:
+            raise CheckpointError(
+                f"the tokenizer has no phi convolutions (quantize.quant_resi), and their share, residual_ratio, was "
+                f"given as {told.residual_ratio}. Get the file from its source again, or leave residual_ratio out."
+            )
+        usual = DEFAULT_RESIDUAL_RATIO if self.phis else 0.0
         try:
             return TokenizerConfig(
                 ch=self.ch,
@@ -212,8 +277,10 @@ class TokenizerShape(NamedTuple):
                 vocab=self.vocab,
                 z_channels=self.z_channels,
                 sides=tuple(sides),
-                residual_ratio=ratio,
+                residual_ratio=usual if told.residual_ratio is None else told.residual_ratio,
                 phis=self.phis,
+                quant_kernel=self.quant_kernel,
+                using_znorm=bool(told.using_znorm),
             )
         except ValidationError as error:
             raise CheckpointError("the tokenizer's shapes contradict each other:", messages(error)) from error
@@ -285,11 +352,35 @@ def infer_incomplete(
         tensors = {**tensors, "class_emb.weight": torch.empty(_USUAL_CLASSES + 1, device="meta")}
         notes.append(f"class_emb.weight is missing, and nothing else tells the classes; {_USUAL_CLASSES} is a guess")
     config = infer_transformer(tensors, given, hints)
-    if "lvl_1L" not in tensors and given.sides is None:
+    return config, notes + assumed_of_transformer(config, tensors, given, hints)
+
+
+def assumed_of_transformer(
+    config: TransformerConfig, tensors: Mapping[str, Tensor], given: Shape, hints: Mapping[str, Any]
+) -> list[str]:
+    """What neither tensors nor anybody told of a transformer, and was assumed, a sentence each."""
+    notes = []
+    if "lvl_1L" not in tensors and given.sides is None and _hint(hints, "sides", "patch_nums")[1] is None:
         notes.append(f"the pyramid {_list(config.sides)} was inferred from its size (lvl_1L is absent)")
-    if not config.l2_attention and given.heads is None:
+    if not config.l2_attention and given.heads is None and _hint(hints, "heads", "num_heads")[1] is None:
         notes.append(f"{config.heads} heads follow the rule width / {_HEAD_DIM}; if they are others, {GIVE_HEADS}")
-    return config, notes
+    return notes
+
+
+def assumed_of_tokenizer(tokenizer: TokenizerConfig, told: Told, transformer: TransformerConfig) -> list[str]:
+    """The same of a tokenizer; of the published models everything is known."""
+    if told.residual_ratio is not None:
+        return []
+    if not tokenizer.phis:
+        return [
+            "the tokenizer has no phi convolutions, as with quant_resi=0 in the reference; if it should, get it again"
+        ]
+    if official_depth(transformer) is not None:
+        return []
+    ratio = f"{tokenizer.residual_ratio:g}"
+    return [
+        f"no tensor tells residual_ratio; {ratio}, the reference's, was taken (--shape residual_ratio=N gives another)"
+    ]
 
 
 def missing_blocks(config: TransformerConfig, hints: Mapping[str, Any]) -> tuple[int, str] | None:
@@ -299,7 +390,9 @@ def missing_blocks(config: TransformerConfig, hints: Mapping[str, Any]) -> tuple
     it does, and comes before the published model of the same width, classes, codebook and pyramid. None: nothing does.
     """
     said = hints.get("depth")
-    if type(said) is int and said <= MAX_BLOCKS:
+    if said is not None and type(said) is not int:
+        raise CheckpointError(f"config.json gives {said!r} as depth; a whole number was expected. Correct it.")
+    if said is not None and said <= MAX_BLOCKS:
         return (said, f"its config.json says {said}") if said > config.depth else None
     published = official_depth(config)
     if published is None or published <= config.depth:
@@ -316,7 +409,8 @@ def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:
     vote = Votes(tensors)
     levels = count(tensors, r"encoder\.down\.(\d+)\.", "resolutions of the encoder", 16)
     blocks = count(tensors, r"encoder\.down\.\d+\.block\.(\d+)\.", "residual blocks of the encoder", 64)
-    phis = count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "phi convolutions", 64)
+    phi = r"quantize\.quant_resi\.qresi_ls\.(\d+)\."
+    phis = count(tensors, phi, "phi convolutions", 64) if any(re.match(phi, name) for name in tensors) else 0
     ch = vote(
         "base channels", ("encoder.conv_in.bias", 0), ("encoder.conv_in.weight", 0), ("decoder.conv_out.weight", 1)
     )
@@ -337,23 +431,39 @@ def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:
         "code channels", ("quantize.embedding.weight", 1), ("quant_conv.bias", 0), ("encoder.conv_out.bias", 0),
         ("post_quant_conv.bias", 0), ("decoder.conv_in.weight", 1),
     )  # fmt: skip
+    kernel = vote("kernel of the convolutions around the code", *(
+        (f"{name}.weight", side) for name in ("quant_conv", "post_quant_conv") for side in (2, 3)
+    ))  # fmt: skip
     vote.finish()
     hits = tensors.get("quantize.ema_vocab_hit_SV")
     if any(width % ch for width in widths):
         raise CheckpointError(f"the tokenizer's channels {widths} are not multiples of its base channels {ch}.")
     multipliers = tuple(width // ch for width in widths)
-    return TokenizerShape(ch, multipliers, blocks, vocab, z_channels, phis, None if hits is None else hits.shape[0])
+    scales = None if hits is None else hits.shape[0]
+    return TokenizerShape(ch, multipliers, blocks, vocab, z_channels, phis, kernel, scales)
 
 
-def chosen_ratio(given: Shape, hints: Mapping[str, Any]) -> float | None:
-    """Share of the phi convolution: as given, or as a hub folder's config says, or None."""
-    if given.residual_ratio is not None:
-        return given.residual_ratio
-    if isinstance(hints.get("residual_ratio"), int | float):
-        return float(hints["residual_ratio"])
+def told_of_tokenizer(given: Shape, hints: Mapping[str, Any]) -> Told:
+    """What is known of a tokenizer beside its tensors: as given, else as a config.json says by our name or, among
+    ``vae_kwargs``, by the reference's.
+
+    Raises:
+        CheckpointError: the config.json gives something of another kind.
+    """
     arguments = hints.get("vae_kwargs")
-    ratio = arguments.get("quant_resi") if isinstance(arguments, Mapping) else None
-    return abs(float(ratio)) if isinstance(ratio, int | float) else None
+    reference = arguments if isinstance(arguments, Mapping) else {}
+    ratio: Any = given.residual_ratio
+    if ratio is None:
+        for name, said in (("residual_ratio", hints), ("quant_resi", reference)):
+            ratio = said.get(name) if ratio is None else ratio
+            if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
+                raise CheckpointError(f"config.json gives {ratio!r} as {name}; a number was expected. Correct it.")
+    znorm: Any = given.using_znorm
+    for said in (hints, reference):
+        znorm = said.get("using_znorm") if znorm is None else znorm
+    if znorm not in (None, True, False) or (isinstance(znorm, int) and not isinstance(znorm, bool)):
+        raise CheckpointError(f"config.json gives {znorm!r} as using_znorm; true or false was expected. Correct it.")
+    return Told(None if ratio is None else abs(float(ratio)), znorm)
 
 
 def agreement_problems(config: TransformerConfig, shape: TokenizerShape) -> list[str]:

@@ -69,7 +69,7 @@ def load_run_state(path: str | Path, fingerprint: str) -> RunState:
         CheckpointError: the file is damaged, or the state belongs to another recipe or teacher.
     """
     scalars = check_run_state(path, fingerprint)
-    return RunState({name: t.clone() for name, t in read_tensors(Path(path)).items()}, scalars, fingerprint)
+    return RunState(read_tensors(Path(path)), scalars, fingerprint)
 
 
 def check_run_state(path: str | Path, fingerprint: str) -> dict[str, Scalar]:

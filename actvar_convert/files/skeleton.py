@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from actvar_convert.files.contents import Contents
 from actvar_convert.files.layout import DERIVED_SUFFIXES, OPTIONAL_SUFFIXES
 from actvar_convert.models.families import family_of
 from actvar_convert.models.split import split, stored_name, stored_state
@@ -114,9 +115,29 @@ def count_nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return found
 
 
+def read_values(
+    contents: Contents, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Values of tensors, numbers with a fraction in a dtype; and which are not finite in the file, one line each.
+
+    One tensor after another is read and converted. Buffers that follow from the configuration are left out.
+    """
+    wanted = {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED_SUFFIXES)}
+    values: dict[str, Tensor] = {}
+    spoilt: dict[str, int] = {}
+    for name, value in contents.each(wanted):
+        spoilt |= count_nonfinite({name: value})
+        values[name] = _converted(value, dtype)
+    return values, _nonfinite_lines(spoilt)
+
+
 def nonfinite_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """One line per tensor with NaN or infinite values."""
-    return _cut([f"{name} has {count:,} NaN or infinite values" for name, count in count_nonfinite(tensors).items()])
+    return _nonfinite_lines(count_nonfinite(tensors))
+
+
+def _nonfinite_lines(found: Mapping[str, int]) -> list[str]:
+    return _cut([f"{name} has {count:,} NaN or infinite values" for name, count in found.items()])
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from actvar_convert.models.var.config import TokenizerConfig, TransformerConfig
 from actvar_convert.plan import SparsityPlan
 from actvar_convert.recipe.shape import Shape, ShapeLike, shape_of
 
+_LOG = logging.getLogger(__name__)
+
 _CACHE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -36,8 +39,7 @@ class ModelShape(NamedTuple):
         tokenizer: None if none lies with the transformer.
         plans, default_plan: of a sparse model; none of a dense one.
         line: the model in words.
-        parameters: values of the transformer's weights.
-        dtype: dtype of most of them: fp32, fp16, bf16, fp64.
+        notes: what was inferred or chosen, a sentence each.
     """
 
     transformer: Any
@@ -45,12 +47,7 @@ class ModelShape(NamedTuple):
     plans: Mapping[str, SparsityPlan]
     default_plan: str | None
     line: str
-    parameters: int
-    dtype: str
-
-    def held_bytes(self, device: str) -> int:
-        """Bytes that the weights take in memory, loaded in fp32 on this kind of device: none as pages of their file."""
-        return 0 if self.dtype == "fp32" and device == "cpu" else 4 * self.parameters
+    notes: tuple[str, ...] = ()
 
 
 def load_any(
@@ -63,6 +60,8 @@ def load_any(
     revision: str | None = None,
 ) -> Model:
     """A model from its name or path; dense and sparse models are used alike.
+
+    What was inferred or chosen is logged as a warning, which goes to stderr unless the program says otherwise.
 
     A plain name means a bundled or published model even if a file has that name; write ``./NAME`` for the file.
 
@@ -78,6 +77,25 @@ def load_any(
         InputError: nothing has this name; the message proposes what has a similar one.
         CheckpointError: see load_dense and load_sparse.
     """
+    model = _load(source, vae, plan, shape, dtype, revision)
+    say(source, model.notes)
+    return model
+
+
+def say(source: str | Path, notes: Iterable[str]) -> None:
+    """Logs what was inferred or chosen of a model."""
+    for note in notes:
+        _LOG.warning("%s: %s", source, note)
+
+
+def _load(
+    source: str | Path,
+    vae: str | Path | None,
+    plan: str | None,
+    shape: ShapeLike,
+    dtype: DTypeChoice,
+    revision: str | None,
+) -> Model:
     name = source if isinstance(source, str) else ""
     path = Path(source)
     sparse = is_sparse(source)
@@ -123,11 +141,11 @@ def model_shape(
         require_exists(Path(vae))
     if name in official_names():
         transformer, tokenizer = official_config(name, shape_of(shape))
-        return ModelShape(transformer, tokenizer, {}, None, *_described(transformer, torch.float32))
+        return ModelShape(transformer, tokenizer, {}, None, _described(transformer, torch.float32)[0])
     if name in bundled_names():
         stored = bundled_config(name)
         transformer, tokenizer = TransformerConfig(**stored["transformer"]), TokenizerConfig(**stored["tokenizer"])
-        return ModelShape(transformer, tokenizer, {}, None, *_described(transformer, torch.float16))
+        return ModelShape(transformer, tokenizer, {}, None, _described(transformer, torch.float16)[0])
     require_known(source)
     found = inspect_file(source, vae, shape=shape)
     if found.config is None:
@@ -139,8 +157,8 @@ def model_shape(
         more = [f"... and {len(problems) - 3} more"] if len(problems) > 3 else []
         raise CheckpointError(f"{source} cannot be loaded: {'; '.join([*problems[:3], *more])}")
     plans = read_sparse_config(Path(source)).plans if sparse else {}
-    dtype = found.dtype or "fp32"
-    return ModelShape(found.config, found.tokenizer, plans, found.default_plan, found.line, found.parameters, dtype)
+    notes = () if sparse else found.notes
+    return ModelShape(found.config, found.tokenizer, plans, found.default_plan, found.line, notes)
 
 
 def published_inspection(name: str) -> Inspection:
@@ -150,7 +168,7 @@ def published_inspection(name: str) -> Inspection:
         InputError: no published model has this name.
     """
     transformer, tokenizer = official_config(name)
-    line, parameters, dtype = _described(transformer, torch.float32)
+    line, parameters = _described(transformer, torch.float32)
     return Inspection(
         path=name,
         kind="infinity" if isinstance(transformer, InfinityConfig) else "var",
@@ -158,7 +176,7 @@ def published_inspection(name: str) -> Inspection:
         config=transformer,
         tokenizer=tokenizer,
         parameters=parameters,
-        dtype=dtype,
+        dtype=dtype_name(torch.float32),
         notes=("this is the published shape of that name; no file was read",),
     )
 
@@ -250,7 +268,7 @@ def _fetch(name: str, file: str, revision: str | None) -> Path:
         ) from error
 
 
-def _described(config: Any, dtype: torch.dtype) -> tuple[str, int, str]:
-    """The model in words, its parameters, and the name of their format."""
+def _described(config: Any, dtype: torch.dtype) -> tuple[str, int]:
+    """The model in words, and its parameters."""
     parameters = sum(parameter.numel() for parameter in empty_backbone(config).parameters())
-    return describe(config, parameters, dtype), parameters, dtype_name(dtype)
+    return describe(config, parameters, dtype), parameters

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -25,18 +27,26 @@ from torch import Tensor, nn
 
 from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError, InputError, RecipeError, explain_os_errors
+from actvar_convert.files.contents import Changed, Contents, stamp_of, steadily, unchanged
 from actvar_convert.files.layout import DERIVED_SUFFIXES, messages
-from actvar_convert.files.skeleton import assign, compare, empty_backbone, empty_tokenizer, nonfinite_problems
+from actvar_convert.files.skeleton import (
+    assign,
+    compare,
+    empty_backbone,
+    empty_tokenizer,
+    nonfinite_problems,
+    read_values,
+)
 from actvar_convert.files.tensors import (
     digest_of,
+    open_tensors,
     read_json,
-    read_tensors,
     require_exists,
     size_of,
     weight_file,
     write_weights,
 )
-from actvar_convert.files.upgrade import FORMAT_VERSION, upgraded, upgraded_tensors
+from actvar_convert.files.upgrade import FORMAT_VERSION, Outdated, upgraded, upgraded_tensors
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.families import FAMILIES
 from actvar_convert.models.model import Model
@@ -118,13 +128,14 @@ class SparseConfig(BaseModel):
 
     format: Literal["actvar-sparse"] = SPARSE_FORMAT
     format_version: int = FORMAT_VERSION
-    family: str = "var"
+    family: str
     transformer: SerializeAsAny[BaseModel]
     tokenizer: SerializeAsAny[BaseModel]
     sampling: SamplingConfig
     plans: dict[str, SparsityPlan] = Field(min_length=1)
     default_plan: str
     provenance: Provenance = Provenance()
+    sha256: str | None = Field(None, description="SHA-256 of all else, see ``config_digest``")
 
     @field_validator("family")
     @classmethod
@@ -201,7 +212,11 @@ def save_sparse(
         write_weights(staging, "model", transformer, SHARD_BYTES)
         write_weights(staging, "vae", tokenizer, SHARD_BYTES)
         (staging / "recipe.yaml").write_bytes(recipe)
-        (staging / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        content = json.loads(config.model_dump_json())
+        shape = content["provenance"]["shape"] or {}
+        content["provenance"]["shape"] = {name: value for name, value in shape.items() if value is not None} or None
+        content["sha256"] = config_digest(content)
+        (staging / "config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for name, data in (extra_files or {}).items():
             (staging / name).write_bytes(data)
     return folder
@@ -219,20 +234,33 @@ def load_sparse(folder: str | Path, plan: str | None = None, *, dtype: torch.dty
         InputError: no such folder, or no such plan.
         CheckpointError: config, weights, tokenizer or recipe are missing, damaged or do not fit; all problems at once.
     """
-    folder = Path(folder)
-    config = checked_config(folder)
-    if plan is not None and plan not in config.plans:
-        raise InputError(f"{folder} has no plan {plan!r}; it has {', '.join(config.plans)}.")
-    transformer, tokenizer, plans = sparse_skeleton(config)
-    weights, vae_weights = read_sparse_weights(folder)
-    problems = [*_problems("model", transformer, weights), *_problems("vae", tokenizer, vae_weights)]
-    if problems:
-        raise CheckpointError(
-            f"the weights in {folder} are damaged or of another model. Restore them from a copy, or convert again:",
-            problems,
-        )
-    assign(transformer, weights, dtype or torch.float32)
-    assign(tokenizer, vae_weights, torch.float32)
+    return steadily(lambda: _load_sparse(Path(folder), plan, dtype or torch.float32))
+
+
+def _load_sparse(folder: Path, plan: str | None, dtype: torch.dtype) -> Model:
+    require_exists(folder)
+    finish_commit(folder)
+    path = folder / "config.json"
+    with unchanged(path) if path.is_file() else nullcontext():
+        config = checked_config(folder)
+        if plan is not None and plan not in config.plans:
+            raise InputError(f"{folder} has no plan {plan!r}; it has {', '.join(config.plans)}.")
+        transformer, tokenizer, plans = sparse_skeleton(config)
+        contents, weights, vae_weights = open_sparse_weights(folder)
+        parts = (("model", transformer, weights, dtype), ("vae", tokenizer, vae_weights, torch.float32))
+        problems = [f"{stem}: {line}" for stem, own, given, _ in parts for line in compare(own, given).problems()]
+        if not problems:
+            for stem, own, given, of in parts:
+                values, spoilt = read_values(contents, given, of)
+                problems += [f"{stem}: {line}" for line in (*spoilt, *permutation_problems(values))]
+                assign(own, values, of)
+        if problems:
+            raise CheckpointError(
+                f"the weights in {folder} are damaged or of another model. Restore them from a copy, or convert again:",
+                problems,
+            )
+        if (folder / COMMIT).is_dir():
+            raise Changed(folder)
     sampling = Sampling(**config.sampling.model_dump())
     model = Model(transformer, tokenizer, sampling, plans)
     model.eval()
@@ -297,13 +325,18 @@ def read_sparse_config(folder: Path) -> SparseConfig:
             f"{path} is not the configuration of a sparse model: its format is not {SPARSE_FORMAT!r}."
         )
     content = upgraded(path, content)
+    digest = content.get("sha256")
+    own = None if digest is None else config_digest(content)
     try:
-        config = _config_type(str(content.get("family", "var"))).model_validate(content)
+        # as JSON: there a list is a tuple, and all else has to be of its kind, a number no text
+        config = _config_type(str(content.get("family"))).model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise CheckpointError(
             f"{path} is damaged or was edited. Restore it, or convert again:", messages(error)
         ) from error
     problems = config.problems()
+    if own != digest and not problems:
+        raise CheckpointError(f"{path} was changed since the model was made (its SHA-256 differs). Restore it.")
     if problems:
         raise CheckpointError(f"{path} contradicts itself. Restore it, or convert again:", problems)
     return config
@@ -320,11 +353,15 @@ def checked_config(folder: Path) -> SparseConfig:
     config: SparseConfig | None = None
     try:
         config = read_sparse_config(folder)
+    except Outdated:
+        raise
     except CheckpointError as error:
         problems += [error.message, *error.problems]
     problems += _recipe_problems(folder / "recipe.yaml", config.provenance.recipe_sha256 if config else None)
     try:
-        read_sparse_weights(folder)
+        open_sparse_weights(folder)
+    except (Outdated, Changed):
+        raise
     except CheckpointError as error:
         problems += error.problems
     if problems or config is None:
@@ -341,20 +378,31 @@ def read_provenance(folder: str | Path) -> Provenance:
     return read_sparse_config(Path(folder)).provenance
 
 
-def provenance_of(origin: Mapping[str, str], **more: Any) -> Provenance:
+def provenance_of(
+    origin: Mapping[str, str], moments: Mapping[str, tuple[int, ...]] | None = None, **more: Any
+) -> Provenance:
     """Provenance of what is made from a dense model.
 
     Args:
-        origin: ``Model.origin`` of the dense model; its files are read to compute their hashes.
+        origin, moments: of the dense model; its files are read to compute their hashes. A hash is left out if a file is
+            not what it was when the weights were read.
         more: further fields.
     """
     path, vae = origin.get("path"), origin.get("vae")
+
+    def as_read() -> bool:
+        return all(Path(file).exists() and stamp_of(Path(file)) == stamp for file, stamp in (moments or {}).items())
+
+    def digest(file: str | None) -> str | None:
+        found = digest_of(Path(file)) if file and as_read() else None
+        return found if as_read() else None
+
     return Provenance(
         name=origin.get("name"),
         source=path,
-        source_sha256=digest_of(Path(path)) if path else None,
+        source_sha256=digest(path),
         vae=vae,
-        vae_sha256=digest_of(Path(vae)) if vae else None,
+        vae_sha256=digest(vae),
         revision=origin.get("revision"),
         shape=parse_shape(origin["shape"]) if "shape" in origin else None,
         **more,
@@ -375,27 +423,32 @@ def update_file(folder: str | Path, name: str, data: bytes) -> Path:
     return path
 
 
-def read_sparse_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the transformer and of the tokenizer by name.
+def open_sparse_weights(folder: Path) -> tuple[Contents, dict[str, Tensor], dict[str, Tensor]]:
+    """What reads values, and the tensors of the transformer and of the tokenizer by name, without values.
 
     Raises:
         CheckpointError: weights are missing or damaged, all problems at once; or they use what is no longer there.
     """
     problems: list[str] = []
-    found: list[dict[str, Tensor]] = []
+    found: list[Contents] = []
     for stem, what in (("model", "the weights of the transformer"), ("vae", "the weights of the tokenizer")):
-        file = weight_file(folder, stem)
-        if file is None:
-            problems.append(f"{stem}.safetensors, {what}, is missing")
-            continue
         try:
-            found.append(read_tensors(file))
+            file = weight_file(folder, stem)
+            if file is None:
+                problems.append(f"{stem}.safetensors, {what}, is missing")
+            else:
+                found.append(open_tensors(file))
+        except Changed:
+            raise
         except InputError as error:
             problems += [error.message, *error.problems]
     if problems:
         raise CheckpointError(f"{folder} is not complete. Restore it from a copy, or convert again:", problems)
     transformer, tokenizer = found
-    return upgraded_tensors(folder, transformer), tokenizer
+    contents = Contents()
+    contents.include(transformer)
+    contents.include(tokenizer)
+    return contents, upgraded_tensors(folder, transformer), tokenizer.tensors
 
 
 def sparse_skeleton(config: SparseConfig) -> tuple[Any, Any, Plans]:
@@ -426,6 +479,12 @@ def recipe_digest(text: bytes) -> str:
     return hashlib.sha256(text.replace(b"\r\n", b"\n")).hexdigest()
 
 
+def config_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a config.json's values but for this one; spaces, line ends and order do not count."""
+    values = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _recipe_problems(path: Path, digest: str | None) -> list[str]:
     if not path.is_file():
         return ["recipe.yaml, the recipe that made the model, is missing"]
@@ -442,14 +501,9 @@ def _recipe_problems(path: Path, digest: str | None) -> list[str]:
     return []
 
 
-def _problems(stem: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    found = compare(module, tensors).problems() or [*nonfinite_problems(tensors), *permutation_problems(tensors)]
-    return [f"{stem}: {problem}" for problem in found]
-
-
 def _config(model: Model, provenance: Provenance | Mapping[str, Any] | None, recipe: bytes) -> SparseConfig:
     if provenance is None:
-        given = provenance_of(model.origin)
+        given = provenance_of(model.origin, model.moments)
     else:
         given = provenance if isinstance(provenance, Provenance) else Provenance(**provenance)
     sampling = model.sampling

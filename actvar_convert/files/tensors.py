@@ -10,23 +10,24 @@ import codecs
 import difflib
 import hashlib
 import json
+import math
 import os
 import pickle
 import pickletools
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError, explain_os_errors
+from actvar_convert.files.contents import Contents, extent, steadily, unchanged
 from actvar_convert.system.atomic import is_plain_name
 from actvar_convert.system.device import memory_text
 
@@ -47,26 +48,38 @@ _DAMAGE = (
 """What torch's reader raises on an object graph of which single bytes are wrong."""
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, or of all files that an index (``*.index.json``) lists, by name.
-
-    The tensors are views of the mapped files: values are read when they are used, and writing to them changes memory
-    only, never the file.
+def open_tensors(path: Path) -> Contents:
+    """Names and shapes of every tensor of a file, or of those that an index (``*.index.json``) lists.
 
     Raises:
         InputError: no such file, or no permission.
-        CheckpointError: the file is damaged or is not weights; the message says what it is instead.
+        CheckpointError: the file is damaged or is not weights; the message says what it is instead. Changed: it was
+            written to meanwhile.
     """
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_sharded(path)
+    with unchanged(path) as stamp:
+        contents = _open_sharded(path) if path.name.endswith(INDEX_SUFFIX) else _open_file(path)
+    contents.stamps[path] = stamp
+    return contents
+
+
+def _open_file(path: Path) -> Contents:
     sniffed = sniff(path)
     if sniffed.format == "torch":
-        return read_torch(path)
+        return _open_torch(path)
     if sniffed.format == "safetensors":
-        return _read_safetensors(path)
+        return _open_safetensors(path)
     if sniffed.format == "pickle":
         raise refuse_pickle(path)
     raise CheckpointError(f"{path} is {sniffed.what}, not weights. {sniffed.remedy}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file or index by name, in memory of its own.
+
+    Raises:
+        InputError, CheckpointError: see ``open_tensors``.
+    """
+    return steadily(lambda: open_tensors(path).read())
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -75,8 +88,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    with _opened(path) as file:
-        return dict(file.metadata() or {})
+    _open_safetensors(path)
+    found = _header(path)[0].get("__metadata__", {})
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,12 +116,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The files and the index in a folder that hold weights called ``stem`` ("model", "var", "vae")."""
+    names = (f"{stem}.safetensors{INDEX_SUFFIX}", f"{stem}.safetensors", f"{stem}.pth", f"{stem}.pt")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def weight_file(folder: Path, stem: str) -> Path | None:
-    """The file or index in a folder that holds the weights called ``stem`` ("model", "var", "vae"), if any."""
-    for name in (f"{stem}.safetensors{INDEX_SUFFIX}", f"{stem}.safetensors", f"{stem}.pth", f"{stem}.pt"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
+    """The file or index in a folder that holds the weights called ``stem``, if any.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    found = weight_files(folder, stem)
+    if len(found) > 1:
+        raise several_weights(folder, found)
+    return found[0] if found else None
+
+
+def several_weights(folder: Path, files: Sequence[Path]) -> CheckpointError:
+    """The error for a folder that does not say which of its files are the weights."""
+    names = " and ".join(file.name for file in files)
+    return CheckpointError(
+        f"{folder} holds {names}, and one of them may be out of date. Name the one that is meant, or move the others "
+        "away."
+    )
 
 
 def require_exists(path: Path) -> None:
@@ -302,29 +335,78 @@ def _sniff_text(head: bytes) -> Sniffed:
     return Sniffed("other", "a binary file of no known kind, or a damaged one", _DOWNLOAD)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with _opened(path) as file:
-        try:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} holds numbers in a format that cannot be read here ({error}). Save it in fp32, bf16 or fp16."
-            ) from error
+_SAFETENSORS = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+}
+"""Dtypes by their names in a header, see github.com/huggingface/safetensors."""
 
 
-def _opened(path: Path) -> Any:
-    try:
-        with explain_os_errors("read", path):
-            return safe_open(str(path), framework="pt")
-    except SafetensorError as error:
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where the values begin.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    with explain_os_errors("read", path), path.open("rb") as file:
         size = path.stat().st_size
-        raise CheckpointError(
-            f"{path} is a damaged or truncated safetensors file of {size:,} bytes ({error}). "
-            "Download, copy or write it again."
-        ) from error
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= min(size, SAFETENSORS_HEADER_LIMIT) else b""
+    try:
+        if len(text) != length:
+            raise ValueError("its header is cut short")
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+    except (ValueError, RecursionError) as error:
+        raise _damaged_safetensors(path, size, str(error)) from error
+    return header, 8 + length
 
 
-def _read_sharded(index: Path) -> dict[str, Tensor]:
+def _damaged_safetensors(path: Path, size: int, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a damaged or truncated safetensors file of {size:,} bytes ({why}). "
+        "Download, copy or write it again."
+    )
+
+
+def _open_safetensors(path: Path) -> Contents:
+    header, begin = _header(path)
+    size = path.stat().st_size
+    contents, spans = Contents(), []
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            kind, shape, (first, last) = about["dtype"], about["shape"], about["data_offsets"]
+            counts = [first, last, *shape]
+            if not isinstance(kind, str) or not all(type(count) is int and count >= 0 for count in counts):
+                raise ValueError("a size that is no number")
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged_safetensors(path, size, f"its header describes {name!r} wrongly") from error
+        if kind not in _SAFETENSORS:
+            raise CheckpointError(
+                f"{path} holds numbers in a format that cannot be read here ({kind}). Save it in fp32, bf16 or fp16."
+            )
+        dtype = _SAFETENSORS[kind]
+        if last - first != math.prod(shape) * dtype.itemsize:
+            raise _damaged_safetensors(path, size, f"{name} has other bytes than its shape needs")
+        spans.append((first, last))
+        contents.add(name, torch.empty(shape, dtype=dtype, device="meta"), path, begin + first)
+    ends = [0, *(last for _, last in sorted(spans))]
+    if [first for first, _ in sorted(spans)] != ends[:-1] or begin + ends[-1] != size:
+        raise _damaged_safetensors(path, size, "its header does not fit its size")
+    return contents
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """The file of every tensor that an index lists.
+
+    Raises:
+        CheckpointError: it is no index, or names files that cannot be its shards or are missing.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: it is not the index of a sharded checkpoint. Restore it.")
@@ -342,30 +424,53 @@ def _read_sharded(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{index} lists files that are missing. Download or copy them too:", [str(index.parent / n) for n in absent]
         )
-    found: dict[str, Tensor] = {}
-    for name in shards:
-        found.update(read_tensors(index.parent / name))
-    lost = sorted(set(weight_map) - set(found))
+    return {str(tensor): str(name) for tensor, name in weight_map.items()}
+
+
+def _open_sharded(index: Path) -> Contents:
+    listed = shards_of(index)
+    contents = Contents()
+    others: list[str] = []
+    for shard in sorted(set(listed.values())):
+        found = open_tensors(index.parent / shard)
+        contents.stamps |= found.stamps
+        for name in found.tensors:
+            if listed.get(name) == shard:
+                contents.take(name, found)
+            else:
+                others.append(f"{name} of {shard}")
+    lost = sorted(set(listed) - set(contents.tensors))
     if lost:
         raise CheckpointError(
-            f"the files of {index} lack {len(lost)} of the {len(weight_map)} tensors it lists, {lost[0]} for one. "
+            f"the files of {index} lack {len(lost)} of the {len(listed)} tensors it lists, {lost[0]} for one. "
             "They are of another version, or damaged: download or copy them again."
         )
-    return found
+    if others:
+        contents.notes.append(
+            f"{index.name} does not name {cut(others)}: left out, every tensor is taken from the file that it names"
+        )
+    return contents
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a PyTorch file under its dotted path through the nested dictionaries, memory-mapped.
+def cut(names: Sequence[str], shown: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _open_torch(path: Path) -> Contents:
+    """Every tensor of a PyTorch file under its dotted path through the nested dictionaries.
 
     Raises:
         CheckpointError: the file is damaged, claims more than it holds, or needs code execution to be read; the
             message names what it wanted.
     """
-    _check_archive(path)
+    records = _records(path)
+    odd = CheckpointError(f"{path} holds sparse, quantised or empty (meta) tensors. Save plain dense tensors.")
     try:
         with explain_os_errors("read", path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about protocols; what matters is raised below
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         graph = _object_graph(path)
         wanted = wanted_globals(graph)
@@ -375,6 +480,8 @@ def read_torch(path: Path) -> dict[str, Tensor]:
                 "Load it where you trust it and save its state_dict again with torch.save as it comes."
             ) from error
         raise _refused(path, wanted) from error
+    except NotImplementedError as error:
+        raise odd from error
     except _DAMAGE as error:
         first_line = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(f"{path} is damaged: {first_line}. Download or save it again.") from error
@@ -385,7 +492,20 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         )
     tensors = dict(_flatten(content, path))
     _check_claims(path, tensors)
-    return tensors
+    contents = Contents()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise odd
+        memory = tensor.untyped_storage()
+        begin = getattr(memory, "_checkpoint_offset", None)
+        if begin is None:
+            raise odd
+        size = memory.nbytes()
+        ends = tensor.storage_offset() + (extent(tensor) if tensor.numel() else 0)
+        if (size and records.get(begin) != size) or ends * tensor.element_size() > size:
+            raise CheckpointError(f"{path} is damaged: {name} lies outside of its record. Download or save it again.")
+        contents.add(name, tensor, path, begin + tensor.storage_offset() * tensor.element_size())
+    return contents
 
 
 def refuse_pickle(path: Path) -> CheckpointError:
@@ -396,7 +516,7 @@ def refuse_pickle(path: Path) -> CheckpointError:
         return _refused(path, wanted)
     return CheckpointError(
         f"{path} is a bare pickle or in the format that PyTorch wrote before version 1.6, which cannot be "
-        "memory-mapped. Load it where you trust it and save its state_dict again with a current torch.save."
+        "read in pieces. Load it where you trust it and save its state_dict again with a current torch.save."
     )
 
 
@@ -436,8 +556,11 @@ def _refused(path: Path, wanted: list[str]) -> CheckpointError:
     )
 
 
-def _check_archive(path: Path) -> None:
-    """A PyTorch file stores its records uncompressed; anything that would unpack to more than the file is refused."""
+def _records(path: Path) -> dict[int, int]:
+    """Sizes of the records of a PyTorch file by where their content begins.
+
+    They are stored uncompressed; anything that would unpack to more than the file is refused.
+    """
     try:
         with explain_os_errors("read", path), zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -457,6 +580,15 @@ def _check_archive(path: Path) -> None:
             f"{memory_text(sum(record.file_size for record in graph))}; a model has one of a few MB. "
             "Save only the model's state_dict."
         )
+    with explain_os_errors("read", path), path.open("rb") as file:
+        return {_content_begin(file, record): record.file_size for record in records}
+
+
+def _content_begin(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Where the content of a record begins: after its local header of 30 bytes, name and padding."""
+    file.seek(record.header_offset + 26)
+    name, padding = struct.unpack("<HH", file.read(4).ljust(4, b"\0"))
+    return int(record.header_offset + 30 + name + padding)
 
 
 def _object_graph(path: Path) -> bytes:
@@ -486,12 +618,7 @@ def _flatten(content: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Tens
 
 
 def _check_claims(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses tensors without plain values, and tensors that claim more values than the file holds."""
-    odd = [name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]
-    if odd:
-        raise CheckpointError(
-            f"{path} holds sparse, quantised or empty (meta) tensors: {', '.join(odd[:5])}. Save plain dense tensors."
-        )
+    """Refuses tensors that claim more values than the file holds."""
     size = path.stat().st_size
     claims = sum(t.numel() * t.element_size() for t in tensors.values())
     if claims > 2 * size + 2**20:

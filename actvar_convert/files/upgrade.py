@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,15 @@ from torch import Tensor
 
 from actvar_convert._version import __version__
 from actvar_convert.errors import CheckpointError
+from actvar_convert.files.contents import Contents
 from actvar_convert.recipe.removed import drop_removed
 from actvar_convert.recipe.shape import Shape
 
 FORMAT_VERSION = 2
+
+
+class Outdated(CheckpointError):
+    """A folder that is whole, and that this version cannot read; to restore it would not help."""
 
 
 def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -21,33 +26,34 @@ def from_version_1(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     what was given of a source's shape stood in the provenance itself.
 
     Raises:
-        CheckpointError: a plan has another value than the kept one.
+        Outdated: a plan has another value than the kept one.
     """
     problems = drop_removed(content, "plans.")
     if problems:
-        raise CheckpointError(
+        raise Outdated(
             f"{path} uses settings that are no longer there. actvar-convert 0.1 reads it; or convert again:", problems
         )
     recorded = content.get("provenance")
     if isinstance(recorded, dict):
         shape = {name: recorded.pop(name) for name in Shape.model_fields if recorded.get(name) is not None}
         content["provenance"] = recorded | ({"shape": shape} if shape else {})
+    content.pop("sha256", None)
     return {**content, "format_version": 2, "family": "var"}
 
 
-def upgraded_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def upgraded_tensors(folder: Path, contents: Contents) -> dict[str, Tensor]:
     """The tensors of a transformer without ``ffn.inactive``, constants that inactive experts added in version 1.
 
     Raises:
-        CheckpointError: such constants are not zero.
+        Outdated: such constants are not zero.
     """
-    constants = [name for name in tensors if name.endswith(".ffn.inactive")]
-    if any(bool(tensors[name].any()) for name in constants):
-        problem = (
-            "experts.inactive: inactive experts add constants here, and nothing today. actvar-convert 0.1 reads it"
+    constants = {name: tensor for name, tensor in contents.tensors.items() if name.endswith(".ffn.inactive")}
+    if any(bool(value.any()) for _, value in contents.each(constants)):
+        raise Outdated(
+            f"{folder} uses a setting that is no longer there. actvar-convert 0.1 reads it; or convert again:",
+            ["experts.inactive: inactive experts add constants here, and nothing today"],
         )
-        raise CheckpointError(f"{folder} uses a setting that is no longer there:", [problem])
-    return {name: tensor for name, tensor in tensors.items() if name not in constants}
+    return {name: tensor for name, tensor in contents.tensors.items() if name not in constants}
 
 
 UPGRADES: dict[int, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {1: from_version_1}
@@ -65,12 +71,12 @@ def upgraded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: its format version is no number, newer than this package, or a setting is no longer there.
     """
     version = content.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise CheckpointError(
             f"{path} has format_version {version!r}, a whole number from 1 on was expected. Restore it."
         )
     if version > FORMAT_VERSION:
-        raise CheckpointError(
+        raise Outdated(
             f"{path} has format version {version}; this actvar-convert {__version__} reads up to {FORMAT_VERSION}. "
             "Upgrade actvar-convert."
         )

@@ -9,10 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from actvar_convert.models.model import Model
-from actvar_convert.system.device import release_pages
-
-_LARGE = 1 << 22
-"""Bytes from which on the pages of a tensor that was read from a mapped file are worth handing back at once."""
 
 
 def cast(model: Model, dtype: torch.dtype, *, decoder: torch.dtype = torch.float32) -> Model:
@@ -38,8 +34,6 @@ def cast(model: Model, dtype: torch.dtype, *, decoder: torch.dtype = torch.float
             converted = tensor.detach().to(of) if tensor.is_floating_point() else tensor
             if converted.dtype != tensor.dtype:
                 changed = True
-                if tensor.nbytes >= _LARGE:
-                    release_pages([tensor])
             if isinstance(tensor, nn.Parameter):
                 converted = nn.Parameter(converted, requires_grad=tensor.requires_grad)
             made[id(tensor)] = converted

@@ -92,6 +92,8 @@ class Model(nn.Module):
         sampling: the sampling that the model was measured with; what ``generate`` uses unless told otherwise.
         origin: where the weights come from (name, path, vae, revision), as far as known, and the shape that was given
             if the files do not tell; empty for a model that was made in memory.
+        moments: the files that were read, as they were then.
+        notes: what was inferred or chosen while the model was loaded, a sentence each.
         recordings: the CUDA graphs of ``generate(..., compile=True)``; ``recordings.clear()`` frees their memory.
     """
 
@@ -110,6 +112,8 @@ class Model(nn.Module):
         self.transformer, self.tokenizer = transformer, tokenizer
         self.sampling = sampling or Sampling()
         self.origin: dict[str, str] = {}
+        self.moments: dict[str, tuple[int, ...]] = {}
+        self.notes: list[str] = []
         self.recordings = Recordings()
 
     @property

@@ -1,4 +1,4 @@
-"""What somebody knows of a dense model's shape that its files do not tell."""
+"""What somebody knows of a dense model that its files do not tell: its shape, which of several weights are meant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from actvar_convert.errors import InputError
 
 
 class Shape(BaseModel):
-    """What a dense model's files may not tell of its shape; null: read from them, or the usual value."""
+    """What a dense model's files may leave open; null: read from them, or the usual value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -30,6 +30,15 @@ class Shape(BaseModel):
         ge=0,
         le=1,
         description="share of the tokenizer's phi convolution in its output, which no tensor tells; null: 0.5",
+    )
+    using_znorm: bool | None = Field(
+        None, description="whether the tokenizer compares codes by direction, which no tensor tells; null: it does not"
+    )
+    weights: str | None = Field(
+        None,
+        pattern="^[^,=]+$",
+        description="which of several weights in a file, such as ema: the beginning of their names, or a part of it; "
+        "null: those that were trained, not their average",
     )
 
     @property
@@ -74,6 +83,20 @@ def shape_of(given: ShapeLike) -> Shape:
             for name in names
         ]
         raise InputError(f"this is no shape; it has {', '.join(Shape.model_fields)}:", problems) from error
+
+
+def with_weights(given: ShapeLike, weights: str | None) -> Shape:
+    """The shape that a caller gives, and which weights are meant if that is said apart from it.
+
+    Raises:
+        InputError: see ``shape_of``; or both name weights, and not the same.
+    """
+    shape = shape_of(given)
+    if weights is None:
+        return shape
+    if shape.weights not in (None, weights):
+        raise InputError(f"weights is given twice, as {weights!r} and in the shape as {shape.weights!r}; give one.")
+    return shape_of({**shape.model_dump(exclude_none=True), "weights": weights})
 
 
 def parse_shape(text: str) -> Shape:

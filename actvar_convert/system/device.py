@@ -7,13 +7,11 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 import psutil
 import torch
-from torch import Tensor
 
 from actvar_convert.errors import InputError
 from actvar_convert.system.dtype_names import short_dtype
@@ -26,7 +24,6 @@ DtypeLike = str | torch.dtype
 """A dtype as callers give it: fp32, bf16, fp16, or torch's own or its name."""
 
 _CGROUP = Path("/sys/fs/cgroup")
-_MADV_PAGEOUT = 21
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -209,7 +206,7 @@ def memory_text(size: float) -> str:
 def free_memory_bytes(device: torch.device | None = None) -> int:
     """Memory in bytes that this process could hold in all: what is free, and what it has already.
 
-    Of a GPU, or of the machine; there a container's limit counts, and files that are merely mapped count as free.
+    Of a GPU, or of the machine; there a container's limit counts, and what is kept of files counts as free.
     """
     if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + int(torch.cuda.memory_reserved(device))
@@ -235,60 +232,10 @@ def memory_shortage(error: BaseException) -> str | None:
     return None
 
 
-def mapped_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of those tensors whose values are pages of a mapped file, which the system can take back at any time."""
-    files = _file_mappings()
-    return sum(size for begin, size in map(_extent, tensors) if _within(begin, begin + size, files))
-
-
-def release_pages(tensors: Iterable[Tensor]) -> None:
-    """Hands pages back to the system: those of mapped weight files, which come again from the file when they are used,
-    and what the allocator keeps of memory that was freed.
-
-    No value changes, those that were written to a mapped tensor included: such pages stay. Tensors that belong to no
-    file are left alone. Does nothing if the system has no such call, or forbids it (a file that this user may not
-    write).
-    """
-    files = _file_mappings()
-    if not files:
-        return
-    page = os.sysconf("SC_PAGE_SIZE")
-    library = ctypes.CDLL(None)
-    for begin, size in map(_extent, tensors):
-        first, last = -(-begin // page) * page, (begin + size) // page * page
-        if first < last and _within(first, last, files):
-            library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(ctypes.c_size_t(0))
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Address and size in bytes of a tensor in the memory of this process; no size elsewhere."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return 0, 0
-    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
-
-
-def _within(begin: int, end: int, ranges: list[tuple[int, int]]) -> bool:
-    return begin < end and any(low <= begin and end <= high for low, high in ranges)
-
-
-def _file_mappings() -> list[tuple[int, int]]:
-    """Address ranges of this process that map files; neighbours joined. Empty if the system does not tell."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    found: list[tuple[int, int]] = []
-    for line in lines:
-        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode == "0":
-            continue
-        low, high = (int(part, 16) for part in addresses.split("-"))
-        if found and found[-1][1] == low:
-            low = found.pop()[0]
-        found.append((low, high))
-    return found
+def trim_memory() -> None:
+    """Hands back to the system what the allocator keeps of memory that was freed, where there is such a call."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def peak_memory_line() -> str:

@@ -10,7 +10,8 @@ import torch
 from actvar_convert.conversion import conversion_memory as memory
 from actvar_convert.conversion.budget import recipe_plans
 from actvar_convert.conversion.conversion_memory import MemoryEstimate, estimate_convert, require_memory
-from actvar_convert.conversion.search import plan_model
+from actvar_convert.conversion.converter import convert_model
+from actvar_convert.conversion.search import Planned, plan_model
 from actvar_convert.errors import InputError
 from actvar_convert.files.layout import official_config
 from actvar_convert.models.model import GENERATION_BYTES, Model, images_at_once
@@ -60,13 +61,38 @@ def test_converting_takes_what_was_estimated(
         chosen = chosen.model_copy(update={"experts": ExpertsRecipe(count=8, compensation="sequential")})
     config = dense.config
     chosen = chosen.model_copy(update={"plans": recipe_plans(config, chosen)[0]})
-    estimate = estimate_convert(config, dense.tokenizer.config, chosen)
+    estimate = estimate_convert(config, dense.tokenizer.config, chosen, keep=True)
     assert estimate.phase == phase
     tokens = torch.randint(0, config.vocab, (pyramids, config.schedule.total))
     with memory_watch:
         convert_with(dense, *recipe_plans(config, chosen), chosen, tokens, torch.arange(pyramids) % 10)
-    expected = estimate.total - memory.PROGRAM
+    expected = estimate.total - memory.PROGRAM - estimate.parts["dense weights"]
     assert 0.5 * expected < memory_watch.peak < expected
+
+
+def test_a_model_that_is_given_up_makes_room_for_the_result() -> None:
+    """What stays of both together is one copy of the weights, and a dense model is left without blocks."""
+    dense, chosen = model(128, 6), recipe(8, 4)
+    config = dense.config
+    plans, default = recipe_plans(config, chosen)
+    kept, given_up = (
+        estimate_convert(config, dense.tokenizer.config, chosen.model_copy(update={"plans": plans}), keep=keep)
+        for keep in (True, False)
+    )
+    assert kept.total - given_up.total > 0.7 * kept.parts["dense weights"]
+    tokens = torch.randint(0, config.vocab, (8, config.schedule.total))
+    calibration = calibration_of(dense, tokens, torch.arange(8) % 10, 4)
+    sizes = {}
+    for keep in (True, False):
+        before = sum(tensor.nbytes for tensor in dense.transformer.state_dict().values() if not tensor.is_meta)
+        sparse = convert_model(dense, Planned(plans, default, None, {}), chosen, calibration, keep=keep)
+        both = (*dense.transformer.state_dict().values(), *sparse.transformer.state_dict().values())
+        memories = {tensor.data_ptr(): tensor.nbytes for tensor in both if not tensor.is_meta}
+        sizes[keep] = sum(memories.values()) / before
+        logits = sparse.transformer.head.weight.sum()
+        assert logits.isfinite() and not any(tensor.is_meta for tensor in sparse.state_dict().values())
+    assert sizes[True] > 1.9 and sizes[False] < 1.2
+    assert all(tensor.is_meta for block in dense.transformer.blocks for tensor in block.parameters())
 
 
 @pytest.mark.parametrize(("width", "depth", "pyramids", "batch"), [(64, 3, 32, 16), (128, 2, 16, 16)])
@@ -80,7 +106,7 @@ def test_searching_takes_what_was_estimated(
     tokens = torch.randint(0, config.vocab, (pyramids, config.schedule.total))
     with memory_watch:
         plan_model(dense, chosen, calibration_of(dense, tokens, torch.arange(pyramids) % 10, batch))
-    expected = estimate.total - memory.PROGRAM - estimate.parts["dense weights that are read"]
+    expected = estimate.total - memory.PROGRAM - estimate.parts["dense weights"]
     assert 0.4 * expected < memory_watch.peak < expected
 
 
@@ -97,7 +123,7 @@ def test_sampling_takes_what_was_estimated(memory_watch: Any, monkeypatch: pytes
 
 
 def test_published_sizes_with_their_own_recipes() -> None:
-    """d16 with 64 pyramids stays under twice its fp32 file, d30 under 14 GiB; large batches cost most in a block."""
+    """d16 with 64 pyramids takes about twice its fp32 file, d30 under 14 GiB; large batches cost most in a block."""
     totals = {}
     for depth in (16, 30):
         chosen = load_recipe(f"var_d{depth}", ["calibration.pyramids=64"])
@@ -106,8 +132,8 @@ def test_published_sizes_with_their_own_recipes() -> None:
         with torch.device("meta"):
             file = 4 * sum(tensor.numel() for tensor in VARTransformer(config).state_dict().values())
         assert file < totals[depth]
-        if depth == 16:
-            assert totals[depth] < 2 * file
+        if depth == 16:  # of which half a copy for sampling in half precision, and 0.45 GB for the program
+            assert totals[depth] < 2.1 * file
     assert totals[30] < 14 * 2**30
     config, tokenizer = official_config("var-d16")
     large = estimate_convert(config, tokenizer, load_recipe("var_d16", ["calibration.batch=64"]))
@@ -122,9 +148,9 @@ def test_sampling_in_half_precision_takes_a_copy_and_halves_the_rest(monkeypatch
         estimate_convert(config, tokenizer, load_recipe("var_d16", [f"dtype={dtype}"])) for dtype in ("fp32", "bf16")
     )
     assert half.parts["keys and values"] == full.parts["keys and values"] // 2
-    assert half.parts["weights in half precision"] == full.parts["dense weights that are read"] // 2
-    assert half.parts["dense weights that are read"] < 0.1 * full.parts["dense weights that are read"]
-    assert half.total < full.total
+    assert half.parts["weights in half precision"] == full.parts["dense weights"] // 2
+    assert half.parts["dense weights"] == full.parts["dense weights"]
+    assert full.parts["weights in half precision"] == 0
 
 
 def test_a_large_batch_is_sampled_in_pieces() -> None:
@@ -139,11 +165,13 @@ def test_a_large_batch_is_sampled_in_pieces() -> None:
     assert gpu["random numbers"] == (cpu["random numbers"] if on_gpu < 64 else 0)
 
 
-def test_weights_that_are_not_mapped_count_beside() -> None:
+@pytest.mark.parametrize("settings", [(), ("experts.compensation=sequential",)])
+def test_a_model_that_is_kept_counts_beside_its_result(settings: tuple[str, ...]) -> None:
     config, tokenizer = official_config("var-d16")
-    chosen = load_recipe("var_d16")
-    mapped, held = (estimate_convert(config, tokenizer, chosen, held=size) for size in (0, 10**9))
-    assert held.total - mapped.total == 10**9 - mapped.parts["dense weights that are read"]
+    chosen = load_recipe("var_d16", ["dtype=fp32", *settings])
+    given_up, kept = (estimate_convert(config, tokenizer, chosen, keep=keep) for keep in (False, True))
+    assert (kept == given_up) == bool(settings), "refitting needs both models"
+    assert kept.total - given_up.total == kept.parts["dense weights"] - given_up.parts["dense weights"]
 
 
 def test_images_need_feature_maps_instead_of_samples() -> None:

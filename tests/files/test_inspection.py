@@ -56,7 +56,7 @@ def test_a_file_that_ends_before_its_last_block(tmp_path: Path, official_pair: t
     found = inspect_file(tmp_path)
     assert not found.complete and set(found.missing) >= {"blocks.2.attn.proj.weight", "blocks.2.ffn.fc2.bias"}
     assert all(name.startswith("blocks.2.") for name in found.missing)
-    assert found.notes[-2] == "the file ends after 2 blocks; its config.json says 3: the rest is missing"
+    assert "the file ends after 2 blocks; its config.json says 3: the rest is missing" in found.notes
     with pytest.raises(InputError, match=r"blocks\.2\..* is missing"):
         model_shape(tmp_path)
     (tmp_path / "config.json").write_text('{"depth": 2}')

@@ -9,11 +9,13 @@ from torch import Tensor
 from actvar_convert.errors import CheckpointError, InputError
 from actvar_convert.files.inspection import count_text, describe, describe_tokenizer
 from actvar_convert.files.layout import (
+    Told,
     infer_tokenizer,
     infer_transformer,
     missing_blocks,
     official_config,
     official_names,
+    told_of_tokenizer,
 )
 from actvar_convert.files.skeleton import compare, empty_backbone, empty_tokenizer
 from actvar_convert.models.var.config import TransformerConfig
@@ -37,7 +39,7 @@ def test_published_shapes_are_inferred(name: str) -> None:
     assert all(parameter.is_meta for parameter in transformer.blocks[0].ffn.parameters())
     assert infer_transformer(transformer.state_dict(), Shape()) == transformer_config
     shape = infer_tokenizer(tokenizer.state_dict())
-    assert shape.config(transformer_config.sides, None) == tokenizer_config
+    assert shape.config(transformer_config.sides, Told()) == tokenizer_config
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     line = describe(transformer_config, parameters, torch.float32)
     assert line.replace("\N{MULTIPLICATION SIGN}", "x") == LINES[name]
@@ -132,7 +134,6 @@ def test_heads_come_from_the_scale_then_from_the_caller_then_from_the_width() ->
         (17, {}, None),
         (15, {"depth": 15}, None),
         (15, {"depth": 20}, 20),
-        (15, {"depth": "15"}, 16),
         (15, {"depth": 10**9}, 16),
     ],
 )
@@ -150,6 +151,34 @@ def test_hints_of_the_wrong_kind_are_named(hints: dict[str, object]) -> None:
     del plain["lvl_1L"]
     with pytest.raises(CheckpointError, match=rf"config\.json gives .* as {next(iter(hints))}"):
         infer_transformer(plain, Shape(sides=None if "patch_nums" in hints else (1, 2, 4)), hints)
+
+
+@pytest.mark.parametrize("depth", ["8", 8.0, True, [8]])
+def test_a_depth_of_the_wrong_kind_is_named(depth: object) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json gives .* as depth; a whole number was expected"):
+        missing_blocks(official_config("var-d16")[0], {"depth": depth})
+
+
+@pytest.mark.parametrize(
+    "hints",
+    [
+        {"residual_ratio": "0.3"},
+        {"residual_ratio": True},
+        {"vae_kwargs": {"quant_resi": "0.5"}},
+        {"using_znorm": 1},
+        {"vae_kwargs": {"using_znorm": "yes"}},
+    ],
+)
+def test_what_no_tensor_tells_has_to_be_of_its_kind(hints: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json gives .* was expected\. Correct it"):
+        told_of_tokenizer(Shape(), hints)
+    assert told_of_tokenizer(Shape(residual_ratio=0.25, using_znorm=False), hints) == (0.25, False)
+
+
+def test_the_configuration_beside_a_file_tells_what_no_tensor_does() -> None:
+    told = told_of_tokenizer(Shape(), {"vae_kwargs": {"quant_resi": -0.5, "using_znorm": True}})
+    assert told == (0.5, True)
+    assert told_of_tokenizer(Shape(), {"residual_ratio": 0.25, "vae_kwargs": {"quant_resi": 0.5}}) == (0.25, None)
 
 
 def test_claims_beyond_reason_are_refused() -> None:

@@ -138,6 +138,10 @@ def _edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def _edit_part(folder: Path, part: str, **changes: object) -> None:
+    _edit_config(folder, **{part: json.loads((folder / "config.json").read_text())[part] | changes})
+
+
 def _edit_weights(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
     tensors = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
     if change is None:
@@ -163,6 +167,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "format unknown": (lambda f: _edit_config(f, format="other"), "format is not 'actvar-sparse'"),
     "version newer": (lambda f: _edit_config(f, format_version=7), "Upgrade actvar-convert"),
     "version odd": (lambda f: _edit_config(f, format_version="1"), "format_version '1'"),
+    "version is a truth": (lambda f: _edit_config(f, format_version=True), "format_version True"),
+    "family missing": (lambda f: _edit_config(f, family=None), "family"),
+    "number as a text": (
+        lambda f: _edit_part(f, "transformer", depth="2"), "transformer.depth: Input should be a valid integer"
+    ),
+    "truth as a number": (lambda f: _edit_part(f, "transformer", shared_adaln=0), "transformer.shared_adaln: "),
+    "share of a convolution edited": (
+        lambda f: _edit_part(f, "tokenizer", residual_ratio=0.3), "was changed since the model was made"
+    ),
+    "sampling edited": (lambda f: _edit_part(f, "sampling", cfg=9.0), "was changed since the model was made"),
     "key unknown": (lambda f: _edit_config(f, surprise=1), "surprise"),
     "plans missing": (lambda f: _edit_config(f, plans={}), "plans"),
     "default plan unknown": (lambda f: _edit_config(f, default_plan="nope"), "'nope' is not among the plans"),
@@ -223,6 +237,16 @@ def test_unknown_plan(folder: Path) -> None:
         load_sparse(folder, plan="fast")
 
 
+def test_spaces_and_order_of_the_configuration_do_not_matter(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(content.items()))))
+    assert load_sparse(folder).plans.name == "default"
+    del content["sha256"], content["family"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="family: Field required"):
+        load_sparse(folder)
+
+
 def test_a_folder_of_version_1_names_no_family(
     folder: Path, sparse: Model, same_model: Callable[[Model, Model], None]
 ) -> None:
@@ -237,7 +261,7 @@ def test_a_folder_of_version_1_names_no_family(
 
 def test_a_family_of_nobody_is_refused(folder: Path) -> None:
     _edit_config(folder, family="rav")
-    with pytest.raises(CheckpointError, match=r"family: .*'rav' is unknown to this version, which has var$"):
+    with pytest.raises(CheckpointError, match=r"family: .*'rav' is unknown to this version, which has var, "):
         load_sparse(folder)
 
 

@@ -71,6 +71,8 @@ def test_other_values_are_refused_by_name(
     with pytest.raises(CheckpointError, match=r"actvar-convert 0\.1 reads it") as caught:
         load_sparse(folder)
     assert said in str(caught.value)
+    assert "Restore" not in str(caught.value), "a copy would be of version 1 too"
+    assert str(caught.value).count("reads it") == 1
 
 
 def test_keys_and_values_were_computed_if_a_plan_did_not_say(folder: Path) -> None:
@@ -86,3 +88,4 @@ def test_constants_of_inactive_experts_are_refused_by_name(folder: Path) -> None
     with pytest.raises(CheckpointError, match=r"actvar-convert 0\.1 reads it") as caught:
         load_sparse(folder)
     assert "experts.inactive: inactive experts add constants" in str(caught.value)
+    assert "Restore" not in str(caught.value) and str(caught.value).count("reads it") == 1

@@ -87,13 +87,17 @@ class TokenizerConfig(BaseModel):
     z_channels: int = Field(ge=1, le=_MAX_WIDTH, description="channels of a codebook vector")
     sides: tuple[int, ...] = Field(description="side of the token map of each scale, coarse to fine")
     residual_ratio: float = Field(0.5, ge=0, le=1, description="share of the phi convolution in its output")
-    phis: int = Field(4, ge=1, le=64, description="phi convolutions shared among the scales")
+    phis: int = Field(4, ge=0, le=64, description="phi convolutions shared among the scales; 0: none")
+    quant_kernel: int = Field(3, ge=1, le=15, description="side of the convolutions before and after the code; odd")
+    using_znorm: bool = Field(False, description="codes are compared by direction, not by distance")
 
     @model_validator(mode="after")
     def _consistent(self) -> TokenizerConfig:
         _require_pyramid(self.sides)
         if self.ch % 32:
             raise ValueError(f"ch {self.ch} is not a multiple of 32, the groups of the normalisation")
+        if self.quant_kernel % 2 == 0:
+            raise ValueError(f"quant_kernel {self.quant_kernel} (quant_conv_ks in the reference) is not odd")
         return self
 
     @cached_property

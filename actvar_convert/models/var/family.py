@@ -149,8 +149,8 @@ class _Conv(NamedTuple):
 def decoder_macs(config: TokenizerConfig) -> DecoderMacs:
     """Multiply-adds of the VQVAE decoder for one image."""
     side, z = config.sides[-1], config.z_channels
-    phi = _Conv(z, z, 3, side**2).macs * config.schedule.num_scales
-    convolutions = _Conv(z, z, 3, side**2).macs + convolution_macs(config, side**2)
+    phi = _Conv(z, z, 3, side**2).macs * config.schedule.num_scales if config.phis else 0
+    convolutions = _Conv(z, z, config.quant_kernel, side**2).macs + convolution_macs(config, side**2)
     attentions = 1 + config.res_blocks + 1
     return DecoderMacs(convolutions, attentions * 2 * side**4 * config.ch * config.ch_mult[-1], phi)
 

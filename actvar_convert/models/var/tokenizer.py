@@ -221,15 +221,20 @@ class Phi(Conv2d):
 
 
 class _SharedPhi(nn.Module):
-    """A few phi convolutions shared among all scales: a scale uses the one whose tick is nearest to s / (S - 1)."""
+    """A few phi convolutions shared among all scales: a scale uses the one whose tick is nearest to s / (S - 1).
+
+    Without any a map stays as it is.
+    """
 
     def __init__(self, channels: int, residual_ratio: float, phis: int) -> None:
         super().__init__()
         self.qresi_ls = nn.ModuleList(Phi(channels, residual_ratio) for _ in range(phis))
-        margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
+        margin = 1 / 3 / phis if phis == 4 else 1 / 2 / max(1, phis)
         self.ticks = torch.linspace(margin, 1 - margin, phis, dtype=torch.float64, device="cpu").tolist()
 
     def forward(self, h: Tensor, at: float) -> Tensor:
+        if not self.ticks:
+            return h
         nearest = min(range(len(self.ticks)), key=lambda i: abs(self.ticks[i] - at))
         out: Tensor = self.qresi_ls[nearest](h)
         return out
@@ -242,7 +247,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        self.schedule = config.schedule
+        self.schedule, self.using_znorm = config.schedule, config.using_znorm
         self.embedding = nn.Embedding(config.vocab, config.z_channels)
         self.quant_resi = _SharedPhi(config.z_channels, config.residual_ratio, config.phis)
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.schedule.num_scales, config.vocab))
@@ -252,8 +257,10 @@ class MultiScaleQuantizer(nn.Module):
         return scale / last if last else 0.0
 
     def nearest(self, z_NC: Tensor) -> Tensor:
-        """Index [N] of the nearest codebook vector of each row of ``z_NC`` in the Euclidean distance."""
+        """Index [N] of the codebook vector nearest to each row of ``z_NC``, by Euclidean distance or by direction."""
         weight = self.embedding.weight
+        if self.using_znorm:
+            return (F.normalize(z_NC, dim=-1) @ F.normalize(weight, dim=-1).T).argmax(1)
         distance = z_NC.square().sum(1, keepdim=True) + weight.square().sum(1)
         return torch.addmm(distance, z_NC, weight.T, alpha=-2).argmin(1)
 
@@ -305,8 +312,9 @@ class VQVAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = MultiScaleQuantizer(config)
-        self.quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
-        self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        side = config.quant_kernel
+        self.quant_conv = Conv2d(config.z_channels, config.z_channels, side, padding=side // 2)
+        self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, side, padding=side // 2)
 
     @property
     def decoder_dtype(self) -> torch.dtype:
