@@ -1,0 +1,104 @@
+"""Infinity goes through the method: converted, distilled, stored, sampled, priced, exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import actvar_convert as av
+from actvar_convert.cost.macs import transformer_macs
+from actvar_convert.errors import InputError
+from actvar_convert.files.infinity import own_names
+from actvar_convert.models.base import inner
+from actvar_convert.models.model import Model
+from actvar_convert.models.split import gated_blocks
+from actvar_convert.recipe.schema import Recipe
+from tests.infinity_model import prompts, square_model
+
+
+@pytest.fixture(scope="module")
+def dense() -> Model:
+    return square_model()
+
+
+def recipe(**changes: Any) -> Recipe:
+    settings: dict[str, Any] = {
+        "name": "captions",
+        "model": "captions",
+        "device": "cpu",
+        "calibration": {"pyramids": 12, "batch": 6},
+        "experts": {"count": 8},
+        "gate": {"rank": 4},
+        "budget": {"reduction": 0.2, "prefix_share": 0.5, "gate_keep": 0.4, "gate_scales": 2, "pyramids": 12},
+        "data": {"pyramids": 96, "batch": 32},
+        "distill": {
+            "stage1": {"steps": 10, "batch": 12, "warmup": 2},
+            "stage2": {"steps": 30, "batch": 12, "warmup": 4},
+        },
+    }
+    return Recipe.model_validate(settings | changes)
+
+
+def kl_to(dense: Model, other: Model) -> float:
+    """Nats per token on pyramids that the dense model samples."""
+    rows = dense.family.balanced(dense.config, 16)
+    tokens = dense.generate_tokens(rows, seed=9)
+    with torch.no_grad():
+        inputs = dense.teacher_forcing_input(tokens)
+        logits = dense.transformer(rows, inputs), other.transformer(rows, inputs)
+        return float(dense.alphabet.divergence(*logits).mean())
+
+
+def test_it_is_converted_distilled_stored_and_exported(dense: Model, tmp_path: Path) -> None:
+    chosen = recipe()
+    sparse = av.convert(dense, recipe=chosen)
+    assert sparse.plan.gated and any(any(block.routed) for block in sparse.plan.blocks)
+    saved = 1 - transformer_macs(dense.config, sparse.plan) / transformer_macs(dense.config, None)
+    assert 0.2 <= saved < 0.3
+    before = kl_to(dense, sparse)
+    av.export(sparse, out=tmp_path / "back.safetensors")
+    source = dense.transformer.state_dict()
+    for name, tensor in own_names(load_file(tmp_path / "back.safetensors")).items():
+        assert torch.equal(tensor, source[name]), name
+    trained = av.distill(sparse, teacher=dense, recipe=chosen, out=tmp_path / "out")
+    assert kl_to(dense, trained) < 0.9 * before
+    again, rows = av.load(tmp_path / "out", device="cpu"), prompts(dense, 3, 5)
+    images = trained.generate(rows, seed=3, negative=prompts(dense, 2))
+    assert images.shape == (2, 3, 32, 32) and again.sampling == dense.sampling
+    torch.testing.assert_close(again.generate(rows, seed=3, negative=prompts(dense, 2)), images)
+    found = av.inspect(tmp_path / "out")
+    assert found.complete and found.kind == "sparse" and "Infinity" in found.line
+    report = av.report_flops(again)
+    assert report.sparse is not None
+    assert report.sparse.components["cross_attention"].macs < report.dense.components["cross_attention"].macs
+
+
+def test_folded_guidance_takes_one_row(dense: Model) -> None:
+    plain = recipe()
+    folded = recipe(budget={**plain.budget.model_dump(exclude_unset=True), "guidance": "folded"})
+    sparse = av.convert(dense, recipe=folded)
+    assert sparse.folded and sparse.guidance().rows == 1
+    assert sparse.generate(prompts(dense, 3), seed=1).shape == (1, 3, 32, 32)
+
+
+@torch.no_grad()
+def test_a_gated_block_is_the_dense_block_on_the_kept_rows(dense: Model) -> None:
+    sparse = av.convert(dense, recipe=recipe())
+    block = next(gated_blocks(sparse.transformer))
+    rows = prompts(dense, 3, 5)
+    x, prepared, call = sparse.start(rows, sparse.teacher_forcing_input(sparse.generate_tokens(rows)))
+    context, own = inner(block).context(prepared), inner(block)
+    kept = block.computed_rows(x, call.span)
+    index = kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    expected = own(x.gather(1, index), context, call.of(kept, block.kept_counts(call.span)))
+    torch.testing.assert_close(block(x, context, call).gather(1, index), expected)
+
+
+def test_a_sparse_model_keeps_its_maps(dense: Model) -> None:
+    sparse = av.convert(dense, recipe=recipe())
+    with pytest.raises(InputError, match="runs the token maps that its plan was made for"):
+        sparse.generate(prompts(dense, 3), schedule="0.06M")
