@@ -303,10 +303,10 @@ def infer_whole(
 
 def doubts(config: InfinityConfig, vae: Path) -> list[str]:
     """What the name of a tokenizer's file says against it: one of equal shape makes bad pictures."""
-    known = _same_shape(config, {"maps", "chunks"})
-    if known is PUBLISHED["infinity-2b"] and "d32" in vae.name and "reg" not in vae.name:
+    right = PUBLISHED["infinity-2b"]
+    if config.bits == right.bits and "d32" in vae.name and "reg" not in vae.name:
         return [
-            f"{vae.name} has the right shape and makes bad pictures: Infinity-2B was trained with {known.vae} of "
-            f"huggingface.co/{REPOSITORY}"
+            f"{vae.name} has the right shape and makes bad pictures: Infinity-2B was trained with {right.vae} of "
+            f"huggingface.co/{REPOSITORY}; give that one"
         ]
     return []

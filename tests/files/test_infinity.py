@@ -197,3 +197,14 @@ def test_published_sampling() -> None:
     }
     assert sampling["infinity-2b"].tau == 0.5 and sampling["infinity-8b"].tau == 1.0
     assert all((own.cfg, own.top_k, own.top_p) == (4.0, 900, 0.97) for own in sampling.values())
+
+
+def test_what_was_chosen_is_said(
+    weights: dict[str, Tensor], vae_weights: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, vae = _plain(weights, vae_weights, tmp_path)
+    av.load(source, vae=vae, device="cpu")
+    assert "images of 1M pixels were taken (as published)" in caplog.text
+    caplog.clear()
+    av.load(source, vae=vae, shape={"schedule": "0.06M"}, device="cpu")
+    assert "pixels" not in caplog.text

@@ -85,9 +85,14 @@ class BSQTokenizer(nn.Module):
         """Input [B, L_s, D] of the transformer at a scale."""
         return self._row(F.interpolate(f_hat, size=self._codes(schedule, scale), mode="bilinear"))
 
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """Dtype of the decoder; the encoder decides about tokens and has its own."""
+        return self.decoder.conv_in.weight.dtype
+
     def decode_features(self, f_Bdhw: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of an accumulated feature map [B, d, h, w]."""
-        image: Tensor = self.decoder(f_Bdhw.to(self.decoder.conv_in.weight.dtype))
+        image: Tensor = self.decoder(f_Bdhw.to(self.decoder_dtype))
         return image.clamp(-1, 1)
 
     def encode(self, image_B3HW: Tensor, schedule: Schedule) -> Tensor:
