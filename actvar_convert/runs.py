@@ -22,6 +22,7 @@ from actvar_convert.errors import InputError
 from actvar_convert.files.published import official_files, official_names
 from actvar_convert.files.sparse_folder import read_provenance, refuse_foreign, save_sparse, update_file
 from actvar_convert.measure.checks import CheckTable, require_comparable, run_checks
+from actvar_convert.measure.distances import pairs_of
 from actvar_convert.measure.evaluation import Evaluation
 from actvar_convert.measure.extractors import FeatureExtractor
 from actvar_convert.measure.latency import BenchmarkReport, Timing, hardware_name
@@ -213,9 +214,10 @@ def _stored(path: Path, kind: type[Report]) -> Report | None:
 def _measured_as(quality: QualityReport, recipe: Recipe, measurement: Mapping[str, object]) -> bool:
     """Whether a stored evaluation is the one that a recipe asks for."""
     settings = recipe.evaluate
-    own = (quality.seeds, quality.kl.pyramids)
+    pairs = None if quality.distances is None else quality.distances.pairs
+    own = (quality.seeds, quality.kl.pyramids, pairs)
     same = all(getattr(quality, name) == value for name, value in measurement.items())
-    return same and own == (settings.seeds, settings.held_out)
+    return same and own == (settings.seeds, settings.held_out, pairs_of(settings.images, settings.batch))
 
 
 def _timed_as(benchmark: BenchmarkReport, timing: Timing, device: torch.device) -> bool:
@@ -245,7 +247,7 @@ def _measure(
             model,
             teacher=teacher,
             settings=Evaluation(
-                images=0 if extractor is None else settings.images,
+                images=settings.images,
                 seeds=settings.seeds,
                 batch=settings.batch,
                 held_out=settings.held_out,

@@ -361,7 +361,8 @@ def evaluate(
         teacher: the dense model; the recorded one by default.
         settings: number of images, seeds and the rest.
         reference: real images, a folder or an .npz with mu and sigma: measures in Inception features (needs the
-            ``inception`` extra). By default the bundled classifier measures, for models of its kind of images.
+            ``inception`` extra). By default the bundled classifier measures, for models of its kind of images; for
+            others there is no FID, and of images only their distance to the teacher's is measured.
         extractor: what ``extractor_for`` made of ``reference``, if it is at hand already.
         cache: folder in which features are kept while they are made.
         progress: told about every long step.
@@ -378,7 +379,11 @@ def evaluate(
     if teacher.is_sparse:
         raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")
     if extractor is None and images:
-        extractor = extractor_for(teacher, reference)
+        try:
+            extractor = extractor_for(teacher, reference)
+        except InputError:
+            if reference is not None:
+                raise
     folder = None if cache is None else path_of(cache)
     with nullcontext() if folder is None else locks.owned(folder, join(model.device)):
         report = evaluate_models(model, teacher, settings, extractor=extractor, progress=progress, cache_dir=folder)

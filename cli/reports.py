@@ -68,7 +68,7 @@ def evaluate(
     model: opt.Model,
     teacher: opt.Teacher = None,
     images: Annotated[
-        int, typer.Option("--images", min=0, help="Images per seed, 20 or more; 0: KL and agreement alone.")
+        int, typer.Option("--images", min=0, help="Images per seed, 20 or more; 0: KL and agreement.")
     ] = 5000,
     seeds: Annotated[str, typer.Option("--seeds", metavar="N,N,...", help="Seed of every set of images.")] = "0",
     reference: Annotated[
@@ -106,7 +106,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Measure quality against the dense teacher: FID and companions, KL and agreement per scale."""
+    """Measure quality against the dense teacher: FID and companions, distance of pictures, KL and agreement."""
     from actvar_convert.show.tables import quality_tables
     from actvar_convert.show.terminal import render
 

@@ -13,7 +13,15 @@ from actvar_convert.files.inspection import Inspection
 from actvar_convert.files.sparse_folder import SparseConfig
 from actvar_convert.measure.cuts import SweepPoint, SweepReport
 from actvar_convert.measure.latency import BenchmarkReport, BenchmarkRow
-from actvar_convert.measure.quality_report import FidQuality, KLQuality, QualityReport, RoutingLoad
+from actvar_convert.measure.quality_report import (
+    DistanceSpread,
+    FidQuality,
+    KLQuality,
+    PairDistances,
+    QualityReport,
+    RoutingLoad,
+    WorstPair,
+)
 from actvar_convert.plan import BlockPlan, SparsityPlan
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
@@ -26,6 +34,7 @@ SECTIONS = {part.split("\n", 1)[0]: part for part in TEXT.split("\n## ")[1:]}
         ("The sparse folder", (SparseConfig, SparsityPlan, BlockPlan)),
         ("`flops.json`: `actvar.flops/1`", (FlopsReport,)),
         ("`eval.json`: `actvar.eval/1`", (QualityReport, FidQuality, KLQuality)),
+        ("`eval.json`: `actvar.eval/1`", (PairDistances, DistanceSpread, WorstPair)),
         ("`benchmark.json`: `actvar.benchmark/1`", (BenchmarkReport, BenchmarkRow)),
         ("`sweep.json`: `actvar.sweep/1`", (SweepReport, SweepPoint)),
         ("`actvar inspect X --format json`: `actvar.inspect/1`", (Inspection,)),

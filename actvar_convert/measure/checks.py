@@ -34,6 +34,9 @@ class Checks(Protocol):
     @property
     def max_fid_increase(self) -> float | None: ...
 
+    @property
+    def max_distance(self) -> float | None: ...
+
 
 class CheckRow(BaseModel):
     """One check: it holds when ``given`` is at most ``allowed``."""
@@ -93,7 +96,8 @@ def run_checks(
     Equal seeds make the two runs less different than that: the bound is on the safe side of a false alarm.
 
     Args:
-        checks: limits; a ratio of transformer FLOPs sparse to dense, nats per token, a fraction of the dense FID.
+        checks: limits; a ratio of transformer FLOPs sparse to dense, nats per token, a fraction of the dense FID, a
+            mean pixel distance.
         flops: FLOPs of the model; with a sparse part if its ratio is limited.
         quality: evaluation of the model.
         baseline: earlier evaluation, with equal images, sampling, extractor and reference.
@@ -110,6 +114,7 @@ def run_checks(
     limit("flops_ratio", checks.max_flops_ratio, lambda: _flops_ratio(flops))
     limit("kl", checks.max_kl, lambda: quality.kl.mean)
     limit("fid_increase", checks.max_fid_increase, lambda: _fid_increase(quality))
+    limit("distance", checks.max_distance, lambda: _distance(quality))
     if baseline is not None:
         _comparable(quality, baseline)
         if quality.fid is not None and baseline.fid is not None:
@@ -136,6 +141,12 @@ def _fid_increase(quality: QualityReport) -> float:
             "checks.max_fid_increase needs a FID, and no images were measured; name real ones with evaluate.reference"
         )
     return quality.fid.increase
+
+
+def _distance(quality: QualityReport) -> float:
+    if quality.distances is None:
+        raise InputError("checks.max_distance needs pictures of both models, and none were compared; evaluate anew")
+    return quality.distances.pixel.mean
 
 
 def require_comparable(baseline: QualityReport, measurement: Mapping[str, object]) -> None:

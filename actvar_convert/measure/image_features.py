@@ -59,6 +59,17 @@ class ImageSet:
     chunk: int
     sampling: Sampling
 
+    def key(self, model: Model) -> dict[str, object]:
+        """What the first images of the set depend on beside the weights of a model."""
+        few = self.images < (model.family.classes(model.config) or 0)  # their labels depend on how many there are
+        return {
+            "sampling": self.sampling.settings,
+            "seed": self.seed,
+            "chunk": self.chunk,
+            **({"spread over": self.images} if few else {}),
+            **({"noise": "cuda"} if model.device.type == "cuda" else {}),
+        }
+
 
 def generated_features(
     model: Model,
@@ -82,10 +93,7 @@ def generated_features(
     key = {
         "model": fingerprint or (model_fingerprint(model) if cache else ""),
         "extractor": extractor.fingerprint,
-        "sampling": sampling.settings,
-        "seed": wanted.seed,
-        "chunk": chunk,
-        **({"noise": "cuda"} if model.device.type == "cuda" else {}),
+        **wanted.key(model),
     }
     features, logits = [], []
     for first in range(0, len(parts), group):

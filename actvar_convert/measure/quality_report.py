@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actvar_convert.errors import InputError
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Of the distances of pairs."""
 
 
 class _Value(BaseModel):
@@ -65,6 +69,38 @@ class AgreementQuality(_Value):
     standard_error: float | None = Field(None, description="of ``top1``, over pyramids; None in older reports")
 
 
+class DistanceSpread(_Value):
+    """How one kind of distance is distributed over the pairs."""
+
+    mean: float
+    standard_error: float = Field(description="of ``mean``, over pairs")
+    quantiles: tuple[float, ...] = Field(description="at 5, 25, 50, 75 and 95 % of the pairs")
+
+
+class WorstPair(_Value):
+    """A pair of pictures that lies far apart."""
+
+    seed: int = Field(description="of the set of images")
+    index: int = Field(description="in the set, from 0")
+    label: int | None = Field(description="None if something else conditions the images")
+    pixel: float
+    feature: float | None
+
+
+class PairDistances(_Value):
+    """Distance of each picture to the dense model's of the same seed and label; no real images are needed."""
+
+    pairs: int
+    pixel: DistanceSpread = Field(description="root mean squared error of pixels in [0, 1]")
+    feature: DistanceSpread | None = Field(description="1 - cosine of features; None without an extractor")
+    worst: tuple[WorstPair, ...] = Field(description="largest pixel distance first")
+
+    @property
+    def psnr(self) -> float | None:
+        """Peak signal-to-noise ratio of the mean pixel distance, dB; None if the pictures are equal."""
+        return -20 * math.log10(self.pixel.mean) if self.pixel.mean > 0 else None
+
+
 class RoutingLoad(_Value):
     """What the router of one block chose at one scale, over the computed tokens of the held-out pyramids, each of which
     runs with its class and, if guided predictions are compared, without."""
@@ -94,6 +130,9 @@ class PlanQuality(_Value):
         "folded in, and in older reports",
     )
     agreement: AgreementQuality
+    distances: PairDistances | None = Field(
+        None, description="over the first chunks of the first seed set; None also in older reports"
+    )
     routing: tuple[RoutingLoad, ...] = Field((), description="by block and scale; empty if nothing is routed")
 
 
@@ -101,7 +140,7 @@ class QualityReport(PlanQuality):
     """Quality of the plan in use; of further plans under ``plans``."""
 
     format: Literal["actvar.eval/1"] = Field("actvar.eval/1", alias="schema")
-    images: int = Field(description="generated per model and seed set; 0: none were measured")
+    images: int = Field(description="judged per model and seed set; 0: none were")
     seeds: tuple[int, ...]
     sampling: SamplingSettings
     dtype: str = Field(description="that the images were generated in; KL and agreement are never cast")

@@ -71,7 +71,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if joint.steps and joint.trainable == "none" and joint.gate == "frozen":
         yield "distill.stage2: trains nothing; set trainable or gate, or steps to 0"
     if recipe.checks is not None and not any(value is not None for value in recipe.checks.model_dump().values()):
-        yield "checks: no limit given; give at least one of max_flops_ratio, max_kl, max_fid_increase, baseline"
+        yield f"checks: no limit given; give at least one of {', '.join(type(recipe.checks).model_fields)}"
 
 
 def _beside_plans(recipe: Recipe) -> Iterator[str]:

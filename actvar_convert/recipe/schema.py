@@ -192,6 +192,12 @@ class ChecksRecipe(Section):
     max_fid_increase: float | None = Field(
         None, ge=0, description="largest rise of the FID, relative to the dense model's"
     )
+    max_distance: float | None = Field(
+        None,
+        ge=0,
+        description="largest mean distance of a picture to the dense model's of the same seed: root mean squared error "
+        "of pixels in 0 to 1; needs no real images",
+    )
     baseline: PathText | None = Field(
         None,
         description="an eval.json of an earlier run: neither the rise of the FID nor the KL may be worse than there "

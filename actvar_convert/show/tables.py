@@ -14,7 +14,14 @@ from actvar_convert.cost import flops as costs
 from actvar_convert.cost.flops import Cost, FlopsReport, ModelCost
 from actvar_convert.measure.cuts import SweepPoint, SweepReport
 from actvar_convert.measure.latency import BenchmarkReport, BenchmarkRow
-from actvar_convert.measure.quality_report import Paired, PlanQuality, QualityReport, RoutingLoad
+from actvar_convert.measure.quality_report import (
+    QUANTILES,
+    PairDistances,
+    Paired,
+    PlanQuality,
+    QualityReport,
+    RoutingLoad,
+)
 from actvar_convert.measure.routing import experts_per_token
 from actvar_convert.show.figures import (
     MISSING,
@@ -240,8 +247,10 @@ def _lines(model: ModelCost) -> Iterator[tuple[str, int | str, int | str, str, C
 
 
 def quality_tables(report: QualityReport) -> list[Table]:
-    """Quality of dense and sparse, how far apart they are at every scale, what was routed, and the other plans."""
+    """Quality of dense and sparse, how far apart their pictures and predictions are, what was routed, other plans."""
     tables = [_image_table(report)] if report.fid is not None else []
+    if report.distances is not None:
+        tables.append(_distance_table(report.distances))
     tables.append(_agreement_table(report))
     if report.routing:
         tables.append(_routing_table(report.routing))
@@ -268,6 +277,8 @@ def quality_notes(quality: QualityReport) -> list[str]:
         f"KL to the dense model {quality.kl.mean:.4f} nats per token{guided} on {quality.kl.pyramids} held-out "
         f"pyramids; the likeliest token is the same for {share(quality.agreement.top1)}."
     )
+    if quality.distances is not None:
+        notes += _distance_notes(quality.distances)
     if fid is not None and fid.tokenizer is not None:
         notes.append(f"FID of the tokenizer's reconstructions: {fid.tokenizer:.3f}.")
     return [*notes, *quality.notes]
@@ -293,6 +304,34 @@ def _pair(pair: Paired | None) -> list[Cell]:
 
 def _image_table(report: QualityReport) -> Table:
     return Table(_titled("quality", report.plan), columns("", "dense", "sparse", "change"), tuple(_image_rows(report)))
+
+
+def _distance_table(distances: PairDistances) -> Table:
+    """How far pictures lie from those of the dense model, in pixels and in features."""
+    kinds = ("pixels (RMSE)", distances.pixel), ("features (1 - cosine)", distances.feature)
+    rows = [
+        row(name, *(_fixed(value) for value in (each.mean, each.standard_error, *each.quantiles)))
+        for name, each in kinds
+        if each is not None
+    ]
+    heads = "", "mean", "error", *(f"{100 * part:.0f} %" for part in QUANTILES)
+    return Table("distance to the dense model's picture of the same seed", columns(*heads), tuple(rows))
+
+
+def _distance_notes(distances: PairDistances) -> list[str]:
+    """What was compared, and the pairs to look at."""
+    psnr = "" if distances.psnr is None else f", a PSNR of {distances.psnr:.1f} dB"
+    notes = [
+        f"{distances.pairs} pictures lie {distances.pixel.mean:.4f} from the dense model's of the same seed{psnr}: "
+        f"root mean squared error of pixels in 0 to 1, standard error {distances.pixel.standard_error:.4f}."
+    ]
+    if distances.psnr is not None:
+        farthest = [
+            f"{each.index} ({'' if each.label is None else f'label {each.label}, '}{each.pixel:.3f})"
+            for each in distances.worst
+        ]
+        notes.append(f"Farthest apart of seed {distances.worst[0].seed}: {', '.join(farthest)}.")
+    return notes
 
 
 def _agreement_table(report: QualityReport) -> Table:
@@ -451,6 +490,9 @@ def summary_table(reports: Reports) -> Table:
         none = Cell(MISSING)
         rows.append(row("KL to the dense model, nats per token", none, figure(quality.kl.mean), none))
         rows.append(row("likeliest token as in the dense model", none, figure(quality.agreement.top1, share), none))
+        if quality.distances is not None:
+            distance = figure(quality.distances.pixel.mean)
+            rows.append(row("pixel distance to the dense model's picture", none, distance, none))
     for each in _summary_latency(reports.benchmark):
         extent = "with decoder" if each.with_decoder else "tokens alone"
         dense, sparse = (None if ms is None else ms / 1000 / each.batch for ms in (each.dense_ms, each.sparse_ms))

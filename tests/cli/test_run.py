@@ -93,9 +93,15 @@ def test_a_model_that_no_bundled_classifier_knows_is_run_without_fid(actvar: Act
     assert (report["fid"], report["extractor"], report["images"]) == (None, None, 0)
     assert report["kl"]["pyramids"] == 4 and report["kl"]["mean"] > 0
     for name in ("README.md", "report.html"):
-        assert "no images were measured: there is no FID" in (Path("made") / name).read_text()
+        shown = (Path("made") / name).read_text()
+        assert "no images were compared with real ones" in shown and "Farthest apart of seed 0: " in shown
     again = actvar("run", "mine.yaml", "--out", "made", *shrunk("checks.max_kl=1000"))
     assert again.exit_code == 0 and "agreement" not in again.stderr
+    far = actvar("run", "mine.yaml", "--out", "made", *shrunk("checks.max_distance=0"))
+    assert far.exit_code == 3 and "checks.max_distance" in far.stderr and "agreement" not in far.stderr
+    Path("made/eval.json").write_text(json.dumps(report | {"distances": None}))
+    older = actvar("run", "mine.yaml", "--out", "made", *shrunk("checks.max_distance=1"))
+    assert older.exit_code == 0 and json.loads(Path("made/eval.json").read_text()) == report
     alone = actvar("evaluate", "made", "--images", 0, "--format", "json")
     assert alone.exit_code == 0 and json.loads(alone.stdout)["fid"] is None, alone.output
     few = ("evaluate", "made", "--images", 0, "--held-out", 6, "--batch", 3, "--cache", "kept", "--format", "json")
@@ -104,8 +110,8 @@ def test_a_model_that_no_bundled_classifier_knows_is_run_without_fid(actvar: Act
     before = {path: path.stat().st_mtime_ns for path in Path("kept").iterdir()}
     assert actvar(*few).stdout == kept.stdout
     assert {path: path.stat().st_mtime_ns for path in Path("kept").iterdir()} == before, "taken from there"
-    asked = actvar("evaluate", "made")
-    assert asked.exit_code == 2 and "--reference" in asked.stderr
+    asked = actvar("evaluate", "made", "--images", 20, "--batch", 20, "--held-out", 4)
+    assert asked.exit_code == 0 and "pixels (RMSE)" in asked.stdout and "--reference" in asked.stdout, asked.output
 
 
 def test_a_report_of_other_images_or_another_machine_is_made_anew(

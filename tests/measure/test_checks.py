@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from actvar_convert.cost.flops import FlopsReport, count_flops
 from actvar_convert.errors import ChecksFailed, InputError
 from actvar_convert.measure.checks import MEASURED_BY, require_comparable, run_checks
+from actvar_convert.measure.distances import summarise
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.var.config import TransformerConfig
 from actvar_convert.plan import BlockPlan, SparsityPlan
@@ -24,6 +26,7 @@ class Limits:
     max_flops_ratio: float | None = None
     max_kl: float | None = None
     max_fid_increase: float | None = None
+    max_distance: float | None = None
 
 
 @pytest.fixture
@@ -84,6 +87,20 @@ def test_failure_shows_given_against_allowed(flops: FlopsReport) -> None:
     assert "1 of 2 checks failed" in text
     row = next(line for line in text.splitlines() if line.startswith("kl"))
     assert row.split() == ["kl", "0.0300", "0.0200", "FAILED", "checks.max_kl"]
+
+
+def test_a_distance_beyond_its_limit_fails_with_3(flops: FlopsReport) -> None:
+    measured = quality().model_copy(
+        update={"distances": summarise(torch.tensor([0.1, 0.3]), None, seed=0), "fid": None, "extractor": None}
+    )
+    assert run_checks(Limits(max_distance=0.21), flops, measured).passed
+    with pytest.raises(ChecksFailed) as caught:
+        run_checks(Limits(max_distance=0.1), flops, measured).raise_if_failed()
+    assert caught.value.exit_code == 3
+    row = str(caught.value).splitlines()[-1]
+    assert row.split() == ["distance", "0.200", "0.100", "FAILED", "checks.max_distance"]
+    with pytest.raises(InputError, match="max_distance needs pictures of both models"):
+        run_checks(Limits(max_distance=0.1), flops, quality())
 
 
 def test_nothing_asked_is_nothing_failed(flops: FlopsReport) -> None:

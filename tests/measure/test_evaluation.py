@@ -14,9 +14,10 @@ from torch import Tensor
 from actvar_convert.errors import InputError
 from actvar_convert.measure import image_features
 from actvar_convert.measure.agreement import HELD_OUT_SEED
+from actvar_convert.measure.distances import feature_distances, pairs_of, summarise
 from actvar_convert.measure.evaluation import Evaluation, evaluate_models
 from actvar_convert.measure.extractors import ClassifierExtractor
-from actvar_convert.measure.image_features import chunks, model_fingerprint
+from actvar_convert.measure.image_features import ImageSet, chunks, model_fingerprint
 from actvar_convert.measure.latency import Timing
 from actvar_convert.measure.quality_report import QualityReport, load_quality
 from actvar_convert.models.base import Sampling
@@ -87,6 +88,9 @@ def test_a_model_equals_itself(tiny_model: Model, extractor: ClassifierExtractor
     assert report.kl.mean == 0 and set(report.kl.per_scale) == {0.0}
     assert report.agreement.top1 == 1 and set(report.agreement.per_scale) == {1.0}
     assert report.precision is not None and report.precision.dense == report.precision.sparse
+    assert report.distances is not None and report.distances.feature is not None and report.distances.psnr is None
+    for each in (report.distances.pixel, report.distances.feature):
+        assert (each.mean, each.standard_error, set(each.quantiles)) == (0, 0, {0.0})
 
 
 def test_figures_of_two_models(tiny_model: Model, other: Model, extractor: ClassifierExtractor) -> None:
@@ -118,8 +122,65 @@ def test_without_images_there_are_kl_and_agreement(
     assert (report.precision, report.recall, report.label_agreement) == (None, None, None)
     assert report.notes == ("no images were measured: there is no FID, and nothing else that is measured on images",)
     assert QualityReport.model_validate_json(report.to_json()) == report
-    with pytest.raises(InputError, match="extractor: needed to measure images; without one give images 0"):
-        evaluate(other, tiny_model, None)
+    assert report.distances is None
+
+
+def test_distances_need_no_extractor(tiny_model: Model, other: Model, extractor: ClassifierExtractor) -> None:
+    full, report = (evaluate(other, tiny_model, judge) for judge in (extractor, None))
+    assert (report.images, report.extractor, report.fid) == (0, None, None)
+    assert len(report.notes) == 1 and "--reference" in report.notes[0]
+    assert full.distances is not None and report.distances is not None
+    assert report.distances.feature is None and report.distances.pixel == full.distances.pixel
+    assert QualityReport.model_validate_json(report.to_json()) == report
+    old = {name: value for name, value in json.loads(report.to_json()).items() if name != "distances"}
+    assert QualityReport.model_validate(old).distances is None
+
+
+def test_distances_are_those_of_the_pictures(tiny_model: Model, other: Model, extractor: ClassifierExtractor) -> None:
+    found = evaluate(other, tiny_model, extractor, seeds=(3, 4)).distances
+    labels = balanced_labels(IMAGES, 5)
+    dense, sparse = (model.generate(labels, seed=3, chunk=BATCH) for model in (tiny_model, other))
+    pixel = ((dense - sparse) ** 2).mean((1, 2, 3)).sqrt().double()
+    feature = 1 - torch.cosine_similarity(*(extractor(each)[0].double() for each in (dense, sparse)))
+    assert found is not None and found.feature is not None and found.pairs == IMAGES
+    for spread, expected in ((found.pixel, pixel), (found.feature, feature)):
+        assert spread.mean == pytest.approx(float(expected.mean()), rel=1e-4)
+        assert spread.standard_error == pytest.approx(float(expected.std()) / IMAGES**0.5, rel=1e-4)
+        assert spread.quantiles == pytest.approx(np.quantile(expected, (0.05, 0.25, 0.5, 0.75, 0.95)), rel=1e-3)
+    farthest = pixel.argsort(descending=True)[:8].tolist()
+    assert [(each.seed, each.index, each.label) for each in found.worst] == [(3, i, int(labels[i])) for i in farthest]
+    assert [each.pixel for each in found.worst] == pytest.approx(pixel[farthest].tolist(), rel=1e-4)
+    assert [each.feature for each in found.worst] == pytest.approx(feature[farthest].tolist(), rel=1e-3)
+
+
+def test_distances_by_hand() -> None:
+    found = summarise(torch.tensor([0.1, 0.4, 0.1]), torch.tensor([0.0, 1.0, 0.5]), seed=2, labels=[5, 6, 7])
+    assert found.pixel.mean == pytest.approx(0.2) and found.pixel.standard_error == pytest.approx(0.1)
+    assert found.psnr == pytest.approx(-20 * np.log10(0.2))
+    assert [(each.index, each.label, each.feature) for each in found.worst] == [(1, 6, 1.0), (0, 5, 0.0), (2, 7, 0.5)]
+    right_angle, opposite = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 3.0], [-2.0, 0.0]])
+    assert feature_distances(right_angle, opposite).tolist() == pytest.approx([1.0, 2.0])
+
+
+def test_pairs_are_whole_chunks() -> None:
+    sets = (5000, 64), (5000, 100), (40, 64), (5000, 500), (100, 1)
+    assert [pairs_of(*each) for each in sets] == [256, 200, 40, 500, 100]
+
+
+def test_kept_distances_are_those_of_new_pictures(tiny_model: Model, other: Model, tmp_path: Path) -> None:
+    plain = evaluate(other, tiny_model, None)
+    assert evaluate(other, tiny_model, None, cache_dir=tmp_path) == plain
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert evaluate(other, tiny_model, None, cache_dir=tmp_path) == plain
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
+    assert evaluate(other, tiny_model, None, cache_dir=tmp_path, seeds=(1,)).distances != plain.distances
+
+
+def test_few_images_of_many_classes_are_not_taken_for_others(tiny_model: Model) -> None:
+    """Which labels the first images have depends on how many there are, if those are fewer than the classes."""
+    sets = [ImageSet(images, 0, 2, tiny_model.sampling) for images in (3, 4, 20, 40)]
+    few, more, many, most = (each.key(tiny_model) for each in sets)
+    assert few != more and many == most
 
 
 def test_agreement_is_the_definition(tiny_model: Model, other: Model, extractor: ClassifierExtractor) -> None:

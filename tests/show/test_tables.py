@@ -5,11 +5,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from actvar_convert.cost.flops import FlopsReport, count_flops
 from actvar_convert.measure.components import ComponentTimes
+from actvar_convert.measure.distances import summarise
 from actvar_convert.measure.latency import BenchmarkReport, BenchmarkRow
 from actvar_convert.measure.quality_report import (
     AgreementQuality,
@@ -163,6 +165,28 @@ def test_quality_table(quality):
     assert "0.60 percentage points" in text and "one note & another" in text
     nested = quality.model_copy(update={"plans": {"second": quality}})
     assert figures(printed(*quality_tables(nested)), "second")[1:3] == ["2.500", "2.570"]
+
+
+def test_distances_are_shown_with_the_pairs_to_look_at(flops, quality):
+    pixel, feature = torch.tensor([0.1, 0.4, 0.1]), torch.tensor([0.0, 1.0, 0.5])
+    report = quality.model_copy(update={"distances": summarise(pixel, feature, seed=7, labels=[0, 1, 2])})
+    text = printed(*quality_tables(report))
+    assert figures(text, "pixels (RMSE)")[1:6] == ["0.2000", "0.1000", "0.1000", "0.1000", "0.1000"]
+    assert figures(text, "features (1 - cosine)")[1] == "0.5000" and "…" not in text
+    both = Reports(flops, report)
+    for shown in (text, report_html(both), model_card("m", both)):
+        said = " ".join(shown.split())
+        assert "3 pictures lie 0.2000 from the dense model" in said and "14.0 dB" in said
+        assert "Farthest apart of seed 7: 1 (label 1, 0.400), 0 (label 0, 0.100)" in said
+    assert figures(printed(summary_table(both)), "pixel distance") == [
+        "pixel distance to the dense model's picture",
+        MISSING,
+        digits(0.2),
+        MISSING,
+    ]
+    equal = quality.model_copy(update={"distances": summarise(torch.zeros(3), None, seed=7)})
+    text = printed(*quality_tables(equal))
+    assert "features (" not in text and "PSNR" not in text and "Farthest" not in text and "None" not in text
 
 
 def test_benchmark_table(benchmark):
