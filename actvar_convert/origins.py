@@ -74,6 +74,7 @@ class Run:
         weights = state_fingerprint(teacher)
         tokenizer = teacher.tokenizer.config.model_dump_json()
         around = (weights, tokenizer, json.dumps(teacher.sampling.settings), teacher.origin.get("shape", ""))
+        around = (*around, *teacher.drawn_on.values())
         start, key = (
             fingerprint_of(*around, deciding(recipe, *phases), *prints[: len(phases)])
             for phases in (("convert",), ("convert", "train"))

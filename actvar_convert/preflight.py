@@ -22,6 +22,7 @@ from actvar_convert.files.source import model_shape
 from actvar_convert.measure.extractors import require_reference
 from actvar_convert.measure.quality_report import load_quality
 from actvar_convert.models.families import family_of
+from actvar_convert.models.infinity.text import TextRows
 from actvar_convert.models.model import Model
 from actvar_convert.models.schedule import Config
 from actvar_convert.recipe.check import split_problems
@@ -42,6 +43,7 @@ class Job:
         config: shape of the dense transformer.
         processes: how many share the training.
         sharded: whether the student is split over them.
+        prompted: whether the model has prompts already.
         progress: told about checks that take long.
     """
 
@@ -49,12 +51,13 @@ class Job:
     config: Config
     processes: int = 1
     sharded: bool = False
+    prompted: bool = False
     progress: Progress = field(default_factory=SilentProgress)
 
     @classmethod
     def of(cls, model: Model, recipe: Recipe, processes: Processes, progress: Progress) -> Job:
         """A recipe on a loaded model."""
-        return cls(recipe, model.config, processes.count, processes.shard, progress)
+        return cls(recipe, model.config, processes.count, processes.shard, model.prompts is not None, progress)
 
 
 def require_ready(job: Job, *phases: Phase) -> RecipeImages | None:
@@ -105,6 +108,23 @@ def _reference(job: Job) -> Iterator[str]:
         yield from _said("evaluate.reference", lambda: require_reference(Path(reference)))
 
 
+def _prompts(job: Job) -> Iterator[str]:
+    family, rows = family_of(job.config), job.recipe.data.rows
+    if not getattr(family, "reads_text", False):
+        if rows is not None:
+            yield "data.rows: given, and the model makes no images of text; leave it out"
+        return
+    if job.recipe.data.images is not None:
+        yield "data.images: given, and the model makes images of text, which such a folder has none of; leave it out"
+    if rows is not None:
+        yield from _said("data.rows", lambda: family.condition(job.config, TextRows.load(Path(rows))))
+    elif not job.prompted:
+        yield (
+            f"data.rows: not given, and {family.name} makes images of text: name a file of the text rows of prompts "
+            "(TextRows.save). A recipe of a model of classes has none; take one that was made for this family"
+        )
+
+
 def _baseline(job: Job) -> Iterator[str]:
     baseline = None if job.recipe.checks is None else job.recipe.checks.baseline
     if baseline is not None:
@@ -130,6 +150,7 @@ CHECKS: tuple[tuple[tuple[Phase, ...], Callable[[Job], Iterator[str]]], ...] = (
     (("convert", "train", "measure"), _device),
     (("train",), _rows_for_all),
     (("train",), _split),
+    (("convert", "train", "measure"), _prompts),
     (("measure",), _reference),
     (("measure",), _baseline),
     (("convert",), _budget),

@@ -45,6 +45,7 @@ from actvar_convert.show.card import model_card
 from actvar_convert.show.html import report_html
 from actvar_convert.show.pictures import samples_picture
 from actvar_convert.show.tables import Reports
+from actvar_convert.stores import prompted
 from actvar_convert.system.device import DTYPES
 from actvar_convert.system.paths import path_of
 from actvar_convert.system.processes import Processes, join
@@ -118,6 +119,7 @@ def run(
     folder = path_of(out) if out is not None else Path("runs") / chosen.name
     refuse_foreign(folder)
     images = require_ready(Job.of(teacher, chosen, processes, progress), "convert", "train", "measure")
+    teacher = prompted(teacher, chosen)
     extractor = _extractor(chosen, teacher, progress)
     baseline = _baseline(chosen, teacher, extractor)
     own = Run.of(teacher, chosen, images)

@@ -15,6 +15,7 @@ from actvar_convert.distillation.data import (
 )
 from actvar_convert.errors import InputError
 from actvar_convert.models.casting import cast
+from actvar_convert.models.infinity.text import TextRows
 from actvar_convert.models.model import Model
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.system.device import pick_dtype
@@ -73,6 +74,17 @@ def require_images(recipe: Recipe, classes: int | None, progress: Progress | Non
     except InputError as error:
         problem = f"data.images: {error.message}; give the root of a class-per-folder tree"
         raise InputError("the recipe's images cannot be used:", [problem, *error.problems]) from error
+
+
+def prompted(model: Model, recipe: Recipe) -> Model:
+    """The model with the prompts that a recipe names, if it names some and the model reads text.
+
+    Raises:
+        InputError: the file cannot be read, or its rows do not fit the model.
+    """
+    if recipe.data.rows is None or not getattr(model.family, "reads_text", False):
+        return model
+    return model.with_prompts(TextRows.load(Path(recipe.data.rows)))
 
 
 def _seeds(recipe: Recipe) -> tuple[int, int]:

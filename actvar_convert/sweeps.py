@@ -34,7 +34,7 @@ from actvar_convert.recipe.load import load_recipe
 from actvar_convert.recipe.schema import FEWEST_IMAGES, DistillRecipe, Recipe
 from actvar_convert.show.charts import sweep_picture
 from actvar_convert.show.tables import sweep_figures
-from actvar_convert.stores import calibration_store, require_images
+from actvar_convert.stores import calibration_store, prompted, require_images
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.device import trim_memory
@@ -95,6 +95,7 @@ def sweep(
     held_out = chosen.evaluate.held_out
     _check(reductions, images, max_kl)
     given = require_images(chosen, model.family.classes(model.config), progress)
+    model = prompted(model, chosen)
     extractor = verbs.extractor_for(model, chosen.evaluate.reference) if images else None
     dense_print = model_fingerprint(model)
     method = chosen.model_dump_json(exclude=_UNUSED)

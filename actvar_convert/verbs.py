@@ -31,6 +31,7 @@ from actvar_convert.measure.extractors import FeatureExtractor, bundled_extracto
 from actvar_convert.measure.latency import BenchmarkReport, Timing, benchmark_models
 from actvar_convert.measure.quality_report import QualityReport
 from actvar_convert.models.casting import cast
+from actvar_convert.models.infinity.text import TextRows
 from actvar_convert.models.model import Model, NoiseSource, differences
 from actvar_convert.models.sampling import whole_number, whole_numbers
 from actvar_convert.origins import (
@@ -50,7 +51,7 @@ from actvar_convert.recipe.load import dump_recipe, load_recipe
 from actvar_convert.recipe.schema import Recipe
 from actvar_convert.recipe.shape import ShapeLike, with_weights
 from actvar_convert.show.pictures import picture
-from actvar_convert.stores import calibration_store, distillation_store
+from actvar_convert.stores import calibration_store, distillation_store, prompted
 from actvar_convert.system import locks
 from actvar_convert.system.atomic import write_whole
 from actvar_convert.system.device import DtypeLike, limit_threads, pick_device, pick_dtype
@@ -188,6 +189,7 @@ def _convert(
 ) -> Model:
     config = model.config
     images = require_ready(Job.of(model, chosen, processes, progress), "convert") if run is None else run.images
+    model = prompted(model, chosen)
     require_memory(conversion_memory(model, chosen, keep=keep), model.device)
     if run is None and (out is not None or work is not None):
         run = Run.of(model, chosen, images)
@@ -279,7 +281,9 @@ def distill(
     folder = path_of(out)
     refuse_foreign(folder)
     if run is None:
-        run = Run.of(teacher, chosen, require_ready(Job.of(teacher, chosen, processes, progress), "train"))
+        images = require_ready(Job.of(teacher, chosen, processes, progress), "train")
+        teacher = prompted(teacher, chosen)
+        run = Run.of(teacher, chosen, images)
     keeping = Work.of(folder, work)
     with keeping.owned(processes):
         _distill(model, teacher, run, keeping, progress, processes, replace)
@@ -310,7 +314,7 @@ def _distill(
         tokens = work.tokens(run)
         store = distillation_store(teacher, chosen, run.images, path=tokens, progress=progress, processes=processes)
     else:
-        nothing = teacher.family.balanced(teacher.config, 1)
+        nothing = teacher.balanced(1)
         store = TokenStore(teacher, teacher.generate_tokens(nothing)[:0], nothing.rows(slice(0)))
     log = MetricsLog(work.metrics) if processes.main else None
     with log or nullcontext():
@@ -351,6 +355,7 @@ def evaluate(
     settings: Evaluation | None = None,
     reference: str | Path | None = None,
     extractor: FeatureExtractor | None = None,
+    rows: TextRows | str | Path | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QualityReport:
@@ -364,6 +369,7 @@ def evaluate(
             ``inception`` extra). By default the bundled classifier measures, for models of its kind of images; for
             others there is no FID, and of images only their distance to the teacher's is measured.
         extractor: what ``extractor_for`` made of ``reference``, if it is at hand already.
+        rows: text rows of the prompts, or their file, of models that make images of text.
         cache: folder in which features are kept while they are made.
         progress: told about every long step.
 
@@ -378,6 +384,7 @@ def evaluate(
     teacher = recorded_teacher(model) if teacher is None else teacher
     if teacher.is_sparse:
         raise InputError("the teacher is sparse, and quality is measured against a dense model; give that one")
+    teacher = _prompted(teacher, rows)
     if extractor is None and images:
         try:
             extractor = extractor_for(teacher, reference)
@@ -394,6 +401,25 @@ def evaluate(
         "nothing: name real ones with --reference"
     )
     return report.model_copy(update={"notes": (*report.notes, doubt)})
+
+
+def _prompted(model: Model, rows: TextRows | str | Path | None) -> Model:
+    """A model with the prompts that it is to make images of, if it reads text.
+
+    Raises:
+        InputError: it reads text and has none, or reads none and is given some, or they do not fit.
+    """
+    reads = getattr(model.family, "reads_text", False)
+    if rows is not None and not reads:
+        raise InputError("rows: the model makes no images of text; leave it out")
+    if rows is not None:
+        return model.with_prompts(rows if isinstance(rows, TextRows) else TextRows.load(path_of(rows)))
+    if reads and model.prompts is None:
+        raise InputError(
+            f"rows: none given, and {model.family.name} makes images of text; give the text rows of prompts (--rows "
+            "FILE)"
+        )
+    return model
 
 
 def extractor_for(model: Model, reference: str | Path | None = None) -> FeatureExtractor:
@@ -497,9 +523,11 @@ def sample(
     *,
     out: str | Path | None = None,
     labels: Sequence[int] | None = None,
+    rows: TextRows | str | Path | None = None,
     per_class: int = 1,
     seed: int = 0,
     cfg: float | None = None,
+    tau: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     chunk: int = 64,
@@ -507,21 +535,27 @@ def sample(
     noise: NoiseSource = "device",
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Images [B, 3, H, W] in [0, 1] on the CPU: ``per_class`` of every label, going through the labels in turn.
+    """Images [B, 3, H, W] in [0, 1] on the CPU: ``per_class`` of every label or prompt, going through them in turn.
 
     Args:
         model: dense or sparse.
-        out: PNG to write, a column per label.
+        out: PNG to write, a column per label or prompt.
         labels: classes, -1 for no class; the first ten by default.
-        cfg, top_k, top_p: see Sampling; the model's own values by default.
+        rows: text rows of prompts, or their file, in place of labels, for a model that makes images of text.
+        cfg, tau, top_k, top_p: see Sampling; the model's own values by default.
         per_class, seed, chunk, compile, noise: see ``Model.generate``.
         progress: told about the images.
 
     Raises:
         InputError: a value that makes no sense, or a file that is no place for a PNG; before any work.
     """
-    classes = model.family.classes(model.config) or 1
-    columns = list(range(min(classes, 10))) if labels is None else whole_numbers("labels", labels, -1, classes)
+    model, classes = _prompted(model, rows), model.family.classes(model.config) or 1
+    if labels is None:
+        columns = list(range(min(classes, 10) if model.prompts is None else len(model.prompts)))
+    elif model.prompts is None:
+        columns = whole_numbers("labels", labels, -1, classes)
+    else:
+        raise InputError("labels: the model makes images of text, and knows no classes; leave labels out")
     per_class = whole_number("per_class", per_class, 1)
     if not columns:
         raise InputError("labels: none given. Give at least one class, or leave labels out.")
@@ -530,16 +564,16 @@ def sample(
         raise InputError(f"{place} is no name for the picture, a PNG file. Give a name that ends in .png.")
     with (progress or SilentProgress()).task("generating", len(columns) * per_class) as task:
         images = model.generate(
-            columns * per_class,
+            columns * per_class if model.prompts is None else model.balanced(len(columns) * per_class),
             seed=seed,
-            sampling=model.sampling_with(cfg, top_k, top_p),
+            sampling=model.sampling_with(cfg, top_k, top_p, tau),
             chunk=chunk,
             compile=compile,
             noise=noise,
             on_images=task.advance,
         ).cpu()
     if place is not None:
-        names = class_names(model)
+        names = class_names(model) if model.prompts is None else [f"prompt {column}" for column in columns]
         write_whole(place, picture({"": images}, [names[label] for label in columns]))
     return images
 

@@ -93,6 +93,15 @@ Work = Annotated[
         "--work", parser=path_of, metavar="DIR", help="Folder of unfinished work, empty or new. Default: OUT.work."
     ),
 ]
+Rows = Annotated[
+    Path | None,
+    typer.Option(
+        "--rows",
+        parser=path_of,
+        metavar="FILE",
+        help="Text rows of prompts (safetensors: values, lengths), for a model that makes images of text.",
+    ),
+]
 TakeOver = Annotated[
     bool,
     typer.Option(

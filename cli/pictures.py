@@ -38,11 +38,13 @@ def sample(
             "--labels", metavar="N,N,...", help="Classes, a column each; -1: no class. Default: the first ten."
         ),
     ] = None,
-    per_class: Annotated[int, typer.Option("--per-class", min=1, help="Images of every class.")] = 1,
+    rows: opt.Rows = None,
+    per_class: Annotated[int, typer.Option("--per-class", min=1, help="Images of every class or prompt.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Equal seeds give equal images.")] = 0,
     cfg: Annotated[
         float | None, typer.Option("--cfg", min=0, help="Strength of guidance. Default: the model's.")
     ] = None,
+    tau: Annotated[float | None, typer.Option("--tau", help="Temperature, above 0. Default: the model's.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="Only the k likeliest tokens; 0: all.")] = None,
     top_p: Annotated[
         float | None, typer.Option("--top-p", min=0, max=1, help="Only the likeliest tokens up to this share; 0: all.")
@@ -64,16 +66,18 @@ def sample(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Generate images and write them as one picture, a column per class."""
+    """Generate images and write them as one picture, a column per class or prompt."""
     classes = opt.several(labels, "--labels", int) if labels is not None else None
     dense = opt.dense_flags(vae, shape, weights)
     av.sample(
         av.load(model, device=device, dtype=dtype, decoder_dtype=decoder_dtype, plan=plan, **dense),
         out=out,
         labels=classes,
+        rows=rows,
         per_class=per_class,
         seed=seed,
         cfg=cfg,
+        tau=tau,
         top_k=top_k,
         top_p=top_p,
         compile=compile,

@@ -80,6 +80,7 @@ def evaluate(
             help="Real images (folder, or .npz with mu and sigma) for Inception features. Default: bundled classifier.",
         ),
     ] = None,
+    rows: opt.Rows = None,
     held_out: Annotated[
         int, typer.Option("--held-out", min=2, help="Pyramids of the teacher that KL and agreement are measured on.")
     ] = 512,
@@ -119,6 +120,7 @@ def evaluate(
         teacher=dense,
         settings=av.Evaluation(images=images, seeds=chosen, batch=batch, held_out=held_out),
         reference=reference,
+        rows=rows,
         cache=cache,
         progress=reporter(quiet),
     )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import actvar_convert as av
 from actvar_convert.cost.macs import transformer_macs
-from actvar_convert.errors import InputError
+from actvar_convert.errors import InputError, RecipeError
 from actvar_convert.files.infinity import own_names
 from actvar_convert.models.base import inner
 from actvar_convert.models.model import Model
@@ -22,7 +22,8 @@ from tests.infinity_model import prompts, square_model
 
 @pytest.fixture(scope="module")
 def dense() -> Model:
-    return square_model()
+    model = square_model()
+    return model.with_prompts(prompts(model, 3, 5, 8, 2))
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -45,7 +46,7 @@ def recipe(**changes: Any) -> Recipe:
 
 def kl_to(dense: Model, other: Model) -> float:
     """Nats per token on pyramids that the dense model samples."""
-    rows = dense.family.balanced(dense.config, 16)
+    rows = dense.balanced(16)
     tokens = dense.generate_tokens(rows, seed=9)
     with torch.no_grad():
         inputs = dense.teacher_forcing_input(tokens)
@@ -55,7 +56,8 @@ def kl_to(dense: Model, other: Model) -> float:
 
 def test_it_is_converted_distilled_stored_and_exported(dense: Model, tmp_path: Path) -> None:
     chosen = recipe()
-    sparse = av.convert(dense, recipe=chosen)
+    prompts(dense, 3, 5, 8, 2).save(tmp_path / "rows.safetensors")
+    sparse = av.convert(square_model(), recipe=recipe(data={"rows": str(tmp_path / "rows.safetensors")}))
     assert sparse.plan.gated and any(any(block.routed) for block in sparse.plan.blocks)
     saved = 1 - transformer_macs(dense.config, sparse.plan) / transformer_macs(dense.config, None)
     assert 0.2 <= saved < 0.3
@@ -102,3 +104,42 @@ def test_a_sparse_model_keeps_its_maps(dense: Model) -> None:
     sparse = av.convert(dense, recipe=recipe())
     with pytest.raises(InputError, match="runs the token maps that its plan was made for"):
         sparse.generate(prompts(dense, 3), schedule="0.06M")
+
+
+def test_quality_and_seconds_are_measured(dense: Model) -> None:
+    sparse = av.convert(dense, recipe=recipe())
+    report = av.evaluate(sparse, teacher=dense, settings=av.Evaluation(images=0, held_out=4, batch=4))
+    assert report.kl.mean > 0 and report.sampling.tau == 0.8
+    few = av.Evaluation(images=0, held_out=4)
+    again = av.evaluate(sparse, teacher=square_model(), rows=dense.prompts, settings=few)
+    assert again.kl.pyramids == 4
+    timed = av.benchmark(sparse, against=dense, timing=av.Timing(batches=(1,), repeats=1, with_decoder=(False,)))
+    assert timed.rows[0].dense_ms is not None
+    with pytest.raises(InputError, match="rows: none given, and infinity makes images of text"):
+        av.evaluate(sparse, teacher=square_model(), settings=few)
+
+
+def test_a_recipe_without_prompts_or_with_classes_is_refused(dense: Model, tiny_model: Model, tmp_path: Path) -> None:
+    bare = square_model()
+    for name in ("fashion", "var_d16"):
+        with pytest.raises(RecipeError, match=r"data\.rows: not given, and infinity makes images of text"):
+            av.convert(bare, recipe=name)
+    rows = tmp_path / "rows.safetensors"
+    av.TextRows(torch.zeros(3, 7), [3]).save(rows)
+    with pytest.raises(RecipeError, match=r"data\.rows: text rows have 7 channels, the model reads 48"):
+        av.convert(bare, recipe=recipe(data={"rows": str(rows)}))
+    with pytest.raises(RecipeError, match=r"data\.images: given, and the model makes images of text"):
+        av.convert(dense, recipe=recipe(data={"images": str(tmp_path)}))
+    with pytest.raises(RecipeError, match=r"data\.rows: given, and the model makes no images of text"):
+        av.convert(tiny_model, recipe=recipe(data={"rows": str(rows)}, experts={"count": 4}))
+
+
+def test_pictures_of_prompts(dense: Model, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.safetensors"
+    prompts(dense, 3, 5).save(rows)
+    images = av.sample(square_model(), rows=rows, per_class=2, out=tmp_path / "x.png", tau=0.5)
+    assert images.shape == (4, 3, 32, 32) and (tmp_path / "x.png").stat().st_size > 100
+    with pytest.raises(InputError, match="rows: none given"):
+        av.sample(square_model())
+    with pytest.raises(InputError, match="knows no classes"):
+        av.sample(square_model(), rows=rows, labels=[1])

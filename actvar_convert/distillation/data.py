@@ -90,7 +90,7 @@ def store_from_teacher(teacher: Model, count: int, making: Making, *, cfg: float
     stopped and ends with the same tokens, as does one whose processes share the batches.
     """
     sampling, batch, seed = teacher.sampling_with(cfg=cfg), making.batch, making.seed
-    condition = teacher.family.balanced(teacher.config, count)
+    condition = teacher.balanced(count)
     parts = [condition.rows(slice(begin, begin + batch)) for begin in range(0, count, batch)]
 
     def sample(index: int) -> Tensor:

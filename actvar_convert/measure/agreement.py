@@ -104,7 +104,7 @@ def held_out_pyramids(
         cache: folder in which they are kept and found again.
         fingerprint: ``model_fingerprint(teacher)``.
     """
-    condition = teacher.family.balanced(teacher.config, count)
+    condition = teacher.balanced(count)
     with progress.task("held-out pyramids", count) as task:
 
         def sample() -> dict[str, Tensor]:
@@ -113,6 +113,7 @@ def held_out_pyramids(
             return {"tokens": tokens.cpu()}
 
         key = {"model": fingerprint, "sampling": sampling.settings, "chunk": batch, "held_out": count}
+        key |= teacher.drawn_on
         return remembered(cache, key, sample, count, task)["tokens"], condition
 
 

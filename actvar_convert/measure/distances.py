@@ -40,7 +40,7 @@ def pixel_distances(model: Model, teacher: Model, wanted: ImageSet, task: Task, 
         cache: folder in which the distances are kept and found again.
     """
     count = pairs_of(wanted.images, wanted.chunk)
-    condition = teacher.family.balanced(teacher.config, wanted.images).rows(slice(0, count))
+    condition = teacher.balanced(wanted.images).rows(slice(0, count))
 
     def measure() -> dict[str, Tensor]:
         found = []

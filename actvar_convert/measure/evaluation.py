@@ -119,6 +119,8 @@ def evaluate_models(
         InputError: settings, plans or models that cannot be measured, all problems at once.
     """
     _check(model, teacher, settings, extractor)
+    if model is not teacher and model.prompts is None and teacher.prompts is not None:
+        model = model.with_prompts(teacher.prompts)
     progress = progress or SilentProgress()
     chosen, seeds = sampling or teacher.sampling, settings.seeds
     labels = balanced_labels(settings.images, teacher.family.classes(teacher.config) or 1)

@@ -67,6 +67,7 @@ class ImageSet:
             "seed": self.seed,
             "chunk": self.chunk,
             **({"spread over": self.images} if few else {}),
+            **model.drawn_on,
             **({"noise": "cuda"} if model.device.type == "cuda" else {}),
         }
 
@@ -88,7 +89,7 @@ def generated_features(
         fingerprint: ``model_fingerprint(model)``, if it is known already.
     """
     chunk, sampling = wanted.chunk, wanted.sampling
-    parts = list(chunks(model.family.balanced(model.config, wanted.images), wanted.seed, chunk))
+    parts = list(chunks(model.balanced(wanted.images), wanted.seed, chunk))
     group = max(1, GROUP // chunk)
     key = {
         "model": fingerprint or (model_fingerprint(model) if cache else ""),

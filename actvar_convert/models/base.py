@@ -436,6 +436,8 @@ class Family(Protocol):
     name: str
     config_type: type[Any]
     tokenizer_config_type: type[Any]
+    reads_text: bool = False
+    """Whether the condition is text, so that somebody has to say which prompts to measure and train on."""
 
     def backbone(self, config: Any) -> Any:
         """A fresh ``Backbone``, an ``nn.Module``."""

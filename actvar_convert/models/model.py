@@ -94,6 +94,7 @@ class Model(nn.Module):
             if the files do not tell; empty for a model that was made in memory.
         moments: the files that were read, as they were then.
         notes: what was inferred or chosen while the model was loaded, a sentence each.
+        prompts: what the method measures and trains on, see ``with_prompts``; None: what the family knows.
         recordings: the CUDA graphs of ``generate(..., compile=True)``; ``recordings.clear()`` frees their memory.
     """
 
@@ -115,6 +116,7 @@ class Model(nn.Module):
         self.moments: dict[str, tuple[int, ...]] = {}
         self.notes: list[str] = []
         self.recordings = Recordings()
+        self.prompts: Any = None
 
     @property
     def config(self) -> Any:
@@ -210,6 +212,27 @@ class Model(nn.Module):
         strengths = torch.tensor(guidance.strengths[:scales])
         strength = strengths.repeat_interleave(torch.tensor(schedule.lengths[:scales])).unsqueeze(-1)
         return guided(logits_2BLV, strength.to(logits_2BLV.device))
+
+    def with_prompts(self, given: Any) -> Self:
+        """The same model, weights and all, for which ``balanced`` goes round the given prompts.
+
+        Raises:
+            InputError: they make no sense for this model.
+        """
+        view: Self = _alias(self)
+        view.prompts = self.family.condition(self.config, given)
+        return view
+
+    def balanced(self, count: int) -> Any:
+        """So many entries of a condition to measure and train on: its prompts in turn, or what its family knows."""
+        if self.prompts is None or not len(self.prompts):
+            return self.family.balanced(self.config, count)
+        return self.prompts.rows(torch.arange(count) % len(self.prompts))
+
+    @property
+    def drawn_on(self) -> dict[str, str]:
+        """What identifies the prompts, for keys of what is kept; nothing without prompts."""
+        return {} if self.prompts is None else {"prompts": self.prompts.fingerprint}
 
     def at(self, schedule: str | Schedule | Sequence[tuple[int, int]]) -> Self:
         """The same model, weights and all, over other token maps.

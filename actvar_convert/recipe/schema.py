@@ -117,6 +117,12 @@ class DataRecipe(Section):
         description="folder of images with one sub-folder per class, for the calibration too; null: the teacher's own "
         "samples",
     )
+    rows: PathText | None = Field(
+        None,
+        min_length=1,
+        description="file of the text rows of prompts, for the calibration and the evaluation too; of models that make "
+        "images of text",
+    )
     pyramids: int = Field(4096, ge=1, description="token pyramids (images) stored")
     null_share: float = Field(0.1, ge=0, le=1, description="share of the labels that is the null class")
     cfg: float | None = Field(None, ge=0, description="guidance of the teacher's samples; null: the model's own")

@@ -19,12 +19,6 @@ class Shape(BaseModel):
     sides: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, min_length=1, description="side of every scale, coarse to fine; null: as in the file or as published"
     )
-    schedule: str | None = Field(
-        None,
-        pattern="^[^,=]+$",
-        description="size of the images of an Infinity (0.06M, 0.25M, 0.60M, 1M pixels), and behind @ their ratio, "
-        "height / width, if it is not 1: 0.25M@1.5; null: as published under the name of the file, else 1M",
-    )
     residual_ratio: float | None = Field(
         None,
         ge=0,
@@ -39,6 +33,12 @@ class Shape(BaseModel):
         pattern="^[^,=]+$",
         description="which of several weights in a file, such as ema: the beginning of their names, or a part of it; "
         "null: those that were trained, not their average",
+    )
+    schedule: str | None = Field(
+        None,
+        pattern="^[^,=]+$",
+        description="size of the images of an Infinity (0.06M, 0.25M, 0.60M, 1M pixels), and behind @ their ratio, "
+        "height / width, if it is not 1: 0.25M@1.5; null: as published under the name of the file, else 1M",
     )
 
     @property

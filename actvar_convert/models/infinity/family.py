@@ -30,6 +30,7 @@ class InfinityFamily:
     """Next-scale prediction of bits from text over maps of any published ratio (arXiv 2412.04431)."""
 
     name = "infinity"
+    reads_text = True
     config_type = InfinityConfig
     tokenizer_config_type = BSQConfig
 

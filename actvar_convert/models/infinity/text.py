@@ -5,6 +5,7 @@ Shapes: B prompts, N rows of all prompts together, Ct channels of a row.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -98,6 +99,12 @@ class TextRows:
     def shape(self) -> tuple[int, tuple[int, ...], tuple[bool, ...]]:
         """What a recording of CUDA graphs is made for."""
         return (self.values.shape[1], self.lengths, self.silent)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the prompts by their content."""
+        content = self.values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(repr((self.lengths, self.silent)).encode() + content).hexdigest()
 
     def _of(self, values: Tensor, lengths: Sequence[int], silent: Sequence[bool]) -> Self:
         """Such rows, without another look at them."""

@@ -25,6 +25,7 @@ class VARFamily:
     """Next-scale prediction from class labels over square maps of codes (arXiv 2404.02905)."""
 
     name = "var"
+    reads_text = False
     config_type = TransformerConfig
     tokenizer_config_type = TokenizerConfig
 
