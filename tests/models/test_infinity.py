@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import actvar_convert as av
 from actvar_convert.cost.flops import count_flops
 from actvar_convert.errors import InputError
 from actvar_convert.files.skeleton import empty_backbone
+from actvar_convert.models.base import Sampling
+from actvar_convert.models.generation import Generation
 from actvar_convert.models.infinity.config import BSQConfig, InfinityConfig
 from actvar_convert.models.infinity.schedules import RATIOS, SIZES, largest, published
 from actvar_convert.models.model import Model
 from actvar_convert.models.schedule import Schedule
 from tests.infinity_model import prompts, square_model
+from tests.models.test_graphs import without_values
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +176,30 @@ def test_bytes_and_costs_of_the_published_shapes(name: str) -> None:
     found = report.dense.transformer.flops, report.dense.components["vqvae_decoder"].flops
     assert tuple(round(value / 1e12, 2) for value in found) == teraflops
     assert tokenizer.bits == config.bits
+
+
+def test_schedules_of_the_tokenizer_are_maps_or_names(model: Model) -> None:
+    maps = [list(each) for each in model.schedule.maps]
+    bits = model.generate_tokens(prompts(model, 3), seed=1)
+    assert torch.equal(model.tokenizer.decode(bits, maps), model.tokenizer.decode(bits, model.schedule))
+    image = torch.zeros(1, 3, *model.tokenizer.image_size(published("0.06M")))
+    assert model.tokenizer.encode(image, "0.06M").shape == (1, 521, 16)
+    with pytest.raises(InputError, match=r"bits of \[121, 16\]; a pyramid of this schedule has \[521, 16\]"):
+        model.tokenizer.decode(bits, "0.06M")
+
+
+def test_no_step_reads_a_value_back() -> None:
+    model, rows = square_model(), None
+    rows = prompts(model, 3, 5)
+    steps(model, rows)  # masks and tables are made in the first pass, as before a recording
+    with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
+        without_values(model)
+        steps(model, rows._of(torch.empty(rows.values.shape), rows.lengths, rows.silent))
+
+
+def steps(model: Model, rows: av.TextRows) -> None:
+    """Every step of a generation."""
+    under_way = Generation(model, rows, Sampling(3.0, top_k=9, top_p=0.9, tau=0.5))
+    for scale, length in enumerate(model.schedule.lengths):
+        drawn = under_way.step(scale, torch.empty(len(rows), length, 16, 2).fill_(1))
+        assert drawn.shape == (len(rows), length, 16)

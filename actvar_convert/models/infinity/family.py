@@ -14,10 +14,10 @@ from torch import Tensor
 
 from actvar_convert.errors import InputError, counted
 from actvar_convert.models.alphabet import Bits
-from actvar_convert.models.base import Guidance, Sampling, Schedule
+from actvar_convert.models.base import Guidance, Sampling
 from actvar_convert.models.infinity.config import BSQConfig, InfinityConfig
 from actvar_convert.models.infinity.network import InfinityTransformer
-from actvar_convert.models.infinity.schedules import largest, published
+from actvar_convert.models.infinity.schedules import largest, schedule_of
 from actvar_convert.models.infinity.text import TextRows
 from actvar_convert.models.infinity.tokenizer import BSQTokenizer
 from actvar_convert.models.var.family import convolution_macs
@@ -76,9 +76,7 @@ class InfinityFamily:
 
     def at(self, config: InfinityConfig, tokenizer: BSQConfig, schedule: object) -> tuple[InfinityConfig, BSQConfig]:
         """Maps [(h, w), ...] of a published ratio, or a name: ``1M``, ``0.25M@1.5`` (height / width)."""
-        chosen = published(schedule) if isinstance(schedule, str) else Schedule.of(schedule)
-        if chosen is None:
-            raise InputError(f"a schedule is a list of maps [(height, width), ...] or a name; got {schedule!r}")
+        chosen = schedule_of(schedule)
         largest(chosen)
         try:
             return (

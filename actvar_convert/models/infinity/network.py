@@ -23,6 +23,7 @@ from actvar_convert.models.infinity.text import TextRows
 from actvar_convert.models.var.network import FFN, AdaLNBeforeHead, Embedding, Modulation, SelfAttention
 
 ROTARY_BASE = 10000.0
+_MASKS_KEPT = 8
 
 
 class Text(NamedTuple):
@@ -257,19 +258,16 @@ class InfinityTransformer(nn.Module):
         self.blocks = nn.ModuleList(InfinityBlock(config) for _ in range(config.depth))
         self.head_nm = AdaLNBeforeHead(config)
         self.head = Linear(width, 2 * config.bits)
+        self._masks: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._tables: dict[tuple[Schedule, torch.device, torch.dtype], Tensor] = {}
 
     def prepare(self, condition: TextRows) -> Prepared:
         """The pooled prompts and what follows from them, and the source of keys and values."""
-        lengths, width, own = condition.lengths, self.config.width, self.pos_start
+        width, own, mask = self.config.width, self.pos_start, self._mask(condition.lengths)
         parts = [
             self.cfg_uncond[: len(rows)] if silent else rows.to(own)
             for rows, silent in zip(condition.prompts(), condition.silent, strict=True)
         ]
-        mask = None
-        if len(set(lengths)) > 1:
-            filled = torch.arange(max(lengths), device=own.device) < torch.tensor(lengths, device=own.device)[:, None]
-            mask = filled[:, None, None]
         text = Text(self.text_norm(pad_sequence(parts, batch_first=True)), mask)
         pooled = self.text_proj_for_sos(text)
         return Prepared(
@@ -278,6 +276,22 @@ class InfinityTransformer(nn.Module):
             self.head_nm.ada_lin(pooled).view(-1, 2, width),
             Text(self.text_proj_for_ca(text.rows), mask),
         )
+
+    def _mask(self, lengths: tuple[int, ...]) -> Tensor | None:
+        """Boolean [B, 1, 1, N], True where a prompt has rows; None: all are equally long.
+
+        The last ones are kept, so that a CUDA graph that is recorded finds its own made.
+        """
+        if len(set(lengths)) < 2:
+            return None
+        key = (lengths, self.pos_start.device)
+        if key not in self._masks:
+            while len(self._masks) >= _MASKS_KEPT:
+                self._masks.pop(next(iter(self._masks)))
+            with torch.inference_mode(False):
+                filled = torch.arange(max(lengths), device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
+                self._masks[key] = filled[:, None, None].to(self.pos_start.device)
+        return self._masks[key]
 
     def table(self, schedule: Schedule, begin: int, end: int) -> Tensor:
         """Cosines, then sines [1, L, d] of some positions; kept per schedule, device and dtype."""

@@ -60,6 +60,18 @@ def published(name: str) -> Schedule:
     return Schedule(found[0][: SIZES[size]])
 
 
+def schedule_of(given: object) -> Schedule:
+    """A schedule as a caller gives it: maps [(h, w), ...], or a name, see ``published``.
+
+    Raises:
+        InputError: it is none.
+    """
+    chosen = published(given) if isinstance(given, str) else Schedule.of(given)
+    if chosen is None:
+        raise InputError(f"a schedule is a list of maps [(height, width), ...] or a name; got {given!r}")
+    return chosen
+
+
 def largest(schedule: Schedule) -> tuple[int, int]:
     """The finest map (h, w) of the largest published size of a schedule's ratio: what positions are counted in.
 

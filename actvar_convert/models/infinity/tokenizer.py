@@ -11,6 +11,8 @@ Shapes: B images, h and w map of codes, d channels of a code, L tokens, D bits o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from actvar_convert.errors import InputError
 from actvar_convert.models.base import Schedule
 from actvar_convert.models.infinity.config import BSQConfig
+from actvar_convert.models.infinity.schedules import schedule_of
 from actvar_convert.models.var.tokenizer import Decoder, Encoder
 
 
@@ -95,16 +98,17 @@ class BSQTokenizer(nn.Module):
         image: Tensor = self.decoder(f_Bdhw.to(self.decoder_dtype))
         return image.clamp(-1, 1)
 
-    def encode(self, image_B3HW: Tensor, schedule: Schedule) -> Tensor:
-        """The same as ``tokens``."""
-        return self.tokens(image_B3HW, schedule)
+    def encode(self, image_B3HW: Tensor, schedule: Schedule | Sequence[tuple[int, int]] | str) -> Tensor:
+        """The same as ``tokens``; the schedule may be maps [(h, w), ...] or a name."""
+        return self.tokens(image_B3HW, schedule_of(schedule))
 
-    def decode(self, tokens: Tensor, schedule: Schedule) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] of bits [B, L, D].
+    def decode(self, tokens: Tensor, schedule: Schedule | Sequence[tuple[int, int]] | str) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of bits [B, L, D]; the schedule as for ``encode``.
 
         Raises:
             InputError: so many tokens are no pyramid of the schedule.
         """
+        schedule = schedule_of(schedule)
         if tokens.shape[1:] != (schedule.total, self.config.bits):
             raise InputError(
                 f"bits of {list(tokens.shape[1:])}; a pyramid of this schedule has {[schedule.total, self.config.bits]}"
