@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from actvar_convert.errors import InputError
 
@@ -27,6 +27,11 @@ class SamplingSettings(_Value):
     tau: float | tuple[float, ...] | None = Field(None, description="temperature, of all scales or of every scale")
     guidance_layer: int | None = Field(None, description="block after which states are guided in place of logits")
     chunk: int = Field(description="images sampled from one generator; equal images need an equal chunk")
+
+    @model_serializer(mode="wrap")
+    def _said(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not given."""
+        return {name: value for name, value in plain(self).items() if value is not None}
 
 
 class Paired(_Value):

@@ -385,16 +385,6 @@ class Sampling(NamedTuple):
         usual, values = self._field_defaults, self._asdict()
         return {name: v for name, v in values.items() if name not in ("tau", "guidance_layer") or v != usual[name]}
 
-    def __eq__(self, other: object) -> bool:
-        """Of the usual temperature and guidance also a plain (cfg, top_k, top_p)."""
-        return tuple(self) == other or tuple(self.settings.values()) == other
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other  # that of a tuple knows nothing of the above
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.settings.values()))
-
     def by_scale(self, name: str, scales: int) -> tuple[float, ...]:
         """``cfg`` or ``tau`` of every scale.
 

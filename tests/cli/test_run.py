@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from actvar_convert import verbs
@@ -127,6 +128,8 @@ def test_a_report_of_other_images_or_another_machine_is_made_anew(
     Path("mine.yaml").write_text(f"name: mine\nmodel: {dense_file}\n{settings}")
     for name in judges:
         Path(name).mkdir()
+        for shade in (0, 255):
+            Image.new("RGB", (8, 8), (shade,) * 3).save(f"{name}/{shade}.png")
 
     def run(reference: str, *more: str) -> tuple[int, str, dict[str, Any]]:
         given = shrunk(f"evaluate.reference={reference}", *more)

@@ -17,6 +17,7 @@ from actvar_convert.files import bundled as zoo
 from actvar_convert.files.layout import official_config, official_names, published_sampling
 from actvar_convert.files.source import TOKENIZER_FILE, fetch_official, load_any
 from actvar_convert.files.sparse_folder import provenance_of, save_sparse
+from actvar_convert.models.base import Sampling
 from actvar_convert.models.model import Model
 from actvar_convert.origins import Run, recorded_teacher
 from actvar_convert.recipe import Recipe
@@ -198,7 +199,7 @@ def test_bundled_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_models_of_a_published_shape_have_the_published_sampling(dense: Model) -> None:
     for name in official_names():
         config, _ = official_config(name)
-        assert published_sampling(config) == (1.5, 900, 0.96)
+        assert published_sampling(config) == Sampling(1.5, 900, 0.96)
         assert published_sampling(config.model_copy(update={"depth": config.depth - 1})) is None
     assert published_sampling(dense.config) is None
 

@@ -115,6 +115,7 @@ def test_decoding_streams_too(tiny_model: Model, monkeypatch: pytest.MonkeyPatch
     tokens = tiny_model.generate_tokens(LABELS, seed=1)
     whole = tiny_model.decode(tokens)
     monkeypatch.setattr(tiny_model, "images_at_once", lambda: 3)
+    # convolutions of another batch size sum in another order; by how much depends on the CPU (1.04e-6 was seen)
     torch.testing.assert_close(tiny_model.decode(tokens), whole, rtol=0, atol=2e-6)
 
 
