@@ -272,10 +272,14 @@ def _measure(
             progress=progress,
         )
         update_file(folder, "benchmark.json", benchmark.to_json().encode())
-    names = class_names(teacher)
-    shown = list(range(min(len(names) - 1, 10)))
-    pictures = [verbs.sample(each, labels=shown) for each in (teacher, model)]
-    samples = samples_picture(pictures[0], pictures[1], [names[label] for label in shown])
+    if teacher.prompts is None:
+        names = class_names(teacher)[:-1][:10]
+        pictures = [verbs.sample(each, labels=range(len(names))) for each in (teacher, model)]
+    else:
+        few = teacher.prompts.rows(slice(0, 10))
+        names = [f"prompt {number}" for number in range(len(few))]
+        pictures = [verbs.sample(each, rows=few) for each in (teacher, model)]
+    samples = samples_picture(pictures[0], pictures[1], names)
     update_file(folder, "samples.png", samples)
     checks = None
     if recipe.checks is not None:

@@ -17,6 +17,8 @@ from actvar_convert.models.base import inner
 from actvar_convert.models.model import Model
 from actvar_convert.models.split import gated_blocks
 from actvar_convert.recipe.schema import Recipe
+from actvar_convert.show.card import model_card
+from actvar_convert.show.tables import Reports
 from tests.infinity_model import prompts, square_model
 
 
@@ -143,3 +145,12 @@ def test_pictures_of_prompts(dense: Model, tmp_path: Path) -> None:
         av.sample(square_model())
     with pytest.raises(InputError, match="knows no classes"):
         av.sample(square_model(), rows=rows, labels=[1])
+
+
+def test_the_card_of_a_model_of_text_shows_how_prompts_are_given(dense: Model) -> None:
+    report = av.report_flops(av.convert(dense, recipe=recipe()))
+    card = model_card("captions", Reports(report))
+    assert "text-to-image generator (Infinity)" in card and "actvar sample path/to/this/folder --rows" in card
+    assert report.dense.per_scale[-1].columns is None and '"columns"' not in report.to_json()
+    wide = av.report_flops(dense.at("0.06M@1.5"))
+    assert (wide.dense.per_scale[-1].side, wide.dense.per_scale[-1].columns) == (21, 14)

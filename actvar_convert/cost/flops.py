@@ -61,7 +61,8 @@ class ScaleCost(Cost):
     """One scale over all blocks, word embedding and head included; AdaLN, once per image, belongs to no scale."""
 
     scale: int
-    side: int = Field(description="tokens per side of the scale's map")
+    side: int = Field(description="tokens per side of the scale's map; rows if it is no square")
+    columns: int | None = Field(None, description="tokens of a row of the map, if it is no square")
     tokens: int
     components: dict[str, Cost]
 
@@ -176,7 +177,8 @@ def _model_cost(config: Config, plan: SparsityPlan, decoder: int | None, guidanc
     per_scale = []
     for s, outside in enumerate(priced.scales):
         macs = costs.added([*(block[s] for block in priced.cells), outside])
-        shape = {"scale": s, "side": pyramid.maps[s][0], "tokens": pyramid.lengths[s]}
+        rows, columns = pyramid.maps[s]
+        shape = {"scale": s, "side": rows, "columns": None if rows == columns else columns, "tokens": rows * columns}
         per_scale.append(ScaleCost(**shape, components=_costs(macs), **_total(macs)))
 
     per_block = []

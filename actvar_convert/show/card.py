@@ -42,7 +42,7 @@ def model_card(
     parts += ["## Measured", markdown(card_table(reports))]
     if plan is not None:
         parts += ["## What is sparse", "\n".join(f"- {line}" for line in plan_in_words(plan))]
-    parts += ["## Use", USE]
+    parts += ["## Use", USE_OF_TEXT if _reads_text(reports.flops) else USE]
     if provenance:
         parts += ["## Provenance", "\n".join(f"- {key}: `{value}`" for key, value in provenance.items())]
     return "\n\n".join(parts) + "\n"
@@ -91,8 +91,10 @@ def plan_in_words(plan: SparsityPlan) -> list[str]:
 
 
 def _opening(flops: FlopsReport, base_model: str | None) -> str:
-    source = f"`{base_model}`" if base_model else "a dense VAR"
-    text = f"A sparse VAR (visual autoregressive) image generator, made from {source} by actvar-convert."
+    kind = "an Infinity" if _reads_text(flops) else "a dense VAR"
+    source = f"`{base_model}`" if base_model else kind
+    what = "text-to-image generator (Infinity)" if _reads_text(flops) else "VAR (visual autoregressive) image generator"
+    text = f"A sparse {what}, made from {source} by actvar-convert."
     if flops.reduction is None:
         return text
     saved = f"{share(flops.reduction.transformer)} of the transformer's FLOPs"
@@ -100,6 +102,11 @@ def _opening(flops: FlopsReport, base_model: str | None) -> str:
         saved += f", {share(flops.reduction.end_to_end)} with the image decoder"
     guidance = "with guidance" if flops.convention.guidance else "without guidance"
     return f"{text} Per image, {guidance}, it saves {saved}."
+
+
+def _reads_text(flops: FlopsReport) -> bool:
+    """Whether the model makes images of text, which it pays for."""
+    return "text" in flops.dense.components
 
 
 USE = """```python
@@ -111,5 +118,18 @@ images = model.generate([0, 1, 2], seed=0)  # [3, 3, H, W] in [0, 1]
 
 ```sh
 actvar sample path/to/this/folder
+actvar report-flops path/to/this/folder
+```"""
+
+USE_OF_TEXT = """```python
+import actvar_convert as av
+
+model = av.load("path/to/this/folder")
+rows = av.TextRows.load("rows.safetensors")  # what the text encoder makes of B prompts
+images = model.generate(rows, seed=0)  # [B, 3, H, W] in [0, 1]
+```
+
+```sh
+actvar sample path/to/this/folder --rows rows.safetensors
 actvar report-flops path/to/this/folder
 ```"""

@@ -51,20 +51,21 @@ def picture(sides: Mapping[str, Tensor], class_names: Sequence[str]) -> bytes:
     models = list(sides.items())
     rows, margin = len(models) * counts[0] // columns, MARGIN if any(sides) else GAP
     side = models[0][1].shape[-1] * -(-SMALLEST_CELL // models[0][1].shape[-1])
-    step = side + GAP
-    canvas = Image.new("RGB", (margin + columns * step, HEADING + rows * step), "white")
+    tall = side * models[0][1].shape[-2] // models[0][1].shape[-1]
+    step, down = side + GAP, tall + GAP
+    canvas = Image.new("RGB", (margin + columns * step, HEADING + rows * down), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
     for column, name in enumerate(class_names):
         heading = "\n".join(textwrap.wrap(name, side // 7)[:3])
         draw.text((margin + column * step + side / 2, HEADING - 3), heading, "black", font, "md", align="center")
     for row in range(rows):
         name, images = models[row % len(models)]
-        top = HEADING + row * step
-        draw.text((margin - GAP, top + side / 2), name, "black", font, "rm")
+        top = HEADING + row * down
+        draw.text((margin - GAP, top + tall / 2), name, "black", font, "rm")
         for column in range(columns):
             pixels = images[row // len(models) * columns + column].float().clamp(0, 1).permute(1, 2, 0)
             image = Image.fromarray(pixels.mul(255).round().byte().cpu().numpy())
-            canvas.paste(image.resize((side, side), Image.Resampling.NEAREST), (margin + column * step, top))
+            canvas.paste(image.resize((side, tall), Image.Resampling.NEAREST), (margin + column * step, top))
     buffer = io.BytesIO()
     canvas.save(buffer, format="png")
     return buffer.getvalue()

@@ -125,7 +125,7 @@ def _scale_table(report: FlopsReport) -> Table:
     for index, scale in enumerate(dense):
         sides = [scale] if sparse is None else [scale, sparse.per_scale[index]]
         cells = [] if sparse is None else [block.scales[index] for block in sparse.per_block]
-        name = str(scale.scale), f"{scale.side}x{scale.side}", figure(scale.tokens, str)
+        name = str(scale.scale), f"{scale.side}x{scale.columns or scale.side}", figure(scale.tokens, str)
         rows.append(row(*name, *_work(sides, cells, unit)))
     return Table("per scale", columns("scale", "map", "tokens", *_work_heads(unit, sparse)), tuple(rows))
 
@@ -263,7 +263,9 @@ def quality_notes(quality: QualityReport) -> list[str]:
     """What a reader of the quality figures has to know, one sentence each."""
     fid, sampling = quality.fid, quality.sampling
     cfg = listed(sampling.cfg) if isinstance(sampling.cfg, tuple) else f"{sampling.cfg:g}"
+    tau = listed(sampling.tau) if isinstance(sampling.tau, tuple) else f"{sampling.tau or 1:g}"
     sampled = f"guidance {cfg}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, chunk {sampling.chunk}"
+    sampled = sampled if sampling.tau is None else f"temperature {tau}, {sampled}"
     notes = [f"Held-out pyramids sampled with {sampled}."]
     if fid is not None:
         notes = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Annotated
 
@@ -120,3 +121,8 @@ class BSQConfig(BaseModel):
     def downsampling(self) -> int:
         """Pixels per side of a token of the finest scale."""
         return int(2 ** (len(self.ch_mult) - 1)) * self.patch
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of a square of as many pixels as the image."""
+        return round(math.sqrt(self.schedule.lengths[-1]) * self.downsampling)
