@@ -154,3 +154,15 @@ def test_the_card_of_a_model_of_text_shows_how_prompts_are_given(dense: Model) -
     assert report.dense.per_scale[-1].columns is None and '"columns"' not in report.to_json()
     wide = av.report_flops(dense.at("0.06M@1.5"))
     assert (wide.dense.per_scale[-1].side, wide.dense.per_scale[-1].columns) == (21, 14)
+
+
+def test_sequential_refitting_lowers_the_divergence() -> None:
+    model = square_model()
+    for block in model.transformer.blocks:
+        block.ada_gss[:, :, :2] += 0.5  # gates that differ little between prompts, as those of a trained model
+    model.transformer.shared_ada_lin[1].weight.mul_(0.3)
+    model = model.with_prompts(prompts(model, *[5] * 64))
+    many = {"calibration": {"pyramids": 96, "batch": 32}}
+    plain = av.convert(model, recipe=recipe(**many))
+    refitted = av.convert(model, recipe=recipe(**many, experts={"count": 8, "compensation": "sequential"}))
+    assert kl_to(model, refitted) < 0.8 * kl_to(model, plain)

@@ -208,3 +208,11 @@ def test_what_was_chosen_is_said(
     caplog.clear()
     av.load(source, vae=vae, shape={"schedule": "0.06M"}, device="cpu")
     assert "pixels" not in caplog.text
+
+
+def test_a_tokenizer_alone_is_said_to_be_one(
+    weights: dict[str, Tensor], vae_weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    _, vae = _plain(weights, vae_weights, tmp_path)
+    found = av.inspect(vae)
+    assert found.kind == "bsq" and found.complete and "codes of 8 bits" in found.line

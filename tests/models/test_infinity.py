@@ -14,7 +14,7 @@ import actvar_convert as av
 from actvar_convert.cost.flops import count_flops
 from actvar_convert.errors import InputError
 from actvar_convert.files.skeleton import empty_backbone
-from actvar_convert.models.base import Sampling
+from actvar_convert.models.base import Call, Sampling
 from actvar_convert.models.generation import Generation
 from actvar_convert.models.infinity.config import BSQConfig, InfinityConfig
 from actvar_convert.models.infinity.schedules import RATIOS, SIZES, largest, published
@@ -203,3 +203,15 @@ def steps(model: Model, rows: av.TextRows) -> None:
     for scale, length in enumerate(model.schedule.lengths):
         drawn = under_way.step(scale, torch.empty(len(rows), length, 16, 2).fill_(1))
         assert drawn.shape == (len(rows), length, 16)
+
+
+def test_no_prompts_make_no_images(model: Model) -> None:
+    nothing = av.TextRows(torch.zeros(0, 48), [])
+    assert model.generate(nothing).shape == (0, 3, 32, 32) and model.generate_tokens([]).shape == (0, 121, 16)
+
+
+def test_no_mask_of_all_pairs_is_made(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Call, "mask", lambda self, device: pytest.fail("a scale attends to the keys up to its own end"))
+    rows = prompts(model, 3, 5)
+    bits = model.generate_tokens(rows)
+    assert model.transformer(rows, model.teacher_forcing_input(bits)).shape == (2, 121, 32)

@@ -35,7 +35,7 @@ class TextRows:
     """
 
     def __init__(self, values: Tensor, lengths: Sequence[int] | Tensor) -> None:
-        counts = torch.as_tensor(lengths)
+        counts = torch.as_tensor(lengths) if len(lengths) else torch.zeros(0, dtype=torch.int64)
         if values.ndim != 2 or not values.is_floating_point():
             raise InputError(
                 f"text rows are [rows, channels] of floating-point numbers, got {list(values.shape)} of {values.dtype}"
