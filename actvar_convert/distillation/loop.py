@@ -54,6 +54,9 @@ SKIPPED_IN_A_ROW = 10
 LOOK_EVERY = 25
 """Steps between two looks at what routers and gates say."""
 
+FEWEST_SEEN = 16
+"""Tokens of a call below which nothing is said of a router or gate that treats them alike."""
+
 SAVE_EVERY = 30.0
 """Seconds between two saves of the state, at least."""
 
@@ -368,16 +371,24 @@ def _require_whole_student(recipe: Recipe, processes: Processes) -> None:
 
 
 @contextmanager
-def indifferent(model: Model) -> Iterator[dict[str, None]]:
-    """Names of the routers and gates that, while the block runs, give all tokens of a call the same scores to rounding:
-    a router that has collapsed, a gate that is saturated. What they pick does not depend on the token then."""
-    found: dict[str, None] = {}
+def indifferent(model: Model) -> Iterator[dict[str, str]]:
+    """Routers and gates whose choice in some call does not depend on the token, while the block runs, by name.
+
+    A router that has collapsed ranks the experts alike for all tokens; a gate that is saturated gives all the same
+    score to rounding. The value says it in words.
+    """
+    found: dict[str, str] = {}
 
     def look(name: str, score: Tensor) -> None:
-        rows = score.detach().float()
-        rows = rows.flatten(0, -2) if isinstance(modules[name], Router) else rows.reshape(-1, 1)
-        if len(rows) >= 16 and bool((rows.std(0) <= 1e-5 * rows.abs().amax()).all()):
-            found[name] = None
+        scores = score.detach().float()
+        if scores.shape[:2].numel() < FEWEST_SEEN:
+            return
+        if isinstance(modules[name], Router):
+            ranks = scores.flatten(0, -2).argsort(dim=-1, stable=True)
+            if bool((ranks == ranks[0]).all()):
+                found[name] = "ranks the experts alike for every token"
+        elif bool(scores.std() <= 1e-5 * scores.abs().amax()):
+            found[name] = "gives every token the same score"
 
     modules = {n: m for n, m in model.transformer.named_modules() if isinstance(m, Router | TokenGate)}
     hooks = [
@@ -429,12 +440,12 @@ def _run_stage(
             tokens, condition = store.batch(step, run.recipe.batch, run.seed)
             own, chosen = processes.part(len(tokens)), run.choose()
             condition = partly_dropped(condition, recipe.data.null_share, run.seed * 1_000_003 + step)
-            nobody: AbstractContextManager[dict[str, None]] = nullcontext({})
+            nobody: AbstractContextManager[dict[str, str]] = nullcontext({})
             with indifferent(run.model) if step % LOOK_EVERY == 0 else nobody as flat:
                 values = run.train_step(teacher, tokens[own].to(device), condition.rows(own).to(device), autocast())
             for name in flat.keys() - told:
                 told.add(name)
-                upkeep.progress.say(f"{run.stage.name}, step {step + 1}: {name} gives every token the same score")
+                upkeep.progress.say(f"{run.stage.name}, step {step + 1}: {name} {flat[name]}")
             if run.step == step:
                 break
             if log is not None:

@@ -353,8 +353,9 @@ def test_a_state_of_another_run_is_refused(tiny_model: Model, store: TokenStore,
         train(tiny_model, recipe(), store, tmp_path, "another recipe")
 
 
+@pytest.mark.parametrize("left", [0.0, 1e-4], ids=["same scores", "same ranks"])
 def test_a_router_that_collapses_and_a_gate_that_saturates_are_said_once(
-    tiny_model: Model, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(SilentProgress, "say", lambda self, text: said.append(text))
@@ -366,11 +367,16 @@ def test_a_router_that_collapses_and_a_gate_that_saturates_are_said_once(
     def flattened(self: loop.StageRun) -> dict[str, str]:
         if self.stage.name == "stage2":
             for name, module in self.model.transformer.named_modules():
-                if name in ("blocks.0.ffn.router", "blocks.1.gate"):
+                if name == "blocks.1.gate":
                     module.linear.weight.data.zero_()
+                elif name == "blocks.0.ffn.router":
+                    module.linear.weight.data.mul_(left)
+                    module.linear.bias.data.copy_(torch.arange(len(module.linear.bias)))
         return begun(self)
 
     monkeypatch.setattr(loop.StageRun, "choose", flattened)
     train(tiny_model, recipe(), store, tmp_path / "flat")
-    names = ("blocks.0.ffn.router", "blocks.1.gate")
-    assert sorted(said) == [f"stage2, step 1: {name} gives every token the same score" for name in names]
+    assert sorted(said) == [
+        "stage2, step 1: blocks.0.ffn.router ranks the experts alike for every token",
+        "stage2, step 1: blocks.1.gate gives every token the same score",
+    ]
