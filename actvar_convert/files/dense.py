@@ -38,6 +38,7 @@ from actvar_convert.files.skeleton import (
 from actvar_convert.files.sparse_folder import is_sparse_folder
 from actvar_convert.files.tensors import (
     INDEX_SUFFIX,
+    listed_files,
     open_tensors,
     read_json,
     require_exists,
@@ -286,6 +287,9 @@ def read_dense(source: Path, vae: Path | None, weights: str | None = None) -> De
     contents = open_tensors(path)
     parts = _parts_of(path, contents.tensors, weights)
     tokenizer, notes = parts.tokenizer, [*contents.notes, *parts.notes]
+    older = [file.name for file in _named_files(source, _MODEL) if file != path] if source.is_dir() else []
+    if older:
+        notes.append(f"{path.name} was taken, the newest, and not {' or '.join(older)}; to take that, give its path")
     if parts.transformer is not None and vae_path is not None and (vae is not None or tokenizer is None):
         beside, words = open_tensors(vae_path), _WORDS[parts.family]
         contents.include(beside)
@@ -419,10 +423,8 @@ def _named_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
 
 def _in_folder(folder: Path, stems: tuple[str, ...]) -> Path:
     named = _named_files(folder, stems)
-    if len(named) > 1:
-        raise several_weights(folder, named)
     if named:
-        return named[0]
+        return _newest(folder, named)
     files = _weight_files(folder)
     if not files:
         inside = sorted(entry.name for entry in folder.iterdir())
@@ -435,6 +437,19 @@ def _in_folder(folder: Path, stems: tuple[str, ...]) -> Path:
             f"{folder} holds several files of weights ({', '.join(file.name for file in files[:6])}). Name one of them."
         )
     return files[0]
+
+
+def _newest(folder: Path, files: Sequence[Path]) -> Path:
+    """The file that was written last, of an index with all that it lists: what lies beside it is of an earlier time.
+
+    Raises:
+        CheckpointError: several have that time.
+    """
+    written = {file: max(part.stat().st_mtime_ns for part in listed_files(file)) for file in files}
+    newest = [file for file in files if written[file] == max(written.values())]
+    if len(newest) > 1:
+        raise several_weights(folder, files)
+    return newest[0]
 
 
 def _beside(folder: Path, source: Path | None = None) -> Path | None:

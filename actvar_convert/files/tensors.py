@@ -134,6 +134,15 @@ def weight_file(folder: Path, stem: str) -> Path | None:
     return found[0] if found else None
 
 
+def listed_files(file: Path) -> list[Path]:
+    """A file, and if it is an index those of the files that it lists which are there."""
+    if not file.name.endswith(INDEX_SUFFIX):
+        return [file]
+    listed = read_json(file).get("weight_map")
+    names = sorted({str(name) for name in listed.values()}) if isinstance(listed, Mapping) else []
+    return [file, *(file.parent / name for name in names if is_plain_name(name) and (file.parent / name).is_file())]
+
+
 def several_weights(folder: Path, files: Sequence[Path]) -> CheckpointError:
     """The error for a folder that does not say which of its files are the weights."""
     names = " and ".join(file.name for file in files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,13 +245,27 @@ def test_a_tensor_comes_from_the_shard_that_the_index_names(
 
 
 @pytest.mark.parametrize("other", ["model.safetensors", "model.pth", "model.pt"])
-def test_two_sets_of_weights_in_a_folder_are_refused_until_one_is_named(
+def test_of_two_sets_of_weights_in_a_folder_the_newer_is_taken_and_said(
     tmp_path: Path, parts: Parts, other: str
 ) -> None:
     _shards(tmp_path, averaged(parts[0]), {})
     save_file(parts[1], tmp_path / "vae.safetensors")
     (tmp_path / "config.json").write_text('{"residual_ratio": 0.25}')
     (save_file if other.endswith("tensors") else torch.save)(parts[0], tmp_path / other)
+    index, shards = "model.safetensors.index.json", [file.name for file in tmp_path.glob("model-0000*")]
+
+    def written(times: dict[str, int]) -> None:
+        for name in (index, other, *shards):
+            os.utime(tmp_path / name, ns=(0, times.get(name, 10**9)))
+
+    for newest, expected in ((other, 0.0), (index, 0.5), (shards[-1], 0.5)):
+        written({newest: 2 * 10**9})
+        model = load_dense(tmp_path)
+        assert torch.equal(model.transformer.head.bias, parts[0]["head.bias"] + expected)
+        taken, left = (other, index) if newest == other else (index, other)
+        said = f"{taken} was taken, the newest, and not {left}; to take that, give its path"
+        assert said in model.notes and said in av.inspect(tmp_path).notes
+    written({})
     for read in (load_dense, av.inspect, av.report_flops):
         with pytest.raises(CheckpointError, match=rf"holds model\.safetensors\.index\.json and {other}.*Name the one"):
             read(tmp_path)  # type: ignore[operator]
