@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from actvar_convert.errors import CheckpointError, InputError, counted
-from actvar_convert.files.layout import Names, Votes, count, messages
+from actvar_convert.files.layout import Levels, Names, Votes, count, messages
 from actvar_convert.models.base import Sampling
 from actvar_convert.models.infinity.config import BSQConfig, InfinityConfig
 from actvar_convert.models.infinity.schedules import Maps, published
@@ -147,38 +147,27 @@ def infer_tokenizer(tensors: Mapping[str, Tensor], bits: int | None, maps: Maps)
         CheckpointError: something cannot be read from the file, or its codes do not make such tokens.
     """
     own = own_tokenizer_names(tensors)
-    levels = count(own, r"encoder\.down\.(\d+)\.", "resolutions of the encoder", 16)
-    blocks = count(own, r"encoder\.down\.\d+\.block\.(\d+)\.", "residual blocks of the encoder", 64)
     vote = Votes(own)
-    ch = vote(
-        "base channels", ("encoder.conv_in.bias", 0), ("encoder.conv_in.weight", 0), ("decoder.conv_out.weight", 1)
-    )
-    widths = [
-        vote(
-            f"channels at resolution {level}",
-            *(
-                (f"{side}.{level}.block.{index}.{leaf}", 0)
-                for side in ("encoder.down", "decoder.up")
-                for index in range(blocks)
-                for leaf in ("norm2.weight", "conv2.bias")
-            ),
-        )
-        for level in range(levels)
-    ]
+    levels = Levels.of(own, vote)
     channels = vote("code channels", ("encoder.conv_out.bias", 0), ("decoder.conv_in.weight", 1))
     vote.finish()
-    if any(width % ch for width in widths):
-        raise CheckpointError(f"the tokenizer's channels {widths} are not multiples of its base channels {ch}.")
+    multipliers = levels.multipliers
     bits = channels if bits is None else bits
     if bits not in (channels, 4 * channels):
         raise CheckpointError(
             f"the transformer predicts tokens of {bits} bits, and the tokenizer makes codes of {channels} (or squares "
             f"of them, {4 * channels}). Give the tokenizer that the transformer was trained with."
         )
-    multipliers = tuple(width // ch for width in widths)
     patch = 1 if bits == channels else 2
     try:
-        return BSQConfig(ch=ch, ch_mult=multipliers, res_blocks=blocks, z_channels=channels, patch=patch, maps=maps)
+        return BSQConfig(
+            ch=levels.ch,
+            ch_mult=multipliers,
+            res_blocks=levels.blocks,
+            z_channels=channels,
+            patch=patch,
+            maps=maps,
+        )
     except ValidationError as error:
         raise CheckpointError("the tokenizer's shapes contradict each other:", messages(error)) from error
 

@@ -400,6 +400,55 @@ def missing_blocks(config: TransformerConfig, hints: Mapping[str, Any]) -> tuple
     return published, f"VAR-d{published}, which is of this width and equal in all else, has {published}"
 
 
+class Levels(NamedTuple):
+    """The resolutions of a tokenizer's convolutions, which both families have alike.
+
+    Attributes:
+        ch: base channels.
+        widths: channels of every resolution.
+        blocks: residual blocks at each.
+    """
+
+    ch: int
+    widths: list[int]
+    blocks: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], vote: Votes) -> Levels:
+        """By the shapes of convolutions and norms; what does not agree is said by ``vote.finish``."""
+        levels = count(tensors, r"encoder\.down\.(\d+)\.", "resolutions of the encoder", 16)
+        blocks = count(tensors, r"encoder\.down\.\d+\.block\.(\d+)\.", "residual blocks of the encoder", 64)
+        ch = vote(
+            "base channels", ("encoder.conv_in.bias", 0), ("encoder.conv_in.weight", 0), ("decoder.conv_out.weight", 1)
+        )
+        widths = [
+            vote(
+                f"channels at resolution {level}",
+                *(
+                    (f"{side}.{level}.block.{index}.{leaf}", 0)
+                    for side in ("encoder.down", "decoder.up")
+                    for index in range(blocks)
+                    for leaf in ("norm2.weight", "conv2.bias")
+                ),
+            )
+            for level in range(levels)
+        ]
+        return cls(ch, widths, blocks)
+
+    @property
+    def multipliers(self) -> tuple[int, ...]:
+        """Channels of every resolution as multiples of the base channels.
+
+        Raises:
+            CheckpointError: they are none.
+        """
+        if any(width % self.ch for width in self.widths):
+            raise CheckpointError(
+                f"the tokenizer's channels {self.widths} are not multiples of its base channels {self.ch}."
+            )
+        return tuple(width // self.ch for width in self.widths)
+
+
 def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:
     """Shape of a VAR VQVAE from its tensors; meta tensors will do.
 
@@ -407,25 +456,9 @@ def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:
         CheckpointError: something cannot be read from the file.
     """
     vote = Votes(tensors)
-    levels = count(tensors, r"encoder\.down\.(\d+)\.", "resolutions of the encoder", 16)
-    blocks = count(tensors, r"encoder\.down\.\d+\.block\.(\d+)\.", "residual blocks of the encoder", 64)
     phi = r"quantize\.quant_resi\.qresi_ls\.(\d+)\."
     phis = count(tensors, phi, "phi convolutions", 64) if any(re.match(phi, name) for name in tensors) else 0
-    ch = vote(
-        "base channels", ("encoder.conv_in.bias", 0), ("encoder.conv_in.weight", 0), ("decoder.conv_out.weight", 1)
-    )
-    widths = [
-        vote(
-            f"channels at resolution {level}",
-            *(
-                (f"{side}.{level}.block.{index}.{leaf}", 0)
-                for side in ("encoder.down", "decoder.up")
-                for index in range(blocks)
-                for leaf in ("norm2.weight", "conv2.bias")
-            ),
-        )
-        for level in range(levels)
-    ]
+    levels = Levels.of(tensors, vote)
     vocab = vote("codebook size", ("quantize.embedding.weight", 0), ("quantize.ema_vocab_hit_SV", 1))
     z_channels = vote(
         "code channels", ("quantize.embedding.weight", 1), ("quant_conv.bias", 0), ("encoder.conv_out.bias", 0),
@@ -436,11 +469,8 @@ def infer_tokenizer(tensors: Mapping[str, Tensor]) -> TokenizerShape:
     ))  # fmt: skip
     vote.finish()
     hits = tensors.get("quantize.ema_vocab_hit_SV")
-    if any(width % ch for width in widths):
-        raise CheckpointError(f"the tokenizer's channels {widths} are not multiples of its base channels {ch}.")
-    multipliers = tuple(width // ch for width in widths)
     scales = None if hits is None else hits.shape[0]
-    return TokenizerShape(ch, multipliers, blocks, vocab, z_channels, phis, kernel, scales)
+    return TokenizerShape(levels.ch, levels.multipliers, levels.blocks, vocab, z_channels, phis, kernel, scales)
 
 
 def told_of_tokenizer(given: Shape, hints: Mapping[str, Any]) -> Told:
