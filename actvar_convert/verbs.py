@@ -163,15 +163,17 @@ def convert(
     if out is not None:
         out = path_of(out)
         refuse_foreign(out)
+    if run is None:
+        run = Run.of(model, chosen, require_ready(Job.of(model, chosen, processes, progress), "convert"))
     place = work if out is None else out
     if place is None:
-        return _convert(model, chosen, None, None, progress, run, processes, keep)
+        return _convert(model, run, None, None, progress, processes, keep)
     keeping = Work.of(path_of(place), work)
     with keeping.owned(processes) as begins:
         if out is not None and not replace:
             refuse_distilled(out)
         kept = None if work is None else keeping
-        sparse = _convert(model, chosen, out, kept, progress, run, processes, keep)
+        sparse = _convert(model, run, out, kept, progress, processes, keep)
         if begins and out is not None and processes.main:
             locks.clear(keeping.folder)
     return sparse
@@ -179,24 +181,20 @@ def convert(
 
 def _convert(
     model: Model,
-    chosen: Recipe,
-    out: str | Path | None,
+    run: Run,
+    out: Path | None,
     work: Work | None,
     progress: Progress,
-    run: Run | None,
     processes: Processes,
     keep: bool,
 ) -> Model:
-    config = model.config
-    images = require_ready(Job.of(model, chosen, processes, progress), "convert") if run is None else run.images
+    config, chosen = model.config, run.recipe
     model = prompted(model, chosen)
     require_memory(conversion_memory(model, chosen, keep=keep), model.device)
-    if run is None and (out is not None or work is not None):
-        run = Run.of(model, chosen, images)
     pyramids = sums = None
-    if work is not None and run is not None:
+    if work is not None:
         pyramids, sums = work.calibration(run), work.search(run)
-    store = calibration_store(model, chosen, images, path=pyramids, progress=progress, processes=processes)
+    store = calibration_store(model, chosen, run.images, path=pyramids, progress=progress, processes=processes)
 
     calibration = Calibration(store.tokens, store.condition, chosen.calibration.batch)
     planned = None
@@ -219,9 +217,9 @@ def _convert(
 
     sparse = made_by_main(make, model, processes)
     sparse.origin = {}
-    if out is not None and run is not None and processes.main:
+    if out is not None and processes.main:
         origin = run.origin.model_copy(update={"run": None})
-        save_sparse(sparse, Path(out), provenance=origin, recipe_text=dump_recipe(chosen))
+        save_sparse(sparse, out, provenance=origin, recipe_text=dump_recipe(chosen))
     return sparse
 
 
