@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actvar_convert.distillation.data import TokenStore
 from actvar_convert.distillation.lora import attach_lora, fold_lora
@@ -190,16 +190,8 @@ class StageRun:
 
         blocks = {f"blocks.{index}": block for index, block in enumerate(self.model.transformer.blocks)}
         parts = {**{f"{name}.ffn": inner(block).ffn for name, block in blocks.items()}, **blocks}
-        hooks = [
-            part.register_forward_hook(lambda _, given, output, name=name: look(name, output))
-            for name, part in parts.items()
-        ]
-        try:
-            with torch.no_grad():
-                self.objective(self.model, batch[0], self.recipe, *batch[1:], self.processes.total)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with outputs_seen(parts, look), torch.no_grad():
+            self.objective(self.model, batch[0], self.recipe, *batch[1:], self.processes.total)
         wrong = [name for name, value in losses.items() if not math.isfinite(value)]
         if not found and wrong:
             found = [f"the loss {name!r}" for name in wrong]
@@ -371,6 +363,20 @@ def _require_whole_student(recipe: Recipe, processes: Processes) -> None:
 
 
 @contextmanager
+def outputs_seen(modules: Mapping[str, nn.Module], look: Callable[[str, Any], None]) -> Iterator[None]:
+    """While the block runs, ``look`` is told the output of every call of a module, by the module's name."""
+    hooks = [
+        module.register_forward_hook(lambda _, given, output, name=name: look(name, output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def indifferent(model: Model) -> Iterator[dict[str, str]]:
     """Routers and gates whose choice in some call does not depend on the token, while the block runs, by name.
 
@@ -391,15 +397,8 @@ def indifferent(model: Model) -> Iterator[dict[str, str]]:
             found[name] = "gives every token the same score"
 
     modules = {n: m for n, m in model.transformer.named_modules() if isinstance(m, Router | TokenGate)}
-    hooks = [
-        module.register_forward_hook(lambda _, given, output, name=name: look(name, output))
-        for name, module in modules.items()
-    ]
-    try:
+    with outputs_seen(modules, look):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _diverged(run: StageRun, row: str, state_path: Path | None) -> str:
